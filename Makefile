@@ -1,0 +1,45 @@
+# Everything here is also a plain command; each target sets up what it needs.
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BIN := .venv/bin
+READY := .venv/.installed
+
+.PHONY: setup train test test-slow test-gpu bench bench-gpu lint format clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $(READY)
+
+setup: $(READY)            ## virtual environment with everything, and the pre-commit hooks
+	$(BIN)/pre-commit install
+
+train: $(READY)            ## generate the default data set, train, evaluate, leave pictures in runs/default
+	$(BIN)/python train/main.py --out runs/default
+
+test: $(READY)             ## the whole suite for a machine without a GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-slow: $(READY)        ## what takes minutes: the whole training curves
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-gpu: $(READY)         ## what needs a CUDA GPU
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+bench: $(READY)            ## kernels on this machine, side by side; under 5 minutes on 2 cores
+	$(BIN)/python -m bench.deform_conv
+
+bench-gpu: $(READY)        ## everything there is to measure on a GPU
+	$(BIN)/python -m bench.gpu
+
+lint: $(READY)             ## what CI checks before the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv data runs
