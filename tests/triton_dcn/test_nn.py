@@ -1,0 +1,82 @@
+"""Modules against mmcv's numbers, their parameters and their start."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.triton_dcn.cases import relative
+from triton_dcn import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack
+
+PACKS = [f"p{i:02d}" for i in range(20)]
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_pack_golden(golden, dtype, limit):
+    arrays, params = golden("deform_conv")
+    names = [name for name in PACKS if name in params]
+    assert names
+    for name in names:
+        p = params[name]
+        values = {
+            key.split(".", 1)[1]: torch.from_numpy(value).to(dtype)
+            for key, value in arrays.items()
+            if key.startswith(name + ".")
+        }
+        weight = values["weight"]
+        pack = ModulatedDeformConv2dPack(
+            p["C"], weight.shape[0], tuple(weight.shape[2:]), p["stride"] if isinstance(p["stride"], int) else tuple(p["stride"]),
+            p["padding"] if isinstance(p["padding"], int) else tuple(p["padding"]),
+            p["dilation"] if isinstance(p["dilation"], int) else tuple(p["dilation"]),
+            p.get("groups", 1), values["conv_offset.weight"].shape[0] // 27, bias="bias" in values,
+        ).to(dtype)  # fmt: skip
+        pack.load_state_dict({key: values[key] for key in pack.state_dict()}, strict=True)
+        x = values["input"].requires_grad_()
+        raw = []
+        pack.conv_offset.register_forward_hook(lambda module, args, output, raw=raw: raw.append(output))
+        output = pack(x)
+        output.backward(values["grad_out"])
+        expected = {key: torch.from_numpy(value) for key, value in arrays.items() if key.startswith(name + ".")}
+        assert relative(raw[0], expected[f"{name}.conv_offset_out"]) < limit
+        assert relative(output, expected[f"{name}.output"]) < limit
+        assert relative(x.grad, expected[f"{name}.grad_input"]) < limit
+        for key, parameter in pack.named_parameters():
+            assert relative(parameter.grad, expected[f"{name}.grad_{key}"]) < limit, key
+
+
+@pytest.mark.parametrize(("kind", "factor"), [(DeformConv2dPack, 1.0), (ModulatedDeformConv2dPack, 0.5)])
+def test_packs_start_as_a_convolution(kind, factor):
+    pack = kind(4, 6, 3, stride=2, padding=1, deform_groups=2)
+    x = torch.randn(2, 4, 9, 7)
+    expected = factor * F.conv2d(x, pack.weight, stride=2, padding=1)
+    torch.testing.assert_close(pack(x), expected)
+    bound = 1 / (4 * 9) ** 0.5
+    assert 0.5 * bound < pack.weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize("kind", [DeformConv2dPack, ModulatedDeformConv2dPack])
+def test_parameter_names_are_mmcvs(kind):
+    names = {"weight", "bias", "conv_offset.weight", "conv_offset.bias"}
+    assert set(kind(4, 4, 3).state_dict()) == names
+    assert set(kind(4, 4, 3, bias=False).state_dict()) == names - {"bias"}
+
+
+def test_deform_conv2d_module():
+    layer = DeformConv2d(4, 6, (3, 5), stride=(2, 1), padding=(1, 2), groups=2)
+    x = torch.randn(1, 4, 9, 7)
+    output = layer(x, torch.zeros(1, 2 * 15, 5, 7), torch.ones(1, 15, 5, 7))
+    torch.testing.assert_close(output, F.conv2d(x, layer.weight, layer.bias, (2, 1), (1, 2), groups=2))
+    assert "kernel_size=(3, 5)" in repr(layer)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: DeformConv2d(5, 6, 3, groups=2), "in_channels = 5"),
+        (lambda: DeformConv2d(4, 5, 3, groups=2), "out_channels = 5"),
+        (lambda: DeformConv2dPack(4, 6, 3, deform_groups=3), "deform_groups = 3"),
+        (lambda: ModulatedDeformConv2dPack(4, 6, (3, 3, 3)), "kernel_size"),
+    ],
+)
+def test_errors(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()

@@ -1,0 +1,102 @@
+"""`deform_conv2d`: torchvision's signature, argument checks, autocast."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from triton_dcn.geometry import ConvGeometry
+from triton_dcn.op import choose_backend, forward_op
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    """Return (y, x) of an argument that may be one number for both.
+
+    Raises:
+        ValueError: `value` is neither an int nor two ints; names the argument.
+    """
+    values = (value, value) if isinstance(value, int) else tuple(value)
+    if len(values) != 2 or not all(isinstance(v, (int, torch.SymInt)) for v in values):
+        raise ValueError(f"{name} must be an int or a pair of ints, got {value!r}")
+    return values
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = (1, 1),
+    padding: int | tuple[int, int] = (0, 0),
+    dilation: int | tuple[int, int] = (1, 1),
+    mask: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Convolve with taps displaced by `offset` and scaled by `mask`.
+
+    Tap (i, j) of the output at (y, x) reads the input, bilinearly, at
+    (y * stride_y - padding_y + i * dilation_y + dy, x * stride_x - padding_x + j * dilation_x + dx). A position at or
+    beyond -1, H or W reads 0 and passes no gradient to offset and mask, and so does a position that is not finite;
+    at whole pixels the gradient of the offset is the right-sided one. Under autocast, `input`, `weight` and `bias` are
+    computed in the autocast dtype while `offset` and `mask` stay as they are.
+
+    Args:
+        input: (B, C, H, W), float16, bfloat16, float32 or float64; any strides, B may be 0.
+        offset: (B, 2*D*K, Ho, Wo), pixels; channel 2*(d*K + k) is dy and the next dx of tap k (row-major) for the input
+            channels [d*C/D, (d+1)*C/D). The dtype of `input`, or float32 beside a half-precision input.
+        weight: (O, C/groups, kh, kw), K = kh*kw, the dtype of `input`.
+        bias: (O,) or None.
+        stride, padding, dilation: int or (y, x), input pixels.
+        mask: (B, D*K, Ho, Wo), multiplies the samples, or None for version 1; dtype as for `offset`.
+        backend: None chooses by device and dtype; "triton", "torch" (fast on CPU, runs anywhere) or "reference".
+
+    Returns:
+        (B, O, Ho, Wo) in the compute dtype, channels_last if `input` is.
+
+    Raises:
+        ValueError: shapes disagree, or the backend cannot run here; names the argument, expected and found.
+        TypeError: dtypes or devices disagree.
+
+    Source:
+        Zhu et al., Deformable ConvNets v2, CVPR 2019, section 3; signature of torchvision.ops.deform_conv2d; gradient
+        at the border from mmcv.
+    """
+    for name, tensor in (("input", input), ("offset", offset), ("weight", weight), ("bias", bias), ("mask", mask)):
+        if not isinstance(tensor, Tensor) and not (tensor is None and name in ("bias", "mask")):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        input, weight = input.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    _check_types(input, offset, weight, bias, mask)
+    stride, padding, dilation = pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
+    ConvGeometry.of(input, offset, weight, mask, stride, padding, dilation)  # errors surface here, not inside the op
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
+    return forward_op(
+        input, offset, mask, weight, bias, list(stride), list(padding), list(dilation), choose_backend(backend, input)
+    )
+
+
+def _check_types(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> None:
+    """Raise TypeError where dtypes or devices do not fit `input`."""
+    if input.dtype not in DTYPES:
+        raise TypeError(f"input has dtype {input.dtype}, expected one of {DTYPES}")
+    coordinates = {input.dtype, torch.float32} if input.dtype.itemsize == 2 else {input.dtype}
+    for name, tensor, allowed in (
+        ("weight", weight, {input.dtype}),
+        ("bias", bias, {input.dtype}),
+        ("offset", offset, coordinates),
+        ("mask", mask, coordinates),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype not in allowed:
+            expected = " or ".join(sorted(str(dtype) for dtype in allowed))
+            raise TypeError(f"{name} has dtype {tensor.dtype}, expected {expected} with input of {input.dtype}")
+        if tensor.device != input.device:
+            raise TypeError(f"{name} is on {tensor.device}, expected {input.device} like input")

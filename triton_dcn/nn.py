@@ -1,0 +1,174 @@
+"""Modules: one that is given its offsets, two that predict them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from triton_dcn.functional import deform_conv2d, pair
+
+
+class DeformConv2d(nn.Module):
+    """Deformable convolution whose offset (and mask) is given at each call.
+
+    Args:
+        in_channels, out_channels: C and O; both divisible by `groups`.
+        kernel_size, stride, padding, dilation: int or (y, x).
+        groups: channel groups of the contraction.
+        bias: whether to learn a bias.
+
+    Shape:
+        input (B, C, H, W), offset (B, 2*D*K, Ho, Wo), mask (B, D*K, Ho, Wo) or None -> (B, O, Ho, Wo).
+
+    Raises:
+        ValueError: channels and groups do not fit.
+
+    Source:
+        The interface of torchvision.ops.DeformConv2d; initialised like torch.nn.Conv2d.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+    ):
+        super().__init__()
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if channels % groups:
+                raise ValueError(f"{name} = {channels} must be divisible by groups = {groups}")
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = pair("kernel_size", kernel_size)
+        self.stride, self.padding, self.dilation = (
+            pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
+        )  # fmt: skip
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight as torch.nn.Conv2d does."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight[0].numel())
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return (B, O, Ho, Wo); see `triton_dcn.deform_conv2d`."""
+        return deform_conv2d(
+            input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """Describe the layer as torch.nn.Conv2d does."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}"
+        )
+
+
+class DeformConv2dPack(nn.Module):
+    """Deformable convolution v1 that predicts its own offsets from its input.
+
+    Parameters are mmcv's: `weight`, `bias`, `conv_offset.weight`, `conv_offset.bias`. `conv_offset` starts at zero, so
+    that the layer starts as a plain convolution (version 2: half of one, sigmoid(0) being 0.5).
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in `DeformConv2d`.
+        deform_groups: groups D of input channels that share offsets.
+
+    Shape:
+        (B, C, H, W) -> (B, O, Ho, Wo).
+
+    Raises:
+        ValueError: channels do not divide into the groups.
+
+    Source:
+        mmcv.ops.DeformConv2dPack; Dai et al., Deformable Convolutional Networks, ICCV 2017.
+    """
+
+    channels_per_tap = 2
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        deform_groups: int = 1,
+        bias: bool = True,
+    ):
+        super().__init__()
+        for name, count in (("groups", groups), ("deform_groups", deform_groups)):
+            if in_channels % count:
+                raise ValueError(f"in_channels = {in_channels} must be divisible by {name} = {count}")
+        if out_channels % groups:
+            raise ValueError(f"out_channels = {out_channels} must be divisible by groups = {groups}")
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.groups, self.deform_groups = groups, deform_groups
+        self.kernel_size = pair("kernel_size", kernel_size)
+        self.stride, self.padding, self.dilation = (
+            pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
+        )  # fmt: skip
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        self.conv_offset = nn.Conv2d(
+            in_channels, self.channels_per_tap * deform_groups * taps, self.kernel_size, self.stride, self.padding,
+            self.dilation,
+        )  # fmt: skip
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw `weight` from U(+-1/sqrt(C*K)) and set everything else to zero, as mmcv does."""
+        bound = 1 / math.sqrt(self.in_channels * self.kernel_size[0] * self.kernel_size[1])
+        nn.init.uniform_(self.weight, -bound, bound)
+        for zero in (self.bias, self.conv_offset.weight, self.conv_offset.bias):
+            if zero is not None:
+                nn.init.zeros_(zero)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Predict the offsets and convolve with them."""
+        return self._convolve(input, self.conv_offset(input), None)
+
+    def _convolve(self, input: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:
+        return deform_conv2d(
+            input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """Describe the layer as torch.nn.Conv2d does."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, "
+            f"deform_groups={self.deform_groups}, bias={self.bias is not None}"
+        )
+
+
+class ModulatedDeformConv2dPack(DeformConv2dPack):
+    """Deformable convolution v2 that predicts its own offsets and masks from its input.
+
+    `conv_offset` gives 3*D*K channels: the first two thirds are the offsets, the sigmoid of the last third the mask.
+    Arguments, parameters and initialisation as in `DeformConv2dPack`.
+
+    Source:
+        mmcv.ops.ModulatedDeformConv2dPack; Zhu et al., Deformable ConvNets v2, CVPR 2019.
+    """
+
+    channels_per_tap = 3
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Predict the offsets and masks and convolve with them."""
+        predicted = self.conv_offset(input)
+        split = 2 * predicted.shape[1] // 3
+        return self._convolve(input, predicted[:, :split], predicted[:, split:].sigmoid())

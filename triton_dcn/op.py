@@ -1,0 +1,135 @@
+"""The `torch.library` operators: choice of the backend, fake tensors, autograd.
+
+Two operators, forward and backward, so that torch.compile, export and opcheck see plain functional operators. The
+backward operator returns an empty tensor in the place of a gradient that was not asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from triton_dcn import gather, reference
+from triton_dcn.geometry import ConvGeometry
+
+BACKENDS = ("triton", "torch", "reference")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def choose_backend(name: str | None, input: Tensor) -> str:
+    """Return the backend for `input`: `name` if it can run there, or the fastest one if `name` is None.
+
+    Raises:
+        ValueError: unknown name, or a backend that cannot run on this device or dtype.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if name is None:
+        if input.device.type == "cpu" or not HAS_TRITON:
+            return "torch"
+        return "reference" if input.dtype == torch.float64 else "triton"
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS} or None, got {name!r}")
+    if name == "triton":
+        if not HAS_TRITON:
+            raise ValueError("backend='triton' needs the triton package, which is not installed")
+        if input.device.type == "cpu" and not interpreted:
+            raise ValueError(
+                "backend='triton' on CPU tensors runs in Triton's interpreter: set TRITON_INTERPRET=1 before triton is "
+                "imported, or use backend=None"
+            )
+        if input.dtype == torch.float64:
+            raise ValueError("backend='triton' computes in float32 or half precision, got float64 input")
+    return name
+
+
+def _implementation(backend: str) -> ModuleType:
+    if backend == "triton":
+        from triton_dcn import launch  # the one late import: the CPU path must run without triton
+
+        return launch
+    return {"torch": gather, "reference": reference}[backend]
+
+
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    """Return channels_last if `tensor` is stored so and not also contiguous."""
+    if tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+@torch.library.custom_op("triton_dcn::deform_conv2d", mutates_args=())
+def forward_op(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    backend: str,
+) -> Tensor:
+    """Run the forward pass of `backend`; see `triton_dcn.deform_conv2d`."""
+    geom = ConvGeometry.of(input, offset, weight, mask, tuple(stride), tuple(padding), tuple(dilation))
+    output = _implementation(backend).forward(geom, input, offset, mask, weight, bias)
+    return output.contiguous(memory_format=_memory_format(input))
+
+
+@forward_op.register_fake
+def _forward_fake(input, offset, mask, weight, bias, stride, padding, dilation, backend):
+    geom = ConvGeometry.of(input, offset, weight, mask, tuple(stride), tuple(padding), tuple(dilation))
+    return input.new_empty(geom.output_shape).contiguous(memory_format=_memory_format(input))
+
+
+@torch.library.custom_op("triton_dcn::deform_conv2d_backward", mutates_args=())
+def backward_op(
+    grad_output: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of input, offset, mask and weight; an empty tensor where `needs` is false."""
+    geom = ConvGeometry.of(input, offset, weight, mask, tuple(stride), tuple(padding), tuple(dilation))
+    grads = _implementation(backend).backward(geom, grad_output, input, offset, mask, weight, tuple(needs))
+    return tuple(
+        input.new_empty(0) if grad is None else grad.contiguous(memory_format=_memory_format(like))
+        for grad, like in zip(grads, (input, offset, mask, weight), strict=True)
+    )
+
+
+@backward_op.register_fake
+def _backward_fake(grad_output, input, offset, mask, weight, stride, padding, dilation, backend, needs):
+    return tuple(
+        torch.empty_like(like, memory_format=_memory_format(like)) if need else input.new_empty(0)
+        for like, need in zip((input, offset, mask, weight), needs, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    input, offset, mask, weight, bias, *ctx.settings = inputs
+    ctx.save_for_backward(input, offset, mask, weight)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, grad_output):
+    input, offset, mask, weight = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:4])
+    grads = (None,) * 4
+    if any(needs):
+        grads = backward_op(grad_output, input, offset, mask, weight, *ctx.settings, needs)
+        grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    grad_bias = grad_output.sum((0, 2, 3), dtype=ctx.bias_dtype) if ctx.needs_input_grad[4] else None
+    return *grads, grad_bias, None, None, None, None
+
+
+forward_op.register_autograd(_backward, setup_context=_setup_context)
