@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import cv2
 import numpy as np
@@ -25,9 +25,14 @@ def class_colour(label: int) -> tuple[int, int, int]:
 
 
 def draw_boxes(
-    image: np.ndarray, boxes: Tensor, labels: Tensor, class_names: Sequence[str], scores: Tensor | None = None
+    image: np.ndarray,
+    boxes: Tensor,
+    labels: Tensor,
+    class_names: Sequence[str],
+    scores: Tensor | None = None,
+    masks: Iterable[np.ndarray] = (),
 ) -> np.ndarray:
-    """Draw boxes and, on each, the name of its class and its score.
+    """Draw boxes and, on each, the name of its class and its score; masks are tinted in the colours of their classes.
 
     Labels are placed best score first, each on the first spot around its box that is free.
 
@@ -37,6 +42,7 @@ def draw_boxes(
         labels: (N,), classes from 0.
         class_names: by label.
         scores: (N,) or None.
+        masks: (H, W) bool, one for each box, or nothing.
 
     Returns:
         A new picture of the size of `image`.
@@ -54,6 +60,8 @@ def draw_boxes(
     size = _font_size(picture)
     order = sorted(range(len(labels)), key=lambda i: -(scores[i] or 0.0))
     corners = np.clip(np.nan_to_num(boxes), -1e6, 1e6).round().astype(int)
+    for label, mask in zip(labels, masks, strict=False):
+        _tint(picture, mask, class_colour(label), size)
     for i in reversed(order):  # the best on top
         _rectangle(picture, corners[i], class_colour(labels[i]), size)
     taken: list[tuple[int, int, int, int]] = []
@@ -64,9 +72,9 @@ def draw_boxes(
 
 
 def draw_comparison(
-    image: np.ndarray, detections: Detections, target: Target, class_names: Sequence[str], min_side: int = 480
+    image: np.ndarray, detections: Detections, target: Target, class_names: Sequence[str], min_side: int = 640
 ) -> np.ndarray:
-    """Draw detections beside the ground truth, with a heading over either half and a legend of the classes below.
+    """Draw detections beside the ground truth, with a title over either half and a legend of the classes below.
 
     Args:
         image: (H, W, 3) uint8, RGB.
@@ -78,24 +86,31 @@ def draw_comparison(
     Returns:
         A picture (H', W', 3) uint8, RGB.
     """
+    image, factor = enlarge(image, min_side)
+    left = draw_boxes(image, detections.boxes * factor, detections.labels, class_names, detections.scores)
+    right = draw_boxes(image, target.boxes * factor, target.labels, class_names)
+    titles = f"detected ({len(detections.labels)})", f"ground truth ({len(target.labels)})"
+    picture = side_by_side([left, right], titles)
+    present = sorted(set(torch.cat([detections.labels.cpu(), target.labels.cpu()]).tolist()))
+    entries = [(class_names[label], class_colour(label)) for label in present]
+    return np.vstack([picture, _legend(entries, picture.shape[1], _font_size(image))])
+
+
+def enlarge(image: np.ndarray, min_side: int) -> tuple[np.ndarray, float]:
+    """Return the image, enlarged if its long side has less than `min_side` pixels, and the factor."""
     factor = max(1.0, min_side / max(image.shape[:2]))
     if factor > 1:
         image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
-    left = draw_boxes(image, detections.boxes * factor, detections.labels, class_names, detections.scores)
-    right = draw_boxes(image, target.boxes * factor, target.labels, class_names)
-    size = _font_size(image)
-    halves = [
-        np.vstack([_heading(f"{title} ({count})", image.shape[1], size), half])
-        for title, count, half in (
-            ("detected", len(detections.labels), left),
-            ("ground truth", len(target.labels), right),
-        )
-    ]
-    gap = np.full((len(halves[0]), max(4, image.shape[1] // 100), 3), WHITE, np.uint8)
-    picture = np.hstack([halves[0], gap, halves[1]])
-    present = sorted(set(torch.cat([detections.labels.cpu(), target.labels.cpu()]).tolist()))
-    legend = _legend([(class_names[label], class_colour(label)) for label in present], picture.shape[1], size)
-    return np.vstack([picture, legend])
+    return image, factor
+
+
+def side_by_side(pictures: Sequence[np.ndarray], titles: Sequence[str]) -> np.ndarray:
+    """Join pictures, (H, W, 3) uint8 RGB of one size, into a row, each below its title."""
+    columns = []
+    for picture, title in zip(pictures, titles, strict=True):
+        columns.append(np.vstack([_heading(title, picture.shape[1], _font_size(picture)), picture]))
+        columns.append(np.full((len(columns[0]), max(4, picture.shape[1] // 100), 3), WHITE, np.uint8))
+    return np.hstack(columns[:-1])
 
 
 def _font_size(image: np.ndarray) -> float:
@@ -120,6 +135,13 @@ def _rectangle(picture: np.ndarray, corners: np.ndarray, colour: tuple[int, int,
     if min(x2 - x1, y2 - y1) > 10 * width:
         cv2.rectangle(picture, (x1, y1), (x2, y2), BLACK, width + 2, cv2.LINE_AA)
     cv2.rectangle(picture, (x1, y1), (x2, y2), colour, width, cv2.LINE_AA)
+
+
+def _tint(picture: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], size: float) -> None:
+    """Mix a colour into the pixels of a mask (H, W) and draw its outline."""
+    picture[mask] = (0.6 * picture[mask] + 0.4 * np.array(colour)).astype(np.uint8)
+    outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(picture, outlines, -1, colour, _thickness(size), cv2.LINE_AA)
 
 
 def _label(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from detector.anchors import AnchorGrid
 from detector.fpn import FPN
+from detector.mask_head import pad_masks
 from detector.matching import Matcher, PaddedTargets, Sampler
 from detector.resnet import ResNet
 from detector.roi_head import RoIHead
@@ -29,6 +30,7 @@ class FasterRCNNConfig:
         dcn: deformable convolutions in the backbone: None, "v1" or "v2".
         dcn_stages: which of the stages c2..c5 have them.
         deform_groups: groups of channels that share offsets.
+        mask: predict masks too, with the head of Mask R-CNN.
         frozen_stages: the stem and this many stages are not trained; -1 trains everything, 0 freezes the stem.
         norm: "bn" or, to train from scratch with small batches, "gn".
         norm_eval: batch norms keep their running statistics in training.
@@ -52,6 +54,7 @@ class FasterRCNNConfig:
     dcn: str | None = "v2"
     dcn_stages: tuple[bool, bool, bool, bool] = (False, True, True, True)
     deform_groups: int = 1
+    mask: bool = False
     frozen_stages: int = 1
     norm: str = "bn"
     norm_eval: bool = True
@@ -79,7 +82,7 @@ class FasterRCNNConfig:
 
 
 class FasterRCNN(nn.Module):
-    """Faster R-CNN with a ResNet-FPN backbone; state-dict names and numbers are MMDetection's.
+    """Faster R-CNN or Mask R-CNN with a ResNet-FPN backbone; state-dict names and numbers are MMDetection's.
 
     Args:
         config: see `FasterRCNNConfig`.
@@ -121,6 +124,7 @@ class FasterRCNN(nn.Module):
             config.score_threshold,
             config.nms_iou,
             config.detections,
+            config.mask,
         )
         self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(config.pixel_std).view(3, 1, 1), persistent=False)
@@ -141,24 +145,24 @@ class FasterRCNN(nn.Module):
         """Compute losses in training mode, detections in evaluation mode.
 
         Returns:
-            training: {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox"}, scalars.
+            training: {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox"} and, of a model with masks,
+                "loss_mask"; scalars.
             evaluation: one `Detections` per image, in pixels of the (resized) input.
 
         Raises:
-            ValueError: images are not (B, 3, H, W) uint8 with sides that divide by 32, or training without targets.
+            ValueError: images are not (B, 3, H, W) uint8 with sides that divide by 32, or training without targets, or
+                without masks where the model predicts them.
         """
-        _check(batch, self.training)
+        _check(batch, self.training, self.config.mask)
         if self.training:
             return self.losses(batch)
-        boxes, scores, labels, valid = self.detect(batch)
+        boxes, scores, labels, valid, *masks = self.detect(batch)
         counts = valid.sum(1).tolist()  # the one wait for the device
-        return [
-            Detections(box[:n], score[:n], label[:n])
-            for box, score, label, n in zip(boxes, scores, labels, counts, strict=True)
-        ]
+        columns = boxes, scores, labels, *masks
+        return [Detections(*(column[image, :n] for column in columns)) for image, n in enumerate(counts)]
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Compute the four losses of a batch with targets; no tensor is read back to the host."""
+        """Compute the losses of a batch with targets; on a GPU no tensor is read back to the host."""
         features = self.features(self.normalise(batch))
         logits, deltas = self.rpn_head(features)
         anchors, shapes = self._anchors(features)
@@ -173,24 +177,32 @@ class FasterRCNN(nn.Module):
         proposals, _, valid = self.rpn_head.propose(logits, deltas, anchors, batch.sizes)
         regions, samples = self.roi_head.sample(proposals, valid, targets, seeds + 1)
         logits, deltas = self.roi_head(features, regions, samples.valid)
-        return losses | self.roi_head.losses(logits, deltas, regions, samples, targets)
+        losses |= self.roi_head.losses(logits, deltas, regions, samples, targets)
+        if self.config.mask:
+            bitmaps = pad_masks(batch.targets, targets.labels.shape[1], batch.images.shape[2:], every.dtype)
+            losses |= self.roi_head.mask_losses(features, regions, samples, targets, bitmaps)
+        return losses
 
     @torch.no_grad()
-    def detect(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Detect with fixed shapes: boxes (B, n, 4), scores (B, n), labels (B, n), valid (B, n)."""
+    def detect(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Detect with fixed shapes: boxes (B, n, 4), scores, labels, valid (B, n) and, if any, masks (B, n, 28, 28)."""
         features = self.features(self.normalise(batch))
         logits, deltas = self.rpn_head(features)
         anchors, _ = self._anchors(features)
         proposals, _, valid = self.rpn_head.propose(logits, deltas, anchors, batch.sizes)
         logits, deltas = self.roi_head(features, proposals, valid)
-        return self.roi_head.detect(logits, deltas, proposals, valid, batch.sizes)
+        boxes, scores, labels, valid = self.roi_head.detect(logits, deltas, proposals, valid, batch.sizes)
+        if not self.config.mask:
+            return boxes, scores, labels, valid
+        masks = self.roi_head.segment(features, boxes, labels, valid).to(boxes.dtype).sigmoid()
+        return boxes, scores, labels, valid, masks
 
     def _anchors(self, features: list[Tensor]) -> tuple[list[Tensor], list[tuple[int, int]]]:
         shapes = [tuple(feature.shape[2:]) for feature in features]
         return self.rpn_head.anchors(shapes), shapes
 
 
-def _check(batch: Batch, training: bool) -> None:
+def _check(batch: Batch, training: bool, mask: bool) -> None:
     """Raise ValueError where a batch cannot be what the model works on."""
     images = batch.images
     if images.dim() != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
@@ -202,3 +214,12 @@ def _check(batch: Batch, training: bool) -> None:
     if training and (batch.targets is None or len(batch.targets) != len(images)):
         found = None if batch.targets is None else len(batch.targets)
         raise ValueError(f"training needs one target per image: {len(images)} images, targets: {found}")
+    for index, target in enumerate(batch.targets if training and mask else ()):
+        masks, (height, width) = target.masks, images.shape[2:]
+        if masks is None or masks.dtype not in (torch.uint8, torch.bool):
+            raise ValueError(
+                f"targets[{index}].masks: expected uint8 or bool, found {masks if masks is None else masks.dtype}"
+            )
+        if masks.dim() != 3 or len(masks) != len(target.labels) or masks.shape[1] > height or masks.shape[2] > width:
+            expected = f"({len(target.labels)}, up to {height}, up to {width})"
+            raise ValueError(f"targets[{index}].masks: expected {expected}, found {tuple(masks.shape)}")

@@ -82,6 +82,7 @@ def infer_config(state: Mapping[str, Tensor]) -> FasterRCNNConfig:
         dcn=None if channels == 0 else "v2" if taps == 27 else "v1",
         dcn_stages=tuple(name in state for name in offsets),
         deform_groups=max(channels // taps, 1),
+        mask="roi_head.mask_head.conv_logits.weight" in state,
         norm="bn" if "backbone.bn1.running_mean" in state else "gn",
         fpn_channels=len(state["neck.fpn_convs.0.conv.weight"]),
         fc_channels=len(state["roi_head.bbox_head.shared_fcs.0.weight"]),

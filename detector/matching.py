@@ -100,6 +100,10 @@ class Samples:
     positive: Tensor
     valid: Tensor
 
+    def first(self, count: int) -> Samples:
+        """Return the first `count` samples of each image."""
+        return Samples(*(column[:, :count] for column in vars(self).values()))
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -116,6 +120,11 @@ class Sampler:
     positive_fraction: float
     rule: str = "random"
 
+    @property
+    def most_positives(self) -> int:
+        """Positives per image, at most; they stand in the first columns of the samples."""
+        return int(self.count * self.positive_fraction)
+
     def __call__(self, assigned: Tensor, seeds: Tensor) -> Samples:
         """Sample.
 
@@ -129,7 +138,7 @@ class Sampler:
         number = assigned.shape[1]
         positive, negative = assigned > 0, assigned == 0
         keys = random_keys(seeds, number) if self.rule == "random" else None
-        most = int(self.count * self.positive_fraction)
+        most = self.most_positives
         limit = positive.sum(1).clamp(max=most)
         chosen = self._choose(positive, limit, min(most, number), keys)
         others = self._choose(negative, self.count - limit, min(self.count, number), keys)

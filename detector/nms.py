@@ -171,8 +171,8 @@ def _suppress_block(boxes: Tensor, threshold: float) -> Tensor:
 
 def _overlap(a: Tensor, b: Tensor, threshold: float) -> Tensor:
     """Return (..., M, N) bool: IoU of a (..., M, 4) and b (..., N, 4) above the threshold."""
-    ax1, ay1, ax2, ay2 = a[..., :, None, :].unbind(-1)
-    bx1, by1, bx2, by2 = b[..., None, :, :].unbind(-1)
+    ax1, ay1, ax2, ay2 = a[..., :, None, :].movedim(-1, 0).contiguous()
+    bx1, by1, bx2, by2 = b[..., None, :, :].movedim(-1, 0).contiguous()
     inter = torch.minimum(ax2, bx2).sub_(torch.maximum(ax1, bx1)).clamp_(min=0)
     inter.mul_(torch.minimum(ay2, by2).sub_(torch.maximum(ay1, by1)).clamp_(min=0))
     union = ((ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1)).sub_(inter)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from tqdm import tqdm
 from detector.draw import draw_boxes
 from detector.image import read_image, resize_keep_ratio, stack_images, write_image
 from detector.load import load
+from detector.mask_head import paste_masks
+from detector.rle import encode_mask
 from detector.structures import Batch, Detections
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # taken as images inside a folder
@@ -31,11 +34,11 @@ class Options:
     """Detect objects in images.
 
     Leaves one annotated picture per image in OUT and all detections in OUT/detections.json: COCO's results format,
-    boxes (x, y, width, height) in the pixels of the image files. `category_id` counts the classes of the checkpoint from
-    1, `image_id` the images from 1; their names stand beside them.
+    boxes (x, y, width, height) and masks in the pixels of the image files. `category_id` counts the classes of the
+    checkpoint from 1, `image_id` the images from 1; their names stand beside them.
     """
 
-    images: tyro.conf.Positional[tuple[str, ...]]
+    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES...")]
     """Image files, folders of images, or patterns (`photos/**/*.jpg`)."""
     weights: Path
     """Checkpoint of the detector."""
@@ -45,8 +48,8 @@ class Options:
     """Detections below this score are left out."""
     batch_size: int = 1
     """Images that go through the model at once."""
-    device: str | None = None
-    """Where to compute, like `cpu` or `cuda:1`; default: the GPU if there is one."""
+    device: str = "auto"
+    """Where to compute, `cpu` or `cuda:1`, say; auto takes a GPU where there is one."""
 
 
 def predict_images(
@@ -102,7 +105,20 @@ def _pixels(image: str | Path | np.ndarray) -> np.ndarray:
 def _in_original_pixels(found: Detections, factor: tuple[float, float], score: float) -> Detections:
     keep = (found.scores >= score).cpu()
     boxes, scores, labels = (tensor.cpu()[keep] for tensor in (found.boxes, found.scores, found.labels))
-    return Detections(boxes / boxes.new_tensor(factor * 2), scores, labels)
+    masks = None if found.masks is None else found.masks.cpu()[keep]
+    return Detections(boxes / boxes.new_tensor(factor * 2), scores, labels, masks)
+
+
+def full_masks(found: Detections, height: int, width: int) -> Iterator[np.ndarray]:
+    """Draw the masks of an image's detections into that image, one after the other: (height, width) bool.
+
+    Args:
+        found: in pixels of the image; if it has no masks, nothing comes.
+        height, width: of the image.
+    """
+    for index in range(0 if found.masks is None else len(found.masks)):
+        part = slice(index, index + 1)
+        yield paste_masks(found.masks[part], found.boxes[part], height, width)[0].numpy()
 
 
 def find_images(patterns: Iterable[str]) -> tuple[list[Path], list[str]]:
@@ -128,11 +144,20 @@ def find_images(patterns: Iterable[str]) -> tuple[list[Path], list[str]]:
     return list(found.values()), problems
 
 
-def coco_results(found: Detections, class_names: Sequence[str], image_id: int, file_name: str) -> list[dict]:
-    """Return an image's detections in COCO's results format, with the names of file and class beside their numbers."""
+def coco_results(
+    found: Detections, class_names: Sequence[str], image_id: int, file_name: str, size: tuple[int, int]
+) -> list[dict]:
+    """Return an image's detections in COCO's results format, with the names of file and class beside their numbers.
+
+    Args:
+        found: in pixels of the image; its masks, if any, become `segmentation`.
+        class_names: by label.
+        image_id, file_name: of the image.
+        size: height and width of the image.
+    """
     boxes = found.boxes.double()
     boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
-    return [
+    results = [
         {
             "image_id": image_id,
             "file_name": file_name,
@@ -143,16 +168,26 @@ def coco_results(found: Detections, class_names: Sequence[str], image_id: int, f
         }
         for box, label, score in zip(boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True)
     ]
+    for result, mask in zip(results, full_masks(found, *size), strict=False):
+        result["segmentation"] = encode_mask(mask)
+    return results
 
 
-def main(options: Options) -> int:
-    """Run the command; return its exit status: 0, or 1 if images could not be found or read."""
+def predict_files(options: Options) -> list[str]:
+    """Detect in files and write pictures and results.
+
+    Returns:
+        A message for each image that could not be found or read; all others are done.
+
+    Raises:
+        OSError, ValueError: nothing could be done: weights cannot be read, no image was found, an option is wrong.
+    """
     if options.batch_size < 1:
         raise ValueError(f"--batch-size: expected at least 1, found {options.batch_size}")
     files, failed = find_images(options.images)
     if not files:
         raise ValueError("; ".join(failed) or "no images given")
-    model, names = load(options.weights, options.device)
+    model, names = load(options.weights, None if options.device == "auto" else options.device)
     options.out.mkdir(parents=True, exist_ok=True)
     namer = _PictureNames(options.out, files)
     results, broken = [], 0
@@ -168,15 +203,26 @@ def main(options: Options) -> int:
                     broken += 1
             found = predict_images(model, images, batch_size=options.batch_size, score=options.score)
             for number, image, detections in zip(numbers, images, found, strict=True):
-                results += coco_results(detections, names, number, str(files[number - 1]))
-                picture = draw_boxes(image, detections.boxes, detections.labels, names, detections.scores)
-                write_image(namer.name(files[number - 1]), picture)
+                file, size = files[number - 1], image.shape[:2]
+                results += coco_results(detections, names, number, str(file), size)
+                masks = full_masks(detections, *size)
+                picture = draw_boxes(image, detections.boxes, detections.labels, names, detections.scores, masks)
+                write_image(namer.name(file), picture)
             progress.update(len(files[start : start + options.batch_size]))
     _write_json(options.out / RESULTS, results)
     print(f"{len(results)} detections in {len(files) - broken} images: {options.out / RESULTS}")
-    for message in failed:
+    return failed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status, 0 if every image was done."""
+    try:
+        errors = predict_files(tyro.cli(Options, prog="python -m detector.predict", args=arguments))
+    except (OSError, ValueError) as error:
+        errors = [str(error)]
+    for message in errors:
         print(f"error: {message}", file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if errors else 0
 
 
 class _PictureNames:
@@ -215,7 +261,4 @@ def _write_json(path: Path, content: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Options, prog="python -m detector.predict")))
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Second stage: pooled features, class and box of every region; losses and detections for whole batches."""
+"""Second stage: pooled features, class, box and mask of every region; losses and detections for whole batches."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detector import boxes as box_ops
+from detector.mask_head import POOLED, SIZE, MaskHead, mask_loss, mask_targets
 from detector.matching import Matcher, PaddedTargets, Sampler, Samples
 from detector.nms import batched_nms
 from detector.roi_align import roi_align, roi_levels
@@ -51,13 +52,14 @@ class BoxHead(nn.Module):
 
 
 class RoIHead(nn.Module):
-    """Sampling, pooling, box head, losses and detections.
+    """Sampling, pooling, box head, losses and detections; if asked for, masks.
 
     Args:
         channels, size, hidden, num_classes: of `BoxHead`.
         strides: of the pyramid levels that are pooled from, finest first.
         matcher, sampler: of the training targets.
         score_threshold, nms_iou, detections: of the evaluation; `detections` boxes are left per image.
+        mask: with a `MaskHead`.
 
     Source:
         MMDetection's StandardRoIHead.
@@ -75,12 +77,15 @@ class RoIHead(nn.Module):
         score_threshold: float,
         nms_iou: float,
         detections: int,
+        mask: bool = False,
     ):
         super().__init__()
         self.size, self.strides, self.num_classes = size, tuple(strides), num_classes
         self.matcher, self.sampler = matcher, sampler
         self.score_threshold, self.nms_iou, self.detections = score_threshold, nms_iou, detections
         self.bbox_head = BoxHead(channels, size, hidden, num_classes)
+        if mask:
+            self.mask_head = MaskHead(channels, num_classes)
 
     def forward(self, features: Sequence[Tensor], boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Classify and refine regions.
@@ -92,21 +97,37 @@ class RoIHead(nn.Module):
         Returns:
             logits (B, R, classes + 1) and deltas (B, R, classes, 4); meaningless where not valid.
         """
-        count = boxes.shape[:2]
-        image = torch.arange(count[0], device=boxes.device)[:, None].expand(count)
-        rois = torch.cat([torch.where(valid, image, -1)[:, :, None].to(boxes.dtype), boxes], 2).flatten(0, 1)
-        levels = roi_levels(boxes.flatten(0, 1), len(self.strides))
-        pooled = roi_align(
-            list(features[: len(self.strides)]), rois, levels,
-            strides=self.strides, output_size=self.size, sampling_ratio=0,
-        )  # fmt: skip
-        logits, deltas = self.bbox_head(pooled)
-        return logits.unflatten(0, count), deltas.unflatten(0, count)
+        logits, deltas = self.bbox_head(self._pool(features, _rois(boxes, valid), self.size))
+        return logits.unflatten(0, valid.shape), deltas.unflatten(0, valid.shape)
+
+    def segment(self, features: Sequence[Tensor], boxes: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+        """Predict the masks of regions.
+
+        Args:
+            features, boxes, valid: as in `forward`.
+            labels: (B, R) int64, the class whose mask is wanted.
+
+        Returns:
+            (B, R, 28, 28) logits; meaningless where not valid.
+        """
+        rois, labels = _rois(boxes, valid), labels.flatten()
+        if rois.is_cuda or torch.compiler.is_compiling():
+            return self._mask_logits(features, rois, labels).unflatten(0, valid.shape)
+        real = valid.flatten().nonzero()[:, 0]  # on a CPU padding is dear and reading a mask is not
+        found = self._mask_logits(features, rois[real], labels[real])
+        return found.new_zeros(len(rois), SIZE, SIZE).index_copy(0, real, found).unflatten(0, valid.shape)
+
+    def _mask_logits(self, features: Sequence[Tensor], rois: Tensor, labels: Tensor) -> Tensor:
+        return self.mask_head(self._pool(features, rois, POOLED), labels)
+
+    def _pool(self, features: Sequence[Tensor], rois: Tensor, size: int) -> Tensor:
+        levels = roi_levels(rois[:, 1:], len(self.strides))
+        return roi_align(
+            features[: len(self.strides)], rois, levels, strides=self.strides, output_size=size, sampling_ratio=0
+        )
 
     @torch.no_grad()
-    def sample(
-        self, proposals: Tensor, valid: Tensor, targets: PaddedTargets, seeds: Tensor
-    ) -> tuple[Tensor, Samples]:
+    def sample(self, proposals: Tensor, valid: Tensor, targets: PaddedTargets, seeds: Tensor) -> tuple[Tensor, Samples]:
         """Choose the regions of the loss among the ground truths and the proposals.
 
         Args:
@@ -143,6 +164,22 @@ class RoIHead(nn.Module):
             "loss_bbox": distance.sum() / (count + EPS),
         }
 
+    def mask_losses(
+        self, features: Sequence[Tensor], boxes: Tensor, samples: Samples, targets: PaddedTargets, bitmaps: Tensor
+    ) -> dict[str, Tensor]:
+        """Compute the loss of the masks of the positive samples.
+
+        Args:
+            features: of `forward`.
+            boxes: (B, S, 4), the sampled regions.
+            bitmaps: (B, G, H, W) of `pad_masks`, of the same `targets`.
+        """
+        samples = samples.first(self.sampler.most_positives)
+        boxes = boxes[:, : self.sampler.most_positives]
+        logits = self.segment(features, boxes, targets.labels.gather(1, samples.target), samples.positive)
+        goal = mask_targets(bitmaps, boxes, samples)
+        return {"loss_mask": mask_loss(logits.to(boxes.dtype), goal, samples.positive)}
+
     def detect(
         self, logits: Tensor, deltas: Tensor, boxes: Tensor, valid: Tensor, sizes: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -165,3 +202,9 @@ class RoIHead(nn.Module):
         best, order = best[:, : self.detections], order[:, : self.detections]
         boxes = boxes.flatten(1, 2).gather(1, order[:, :, None].expand(-1, -1, 4))
         return boxes, best, order % self.num_classes, best >= 0
+
+
+def _rois(boxes: Tensor, valid: Tensor) -> Tensor:
+    """Return (B * R, 5) regions as `roi_align` takes them, batch index -1 where not valid."""
+    image = torch.arange(len(boxes), device=boxes.device)[:, None]
+    return torch.cat([torch.where(valid, image, -1)[:, :, None].to(boxes.dtype), boxes], 2).flatten(0, 1)

@@ -16,15 +16,27 @@ class Target:
     Attributes:
         boxes: (N, 4) float32, x1 y1 x2 y2 in pixels of the resized image; N may be 0.
         labels: (N,) int64, classes from 0.
+        masks: (N, H, W) uint8 or bool, not 0 inside the object; H, W is the size of the resized image, padded or not.
+            None where the model predicts boxes only.
     """
 
     boxes: Tensor
     labels: Tensor
+    masks: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Target:
         """Return the target on `device`."""
+        move = {"device": device, "non_blocking": non_blocking}
         return Target(
-            self.boxes.to(device, non_blocking=non_blocking), self.labels.to(device, non_blocking=non_blocking)
+            self.boxes.to(**move), self.labels.to(**move), None if self.masks is None else self.masks.to(**move)
+        )
+
+    def pin_memory(self) -> Target:
+        """Return the target in page-locked memory."""
+        return Target(
+            self.boxes.pin_memory(),
+            self.labels.pin_memory(),
+            None if self.masks is None else self.masks.pin_memory(),
         )
 
 
@@ -60,9 +72,7 @@ class Batch:
         return Batch(
             self.images.pin_memory(),
             self.sizes.pin_memory(),
-            None
-            if self.targets is None
-            else [Target(target.boxes.pin_memory(), target.labels.pin_memory()) for target in self.targets],
+            None if self.targets is None else [target.pin_memory() for target in self.targets],
             None if self.seeds is None else self.seeds.pin_memory(),
         )
 
@@ -75,8 +85,11 @@ class Detections:
         boxes: (N, 4), x1 y1 x2 y2 in pixels of the resized image.
         scores: (N,) in [0, 1], falling.
         labels: (N,) int64, classes from 0.
+        masks: (N, 28, 28) in [0, 1], how likely each cell of the box belongs to the object; None if the model predicts
+            boxes only. `detector.mask_head.paste_masks` draws them into an image.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+    masks: Tensor | None = None

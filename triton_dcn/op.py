@@ -75,7 +75,8 @@ def forward_op(
 ) -> Tensor:
     """Run the forward pass of `backend`; see `triton_dcn.deform_conv2d`."""
     geom = ConvGeometry.of(input, offset, weight, mask, tuple(stride), tuple(padding), tuple(dilation))
-    output = _implementation(backend).forward(geom, input, offset, mask, weight, bias)
+    with torch.autocast(input.device.type, enabled=False):  # the caller has chosen the dtypes
+        output = _implementation(backend).forward(geom, input, offset, mask, weight, bias)
     return output.contiguous(memory_format=_memory_format(input))
 
 
@@ -100,7 +101,8 @@ def backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of input, offset, mask and weight; an empty tensor where `needs` is false."""
     geom = ConvGeometry.of(input, offset, weight, mask, tuple(stride), tuple(padding), tuple(dilation))
-    grads = _implementation(backend).backward(geom, grad_output, input, offset, mask, weight, tuple(needs))
+    with torch.autocast(input.device.type, enabled=False):
+        grads = _implementation(backend).backward(geom, grad_output, input, offset, mask, weight, tuple(needs))
     return tuple(
         input.new_empty(0) if grad is None else grad.contiguous(memory_format=_memory_format(like))
         for grad, like in zip(grads, (input, offset, mask, weight), strict=True)

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from detector.fpn import FPN
 from detector.resnet import ResNet
-from tests.golden.fill import fill
+from tests.detector.golden_model import fill_model
 
 MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 STD = np.array([58.395, 57.12, 57.375], np.float32)
@@ -32,14 +33,13 @@ def golden_features(golden, golden_images):
 
     def features(config: str) -> dict[str, torch.Tensor]:
         if config not in cache:
-            backbone = ResNet(50, dcn="v2", deform_groups=int(config[2:])).double()
-            neck = FPN(backbone.out_channels).double()
-            for prefix, module in (("backbone", backbone), ("neck", neck)):
-                filled = {name: fill(f"{prefix}.{name}", v.shape, salt) for name, v in module.state_dict().items()}
-                module.load_state_dict({name: torch.from_numpy(value) for name, value in filled.items()})
+            model = nn.Module()
+            model.backbone = ResNet(50, dcn="v2", deform_groups=int(config[2:]))
+            model.neck = FPN(model.backbone.out_channels)
+            fill_model(model.double(), salt)
             with torch.no_grad():
-                bottom_up = backbone.train()(golden_images)
-                pyramid = neck(bottom_up)
+                bottom_up = model.backbone.train()(golden_images)
+                pyramid = model.neck(bottom_up)
             names = [f"C{level}" for level in range(2, 6)] + [f"P{level}" for level in range(2, 7)]
             cache[config] = dict(zip(names, bottom_up + pyramid, strict=True))
         return cache[config]

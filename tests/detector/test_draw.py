@@ -1,0 +1,101 @@
+"""Pictures: what is drawn where, what is left alone, and labels that do not cover each other."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from detector import Detections, Target, draw
+from detector.draw import class_colour, draw_boxes, draw_comparison
+
+NAMES = ["disc", "ring", "traffic light"]
+
+
+def test_colours_of_neighbouring_classes_differ():
+    colours = np.array([class_colour(label) for label in range(80)], int)
+    distances = np.abs(colours[1:] - colours[:-1]).sum(1)
+    assert distances.min() > 100
+    assert len({tuple(colour) for colour in colours}) == 80
+
+
+def test_box_is_drawn_in_its_colour_and_the_input_left_alone():
+    image = np.full((200, 300, 3), 77, np.uint8)
+    boxes, labels = torch.tensor([[60.0, 80.0, 160.0, 150.0]], requires_grad=True), torch.tensor([1])
+    picture = draw_boxes(image, boxes, labels, NAMES, torch.tensor([0.5]))
+    assert (image == 77).all()
+    assert picture.shape == image.shape
+    for x, y in ((60, 120), (160, 120), (110, 150)):
+        assert tuple(picture[y, x]) == class_colour(1)
+    np.testing.assert_array_equal(picture[90:140, 70:150], image[90:140, 70:150])
+    np.testing.assert_array_equal(picture[160:], image[160:])
+
+
+def test_masks_are_tinted():
+    image = np.full((100, 100, 3), 100, np.uint8)
+    mask = np.zeros((100, 100), bool)
+    mask[20:60, 30:70] = True
+    boxes = torch.tensor([[5.0, 5.0, 95.0, 95.0]])
+    picture = draw_boxes(image, boxes, torch.tensor([1]), NAMES, masks=[mask])
+    np.testing.assert_array_equal(picture[40, 50], (60 + 0.4 * np.array(class_colour(1))).astype(int))
+    assert (picture[70:90, 70:90] == 100).all()
+
+
+def test_nothing_to_draw():
+    image = np.full((20, 30, 3), 77, np.uint8)
+    np.testing.assert_array_equal(draw_boxes(image, torch.zeros(0, 4), torch.zeros(0).long(), NAMES), image)
+
+
+def test_labels_do_not_cover_each_other(monkeypatch):
+    placed, place = [], draw._label
+    monkeypatch.setattr(draw, "_label", lambda *arguments: placed.append(place(*arguments)) or placed[-1])
+    boxes = torch.tensor([300.0, 200.0, 380.0, 260.0]) + torch.arange(6).view(-1, 1) * 3  # nearly the same place
+    draw_boxes(np.zeros((480, 640, 3), np.uint8), boxes, torch.tensor([0, 1, 2] * 2), NAMES, torch.linspace(1, 0.5, 6))
+    assert len(placed) == 6
+    assert all(draw._overlap(a, b) == 0 for a, b in itertools.combinations(placed, 2))
+    assert all(0 <= x1 < x2 <= 640 and 0 <= y1 < y2 <= 480 for x1, y1, x2, y2 in placed)
+
+
+@pytest.mark.parametrize("size", [(3, 3), (40, 25), (2000, 1500)])
+def test_boxes_outside_or_without_area_and_small_images(size):
+    boxes = torch.tensor([[-50.0, -50, 5000, 5000], [10, 10, 10, 10], [20, 20, 4, 4], [float("nan")] * 4, [1e30] * 4])
+    picture = draw_boxes(np.zeros((*size, 3), np.uint8), boxes, torch.zeros(5).long(), NAMES, torch.rand(5))
+    assert picture.shape == (*size, 3)
+    assert picture.any()
+
+
+def test_wrong_labels_and_lengths_are_named():
+    image, boxes = np.zeros((20, 30, 3), np.uint8), torch.zeros(1, 4)
+    with pytest.raises(ValueError, match="labels: found 3 to 3 with 3 class names"):
+        draw_boxes(image, boxes, torch.tensor([3]), NAMES)
+    with pytest.raises(ValueError, match="1, 2 and 2 entries"):
+        draw_boxes(image, boxes, torch.tensor([0, 1]), NAMES)
+
+
+@pytest.mark.parametrize("size", [(64, 48), (300, 700)])
+@pytest.mark.parametrize("count", [0, 3])
+def test_comparison_has_both_halves_and_a_legend(size, count):
+    image = np.full((*size, 3), 77, np.uint8)
+    boxes = torch.tensor([[4.0, 20.0, 30.0, 40.0]] * count).view(-1, 4)
+    labels = torch.arange(count)
+    found = Detections(boxes, torch.linspace(0.9, 0.5, count), labels)
+    picture = draw_comparison(image, found, Target(boxes[:1], labels[:1]), NAMES)
+    assert picture.dtype == np.uint8
+    assert picture.shape[1] > 2 * size[1]
+    assert max(picture.shape[0], picture.shape[1] // 2) >= 640
+    left, right = picture[:, : picture.shape[1] // 2 - 8], picture[:, picture.shape[1] // 2 + 8 :]
+    if count:
+        third = np.array(class_colour(2))  # detected, but not in the ground truth; in the legend once
+        assert (left == third).all(-1).sum() > 2 * (right == third).all(-1).sum()
+        assert (right == np.array(class_colour(0))).all(-1).any()
+
+
+def test_long_legend_wraps():
+    names = [f"a class with a long name {label}" for label in range(30)]
+    labels = torch.arange(30)
+    found = Detections(torch.rand(30, 4) * 100, torch.rand(30), labels)
+    image = np.zeros((100, 100, 3), np.uint8)
+    wide = draw_comparison(image, found, Target(torch.zeros(0, 4), labels[:0]), names)
+    short = draw_comparison(image, Detections(found.boxes[:1], found.scores[:1], labels[:1]), Target(torch.zeros(0, 4), labels[:0]), names)  # fmt: skip  # noqa: E501
+    assert wide.shape[1] == short.shape[1]
+    assert wide.shape[0] > short.shape[0]

@@ -1,0 +1,198 @@
+"""Prediction: original pixels, names that do not collide, broken images that do not stop the others."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from detector import FasterRCNN, FasterRCNNConfig
+from detector.checkpoint import save_weights
+from detector.image import read_image, resize_keep_ratio, stack_images, write_image
+from detector.mask_head import paste_masks
+from detector.predict import find_images, full_masks, main, predict_images
+from detector.rle import encode_mask
+from detector.structures import Batch
+
+CLASSES = ["disc", "ring", "star"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A small detector that finds something everywhere."""
+    torch.manual_seed(3)
+    config = FasterRCNNConfig(
+        depth=18, num_classes=3, dcn=None, norm="gn", fpn_channels=32, fc_channels=16, image_scale=(96, 64),
+        rpn_candidates=(50, 50), rpn_proposals=50, detections=10,
+    )  # fmt: skip
+    return FasterRCNN(config).eval()
+
+
+@pytest.fixture(scope="module")
+def weights(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_weights(path, model, CLASSES)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with images of several sizes; two share a name but for the suffix, one a name with another folder."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for name, size in {"a.png": (50, 80), "a.bmp": (64, 64), "b.jpg": (120, 40), "more/b.jpg": (30, 30)}.items():
+        write_image(folder / name, random.integers(0, 256, (*size, 3), np.uint8))
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def run(weights, out, *images, **options):
+    flags = {"weights": weights, "out": out, "device": "cpu"} | options
+    return main([*map(str, images), *(str(word) for name, value in flags.items() for word in (f"--{name}", value))])
+
+
+def test_boxes_are_in_original_pixels(model):
+    image = np.random.default_rng(1).integers(0, 256, (250, 400, 3), np.uint8)
+    (found,) = predict_images(model, [image])
+    resized, factors = resize_keep_ratio(image, model.config.image_scale)
+    (expected,) = model(Batch(*stack_images([resized])))
+    assert len(found.labels) == 10
+    torch.testing.assert_close(found.boxes * torch.tensor(factors * 2), expected.boxes)
+    assert torch.equal(found.scores, expected.scores)
+    assert found.boxes[:, 2].max() <= 400.001
+    assert found.boxes[:, 3].max() > resized.shape[0]  # not in resized pixels
+
+
+def test_score_threshold_and_order_of_results(model, photos):
+    files = sorted(photos.glob("*.[bjp]*"))
+    every = list(predict_images(model, files))
+    assert len(every) == 3
+    threshold = float(torch.cat([found.scores for found in every]).median())
+    for found, all_found in zip(predict_images(model, files, score=threshold), every, strict=True):
+        keep = all_found.scores >= threshold
+        torch.testing.assert_close(found.boxes, all_found.boxes[keep])
+        assert torch.equal(found.labels, all_found.labels[keep])
+
+
+def test_batches_of_equal_images_give_what_single_images_give(model):
+    images = list(np.random.default_rng(2).integers(0, 256, (3, 64, 96, 3), np.uint8))
+    for one, together in zip(predict_images(model, images), predict_images(model, images, batch_size=2), strict=True):
+        torch.testing.assert_close(one.boxes, together.boxes, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(one.scores, together.scores, rtol=1e-4, atol=1e-5)
+
+
+def test_wrong_arguments_are_named(model):
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, found 0"):
+        predict_images(model, [], batch_size=0)
+    with pytest.raises(ValueError, match=r"image: expected \(H, W, 3\) uint8, found \(4, 4\) uint8"):
+        next(predict_images(model, [np.zeros((4, 4), np.uint8)]))
+    with pytest.raises(ValueError, match="model: expected evaluation mode"):
+        predict_images(FasterRCNN(model.config).train(), [])
+
+
+def test_masks(tmp_path, photos):
+    config = FasterRCNNConfig(
+        depth=18, num_classes=3, dcn=None, mask=True, norm="gn", fpn_channels=32, fc_channels=16, image_scale=(96, 64),
+        rpn_candidates=(50, 50), rpn_proposals=50, detections=10,
+    )  # fmt: skip
+    model = FasterRCNN(config).eval()
+    (found,) = predict_images(model, [photos / "b.jpg"])
+    assert found.masks.shape == (10, 28, 28)
+    masks = list(full_masks(found, 120, 40))
+    expected = paste_masks(found.masks, found.boxes, 120, 40).numpy()
+    np.testing.assert_array_equal(np.stack(masks), expected)
+    save_weights(tmp_path / "model.safetensors", model, CLASSES)
+    assert run(tmp_path / "model.safetensors", tmp_path / "out", photos / "b.jpg", score=0.0) == 0
+    results = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert [result["segmentation"] for result in results] == [encode_mask(mask) for mask in expected]
+
+
+def test_find_images(photos, monkeypatch):
+    monkeypatch.chdir(photos)
+    names = ["a.bmp", "a.png", "b.jpg"]
+    assert find_images(["."]) == ([Path(name) for name in names], [])
+    assert find_images(["b.jpg", str(photos)])[0] == [Path("b.jpg"), photos / "a.bmp", photos / "a.png"]
+    assert find_images(["**/*.jpg"]) == ([Path("b.jpg"), Path("more/b.jpg")], [])
+    (photos / "empty").mkdir()
+    (photos / "odd[1].png").write_bytes((photos / "a.png").read_bytes())
+    assert find_images(["odd[1].png"]) == ([Path("odd[1].png")], [])
+    assert find_images(["empty", "*.gif"]) == ([], ["no images in folder empty", "no file *.gif"])
+
+
+def test_pictures_and_results(weights, photos, tmp_path, capsys):
+    out = tmp_path / "new" / "out"
+    assert run(weights, out, photos, photos / "more", score=0.0, batch_size=2) == 0
+    assert sorted(file.name for file in out.iterdir()) == ["a-2.jpg", "a.jpg", "b-2.jpg", "b.jpg", "detections.json"]
+    results = json.loads((out / "detections.json").read_text())
+    assert len(results) == 40
+    sizes = {}
+    for result in results:
+        assert result["category_name"] == CLASSES[result["category_id"] - 1]
+        height, width = sizes.setdefault(result["file_name"], read_image(result["file_name"]).shape[:2])
+        x, y, w, h = result["bbox"]
+        assert x >= 0
+        assert y >= 0
+        assert x + w <= width + 1e-3
+        assert y + h <= height + 1e-3
+    files = [photos / "a.bmp", photos / "a.png", photos / "b.jpg", photos / "more" / "b.jpg"]
+    assert {(r["image_id"], r["file_name"]) for r in results} == {(i, str(f)) for i, f in enumerate(files, 1)}
+    for name, file in zip(["a.jpg", "a-2.jpg", "b.jpg", "b-2.jpg"], files, strict=True):
+        assert read_image(out / name).shape == read_image(file).shape
+    assert "40 detections in 4 images" in capsys.readouterr().out
+
+
+def test_inputs_are_never_overwritten(weights, photos):
+    before = {file: file.read_bytes() for file in photos.iterdir() if file.is_file()}
+    assert run(weights, photos, photos / "b.jpg", photos / "a.png", score=0.0) == 0
+    assert {file: file.read_bytes() for file in before} == before
+    assert (photos / "b-2.jpg").exists()
+    assert (photos / "a.jpg").exists()
+
+
+def test_links_to_inputs_are_not_overwritten(weights, photos, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "b.jpg").symlink_to(photos / "b.jpg")
+    before = (photos / "b.jpg").read_bytes()
+    assert run(weights, out, photos / "b.jpg", score=0.0) == 0
+    assert (photos / "b.jpg").read_bytes() == before
+    assert (out / "b-2.jpg").exists()
+
+
+def test_broken_images_are_named_and_the_others_done(weights, photos, tmp_path, capsys):
+    (photos / "broken.jpg").write_bytes((photos / "b.jpg").read_bytes()[:500])
+    out = tmp_path / "out"
+    assert run(weights, out, photos, photos / "absent.jpg", score=0.0, batch_size=4) == 1
+    assert {file.name for file in out.iterdir()} == {"a.jpg", "a-2.jpg", "b.jpg", "detections.json"}
+    captured = capsys.readouterr()
+    assert f"no file {photos / 'absent.jpg'}" in captured.err
+    assert f"cannot read image {photos / 'broken.jpg'}" in captured.err
+    assert "30 detections in 3 images" in captured.out
+    by_file = {result["file_name"]: result["image_id"] for result in json.loads((out / "detections.json").read_text())}
+    assert by_file == {str(photos / "a.bmp"): 1, str(photos / "a.png"): 2, str(photos / "b.jpg"): 3}
+
+
+def test_nothing_to_do_is_an_error(weights, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(weights, out, tmp_path / "absent.jpg") == 1
+    assert f"error: no file {tmp_path / 'absent.jpg'}" in capsys.readouterr().err
+    assert run(weights, out, tmp_path / "absent.jpg", batch_size=0) == 1
+    assert "error: --batch-size: expected at least 1, found 0" in capsys.readouterr().err
+    assert run(tmp_path / "lost.pt", out, Path(__file__)) == 1
+    assert "lost.pt" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_module_is_a_command(weights, photos, tmp_path, monkeypatch):
+    arguments = [photos / "b.jpg", "--weights", weights, "--out", tmp_path, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
+    monkeypatch.delitem(sys.modules, "detector.predict")
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_module("detector.predict", run_name="__main__", alter_sys=True)
+    assert exit_.value.code == 0
+    assert (tmp_path / "b.jpg").exists()
+    assert (tmp_path / "detections.json").exists()

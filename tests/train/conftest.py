@@ -1,0 +1,79 @@
+"""A data set of a few noisy rectangles in COCO layout, and runs of the training script on it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+MAIN = Path(__file__).parents[2] / "train" / "main.py"
+CATEGORIES = [{"id": 7, "name": "red"}, {"id": 3, "name": "blue"}]  # ids with holes, not in order
+
+
+def make_split(root: Path, split: str, count: int, first_id: int, size: tuple[int, int] = (96, 128)) -> dict:
+    """Write `count` images of `size` (height, width) with one or two rectangles each; return the JSON content."""
+    random = np.random.default_rng(first_id)
+    (root / split).mkdir(parents=True)
+    (root / "annotations").mkdir(exist_ok=True)
+    content = {"images": [], "annotations": [], "categories": CATEGORIES}
+    for image_id in range(first_id, first_id + count):
+        height, width = size
+        pixels = random.integers(90, 130, (height, width, 3)).astype(np.uint8)
+        for _ in range(1 + image_id % 2):
+            category = CATEGORIES[int(random.integers(2))]
+            w, h = random.integers(24, 60, 2).tolist()
+            x, y = int(random.integers(0, width - w)), int(random.integers(0, height - h))
+            pixels[y : y + h, x : x + w] = (200, 40, 40) if category["name"] == "red" else (40, 40, 200)
+            number = len(content["annotations"]) + 1
+            content["annotations"].append(
+                {"id": number, "image_id": image_id, "category_id": category["id"], "bbox": [x, y, w, h],
+                 "area": w * h, "iscrowd": 0}
+            )  # fmt: skip
+        name = f"{image_id:06d}.png"
+        cv2.imwrite(str(root / split / name), pixels[..., ::-1])
+        content["images"].append({"id": image_id, "file_name": name, "width": width, "height": height})
+    write_annotations(root, split, content)
+    return content
+
+
+def write_annotations(root: Path, split: str, content: dict) -> None:
+    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def coco(tmp_path) -> Path:
+    """A fresh data set with 8 training and 3 validation images, to be damaged at will."""
+    make_split(tmp_path / "coco", "train2017", 8, 100)
+    make_split(tmp_path / "coco", "val2017", 3, 500)
+    return tmp_path / "coco"
+
+
+def command(*arguments: object, processes: int = 1, launcher: tuple[str, ...] = ("--standalone",)) -> list[str]:
+    """Return the command line of a tiny training run, under torchrun if there are several processes."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *launcher]
+    fixed = ["--preset", "tiny", "--device", "cpu", "--pictures", "1"]
+    return [*start, str(MAIN), *fixed, *map(str, arguments)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return the environment of a run: one thread per process, nothing of a launcher around the tests."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {key: value for key, value in os.environ.items() if key not in launcher} | {"OMP_NUM_THREADS": "1", **more}
+
+
+def run(*arguments: object, processes: int = 1, **env: str) -> subprocess.CompletedProcess:
+    """Run the training script to its end."""
+    return subprocess.run(
+        command(*arguments, processes=processes), env=environment(**env), capture_output=True, text=True, timeout=240
+    )
+
+
+def lines(out: Path) -> list[dict]:
+    """Return metrics.jsonl of a run."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

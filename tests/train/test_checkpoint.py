@@ -1,0 +1,131 @@
+import os
+
+import pytest
+import torch
+from torch import nn
+
+import train.checkpoint
+from train.checkpoint import State, find, load, mark_best, newest, pack, restore, save
+from train.config import OptimConfig
+from train.schedule import make_optimizer
+
+
+def make_state(seed=0, average=False):
+    torch.manual_seed(seed)
+    model = nn.Linear(3, 2)
+    averaged = torch.optim.swa_utils.AveragedModel(model) if average else None
+    state = State(model, make_optimizer(model, OptimConfig()), torch.amp.GradScaler("cpu", enabled=False), averaged)
+    return state
+
+
+def take_step(state):
+    state.optimizer.zero_grad()
+    state.model(torch.ones(1, 3)).square().sum().backward()
+    state.optimizer.step()
+    if state.average is not None:
+        state.average.update_parameters(state.model)
+    state.step, state.batch = state.step + 1, state.batch + 1
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_restored_state_goes_on_as_the_saved_one(tmp_path, average):
+    state, other = make_state(0, average), make_state(1, average)
+    take_step(state)
+    path = save(tmp_path, pack(state, {"classes": ["a"]}), keep=2)
+    content = load(path)
+    restore(other, content)
+    assert content["classes"] == ["a"]
+    assert (other.step, other.batch, other.epoch) == (1, 1, 0)
+    for one in (state, other):
+        take_step(one)
+    for one, two in zip(state.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+    for one, two in zip(state.evaluated.parameters(), other.evaluated.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_model_of_the_file_is_what_is_evaluated(tmp_path):
+    state = make_state(0, average=True)
+    take_step(state)
+    take_step(state)
+    content = load(save(tmp_path, pack(state, {}), keep=1))
+    assert torch.equal(content["model"]["weight"], state.average.module.weight)
+    assert torch.equal(content["raw_model"]["weight"], state.model.weight)
+
+
+def test_keeps_the_newest(tmp_path):
+    state = make_state()
+    for _ in range(4):
+        take_step(state)
+        save(tmp_path, pack(state, {}), keep=2)
+    assert [load(path)["step"] for path in find(tmp_path)] == [4, 3]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def damage(path, how):
+    if how == "cut":
+        os.truncate(path, path.stat().st_size // 2)
+    elif how == "empty":
+        os.truncate(path, 0)
+    else:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "bit"])
+def test_damaged_newest_falls_back(tmp_path, how):
+    state, said = make_state(), []
+    for _ in range(2):
+        take_step(state)
+        save(tmp_path, pack(state, {}), keep=2)
+    damage(find(tmp_path)[0], how)
+    assert load(newest(tmp_path, said.append))["step"] == 1
+    (text,) = said
+    assert "step-00000002" in text
+    assert "damaged" in text
+    damage(find(tmp_path)[1], how)
+    with pytest.raises(ValueError, match="all 2 checkpoints"):
+        newest(tmp_path, said.append)
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert newest(tmp_path / "absent", print) is None
+    (tmp_path / ".partial-1").write_bytes(b"half")
+    (tmp_path / "best.pt").write_bytes(b"other")
+    assert newest(tmp_path, print) is None
+
+
+def test_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    state = make_state()
+    take_step(state)
+    before = save(tmp_path, pack(state, {}), keep=1)
+
+    def full(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.checkpoint.torch, "save", full)
+    take_step(state)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        save(tmp_path, pack(state, {}), keep=1)
+    assert str(tmp_path) in str(caught.value)
+    assert list(tmp_path.iterdir()) == [before]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_torch_reports_a_full_disk_in_a_way_we_know(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.checkpoint, "_partial", lambda folder: train.checkpoint.Path("/dev/full"), raising=False)
+    with pytest.raises(OSError, match="cannot write a checkpoint"):
+        save(tmp_path, pack(make_state(), {}), keep=1)
+
+
+def test_best_stays_when_its_source_goes(tmp_path):
+    state = make_state()
+    take_step(state)
+    mark_best(save(tmp_path, pack(state, {}), keep=1))
+    take_step(state)
+    save(tmp_path, pack(state, {}), keep=1)
+    assert load(tmp_path / "best.pt")["step"] == 1
+    mark_best(find(tmp_path)[0])
+    assert load(tmp_path / "best.pt")["step"] == 2

@@ -1,0 +1,94 @@
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from detector import FasterRCNN, FasterRCNNConfig
+from detector.image import read_image
+from tests.conftest import GOLDEN
+from train.loader import collate
+from train.transforms import Transform, flip, resize
+
+sys.path.insert(0, str(GOLDEN))
+from fill import summary
+
+
+def prepared(spec):
+    """Return the sample and the ignored boxes of a golden entry."""
+    image = read_image(GOLDEN / spec["file"])
+    boxes = np.array([box["bbox"] for box in spec["instances"]], np.float32)
+    ignored = np.array([bool(box["ignore_flag"]) for box in spec["instances"]])
+    image, boxes, factor = resize(image, boxes, tuple(spec["scale"]))
+    if spec["flip"]:
+        image, boxes = flip(image, boxes)
+    return image, boxes[~ignored], boxes[ignored], factor
+
+
+@pytest.mark.parametrize("name", [f"{group}.{i}" for group in ("full", "small") for i in range(4)])
+def test_resize_and_flip_equal_mmdetection(golden, name):
+    arrays, parameters = golden("preprocess")
+    spec = parameters[name]
+    image, boxes, ignored, factor = prepared(spec)
+    assert list(image.shape[:2]) == spec["img_shape"]
+    assert factor == pytest.approx(spec["scale_factor"], abs=0)
+    got = summary(image[:, :, ::-1].transpose(2, 0, 1), 1024)
+    for key in ("shape", "stats", "samples"):
+        assert (got[key] == arrays[f"{name}.resized_chw_uint8.{key}"]).all()
+    np.testing.assert_allclose(boxes, arrays[f"{name}.gt_bboxes"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(ignored, arrays[f"{name}.ignored_bboxes"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["full.batch0", "full.batch1", "small.batch0"])
+def test_batch_equals_mmdetection(golden, name):
+    arrays, parameters = golden("preprocess")
+    spec, group = parameters[name], name.split(".")[0]
+    transform = Transform((64, 64))
+    samples = []
+    for index in spec["images"]:
+        image, boxes, _, _ = prepared(parameters[f"{group}.{index}"])
+        plain = transform(np.zeros((8, 8, 3), np.uint8), boxes, np.zeros(len(boxes), np.int64), index, 0, 0)
+        samples.append(type(plain)(image, boxes, plain.labels, index, (1.0, 1.0), 0))
+    loaded = collate(samples)
+    assert list(loaded.batch.images.shape) == spec["shape"]
+    model = FasterRCNN(FasterRCNNConfig(depth=18, fpn_channels=8, fc_channels=8, num_classes=1))
+    got = summary(model.normalise(loaded.batch).numpy(), 4096)
+    for key in ("stats", "samples"):
+        np.testing.assert_allclose(got[key], arrays[f"{name}.inputs.{key}"], rtol=1e-6, atol=1e-6)
+
+
+def sample_of(transform, epoch, index):
+    image = np.arange(40 * 60 * 3, dtype=np.uint8).reshape(40, 60, 3)
+    return transform(image, np.array([[5, 5, 20, 30]], np.float32), np.array([1]), 9, epoch, index)
+
+
+def test_choices_follow_seed_epoch_and_index():
+    transform = Transform((60, 40), flip=0.5, seed=3)
+    samples = {(epoch, index): sample_of(transform, epoch, index) for epoch in range(4) for index in range(40)}
+    assert len({sample.seed for sample in samples.values()}) == 160
+    flipped = [sample.boxes[0, 0] == 40 for sample in samples.values()]
+    assert 50 < sum(flipped) < 110
+    again = sample_of(transform, 2, 7)
+    assert again.seed == samples[2, 7].seed
+    assert (again.image == samples[2, 7].image).all()
+    assert sample_of(Transform((60, 40), seed=4), 2, 7).seed != again.seed
+
+
+def test_flip_never_and_always():
+    assert (sample_of(Transform((60, 40)), 0, 0).boxes == [[5, 5, 20, 30]]).all()
+    mirrored = sample_of(Transform((60, 40), flip=1.0), 0, 0)
+    assert (mirrored.boxes == [[40, 5, 55, 30]]).all()
+    assert (mirrored.image == sample_of(Transform((60, 40)), 0, 0).image[:, ::-1]).all()
+
+
+def test_multi_scale_draws_the_short_side():
+    transform = Transform((120, 40), short_sides=(32, 64))
+    heights = {sample_of(transform, 0, index).image.shape[0] for index in range(20)}
+    assert heights == {32, 64}
+
+
+def test_boxes_are_clipped_not_dropped():
+    image = np.zeros((10, 20, 3), np.uint8)
+    boxes = np.array([[-5, -5, 10, 30], [25, 0, 30, 5]], np.float32)
+    assert (resize(image, boxes, (20, 10))[1] == [[0, 0, 10, 10], [20, 0, 20, 5]]).all()
+    assert torch.from_numpy(resize(image, boxes, (20, 10))[1]).dtype == torch.float32

@@ -1,0 +1,302 @@
+"""The Triton kernels against the float64 reference: every form and tile path, addressing, order, determinism.
+
+Runs in Triton's interpreter on a machine without a GPU. Golden cases through the whole operator: `test_op`.
+"""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from tests.triton_dcn.cases import make_case, relative
+from triton_dcn import configs, launch, reference, stages
+from triton_dcn.configs import ANY, Row, Tile
+from triton_dcn.geometry import ConvGeometry
+from triton_dcn.kernels.sampling import column_offset, corner_rows, strip_order
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ARCH = configs.architecture(torch.device(DEVICE))
+QUANTITIES = ("output", "grad_input", "grad_offset", "grad_mask", "grad_weight")
+FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # half: machine epsilon
+# batch, in, out, (H, W), kernel, stride, padding, dilation, groups, offset groups, mask, bias
+SPECS = {
+    "one-block": (1, 16, 16, (9, 10), (3, 3), (1, 1), (1, 1), (1, 1), 1, 1, True, False),
+    "two-blocks": (2, 32, 32, (9, 10), (3, 3), (2, 1), (1, 1), (1, 1), 1, 1, True, True),
+    "v1": (1, 16, 16, (9, 10), (1, 3), (1, 1), (0, 1), (1, 1), 1, 1, False, False),
+    "offset-groups": (1, 32, 16, (9, 18), (3, 3), (1, 1), (2, 2), (2, 2), 1, 2, True, False),
+    "groups": (1, 8, 6, (9, 10), (3, 3), (1, 1), (1, 1), (1, 1), 2, 1, True, True),
+    "groups-cross": (1, 12, 6, (6, 5), (2, 2), (1, 1), (1, 1), (1, 1), 2, 3, True, False),
+    "many-channels": (1, 80, 80, (5, 5), (1, 2), (1, 1), (0, 1), (1, 1), 1, 1, True, False),
+}
+
+
+def case_of(spec, dtype=torch.float32, **extra):
+    return make_case(SPECS[spec], dtype, DEVICE, **extra)
+
+
+def run(case, needs=None, backend=launch, **extra):
+    """Forward and backward of `backend`: a dict by quantity."""
+    output = backend.forward(case.geom, *case.tensors, case.bias, **extra)
+    needs = case.needs if needs is None else needs
+    grads = backend.backward(case.geom, case.grad_output, *case.tensors, needs, **extra)
+    return dict(zip(QUANTITIES, (output, *grads), strict=True))
+
+
+def widen(case):
+    """The same case in float64."""
+
+    def double(tensor):
+        return None if tensor is None else tensor.double()
+
+    return type(case)(case.geom, tuple(map(double, case.tensors)), double(case.bias), case.grad_output.double())
+
+
+def agree(found, exact, limit):
+    for name, expected in exact.items():
+        assert (found[name] is None) == (expected is None), name
+        if expected is not None:
+            assert found[name].shape == expected.shape
+            assert relative(found[name], expected) <= limit, name
+
+
+def put(monkeypatch, *rows):
+    """Place `rows` before those of the table."""
+    monkeypatch.setattr(configs, "TABLE", (*rows, *configs.TABLE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spec", SPECS)
+def test_half(spec, dtype):
+    case = case_of(spec, dtype)
+    found = run(case)
+    assert all(value is None or value.dtype == dtype for value in found.values())
+    agree(found, run(widen(case), backend=reference), FLOOR[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel", ["forward_prefetch", "forward_transposed"])
+@pytest.mark.parametrize("spec", ["two-blocks", "offset-groups"])
+def test_forward_forms(spec, kernel, dtype, monkeypatch):
+    put(monkeypatch, Row("forward", kernel, ARCH, "any", ANY, Tile(64, 16, 16)))
+    case = case_of(spec, dtype)
+    wide = widen(case)
+    exact = reference.forward(wide.geom, *wide.tensors, wide.bias).relu()
+    assert relative(launch.forward(case.geom, *case.tensors, case.bias, relu=True), exact) <= FLOOR[dtype]
+
+
+def test_columns_with_relu():
+    case = case_of("two-blocks")
+    wide = widen(case)
+    exact = reference.forward(wide.geom, *wide.tensors, wide.bias).relu()
+    assert relative(launch.forward(case.geom, *case.tensors, case.bias, relu=True), exact) <= FLOOR[torch.float32]
+
+
+@pytest.mark.parametrize("spec", ["two-blocks", "offset-groups"])
+def test_sample_gradients_in_one_pass(spec, monkeypatch):
+    put(monkeypatch, Row("grad_sample_fused", "grad_sample_fused", ARCH, "any", ANY, Tile(64, 16, 16)))
+    case = case_of(spec)
+    needs = (False, True, True, False)
+    agree(run(case, needs), run(widen(case), needs, reference), FLOOR[torch.float32])
+
+
+@pytest.mark.parametrize("spec", ["one-block", "offset-groups"])
+@pytest.mark.parametrize("wanted", range(4))
+def test_each_gradient_alone(spec, wanted):
+    case = case_of(spec)
+    needs = tuple(index == wanted for index in range(4))
+    agree(run(case, needs), run(widen(case), needs, reference), FLOOR[torch.float32])
+
+
+@pytest.mark.parametrize("spec", ["two-blocks", "offset-groups", "groups"])
+def test_chunks_and_slices(spec, monkeypatch):
+    """A workspace that holds one row of tiles: one image a slice, several chunks of columns and of T."""
+    case = case_of(spec)
+    monkeypatch.setattr(configs, "WORKSPACE_BYTES", 40_000)
+    parts = [part.batch for part, _ in launch._slices(case.geom)]
+    assert parts == [1] * case.geom.batch
+    assert len(list(launch._chunks(case.geom, case.tensors[0]))) > 1 or spec == "groups"
+    agree(run(case), run(widen(case), backend=reference), FLOOR[torch.float32])
+
+
+def test_strips(monkeypatch):
+    monkeypatch.setattr(configs, "STRIP_MIN_WIDTH", 17)
+    put(monkeypatch, Row("forward", "forward_prefetch", ARCH, "any", ANY, Tile(64, 16, 16)))
+    put(monkeypatch, Row("grad_sample_fused", "grad_sample_fused", ARCH, "any", ANY, Tile(64, 16, 16)))
+    case = case_of("offset-groups")
+    assert configs.strip(case.geom.out_width) == 16
+    needs = (False, True, True, False)
+    agree(run(case, needs), run(widen(case), needs, reference), FLOOR[torch.float32])
+
+
+@pytest.mark.parametrize("spec", ["two-blocks", "offset-groups"])
+def test_deterministic_algorithms(spec):
+    """Stable bins in place of atomic ranks; torch also fills fresh memory with NaN here, so nothing is left unwritten."""
+    case = case_of(spec)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = run(case), run(case)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first[name], second[name]) for name in QUANTITIES)
+    agree(first, run(widen(case), backend=reference), FLOOR[torch.float32])
+
+
+def test_bins_hold_the_samples_of_their_tile():
+    """Both ways list the same samples, the stable one in their order; every entry touches the tile of its bin."""
+    case = case_of("offset-groups")
+    geom, (_, offset, mask, _) = case.geom, case.tensors
+    samples = stages.sample(geom, offset, mask, False)
+    ranked = stages.bin_samples(geom, samples)
+    torch.use_deterministic_algorithms(True)
+    try:
+        stable = stages.bin_samples(geom, samples)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(ranked.start, stable.start)
+    rows, columns = stages.input_tiles(geom)
+    inside = int((samples.cell & 15).ne(0).sum())
+    assert inside <= int(stable.start[-1]) <= 4 * inside
+    for number, (first, last) in enumerate(zip(stable.start[:-1].tolist(), stable.start[1:].tolist(), strict=True)):
+        entries = stable.entry[first:last].tolist()
+        assert entries == sorted(ranked.entry[first:last].tolist())
+        tap, tile = number % geom.taps, number // geom.taps
+        tile_x, tile_y, group = tile % columns, tile // columns % rows, tile // (columns * rows)
+        for entry in entries:
+            cell = int(samples.cell.view(geom.offset_groups, -1)[group, entry])
+            y, x = divmod(cell >> 4, geom.width)
+            touched = {(y + dy) // configs.TILE_H for dy in (0, (cell >> 3) & (cell >> 2) & 1)}
+            assert tile_y in touched
+            assert tile_x in {(x + dx) // configs.TILE_W for dx in (0, (cell >> 1) & cell & 1)}
+            assert entry // geom.positions == tap
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 2.0**31, 3e9])
+def test_offsets_out_of_this_world(value):
+    """Such samples are outside: value zero, gradients zero, the rest untouched."""
+    case = case_of("one-block")
+    poisoned = case.tensors[1]
+    poisoned[:, 4] = value
+    poisoned[:, 9, 2:5] = value
+    found = run(case)
+    poisoned[:, 4] = 1e4
+    poisoned[:, 9, 2:5] = 1e4
+    agree(found, run(widen(case), backend=reference), FLOOR[torch.float32])
+    assert not found["grad_offset"][:, 4:6].any()
+
+
+def test_fractions_are_those_of_the_offset():
+    """Far from the origin a small offset keeps its cell and fraction: p is never rounded as a whole."""
+    geom = ConvGeometry(1, 1, 1, 100_000, 1, (1, 1), (1, 1), (0, 0), (1, 1), 1, 1, 1, 100_000)
+    offset = torch.full((1, 2, 1, 100_000), -(2.0**-20), device=DEVICE)
+    samples = stages.sample(geom, offset, None, False)
+    assert (samples.cell[0, 1:] >> 4).tolist() == list(range(99_999))
+    assert bool((samples.lx == 1 - 2.0**-20).all())
+
+
+def test_any_strides():
+    case = case_of("one-block")
+    plain = run(case)
+    x, offset, mask, weight = case.tensors
+    case.tensors = (
+        x.to(memory_format=torch.channels_last), offset.transpose(2, 3).contiguous().transpose(2, 3),
+        mask.repeat(2, 1, 1, 1)[::2], weight.flip(0).contiguous().flip(0),
+    )  # fmt: skip
+    strided = run(case)
+    assert all(torch.equal(plain[name], strided[name]) for name in QUANTITIES[:2])
+    case.grad_output = torch.ones(1, device=DEVICE).expand(case.geom.output_shape)
+    agree(run(case), run(widen(case), backend=reference), FLOOR[torch.float32])
+
+
+def test_half_input_with_float32_offsets():
+    case, wide = case_of("one-block", torch.float16), case_of("one-block")
+    x, _, _, weight = case.tensors
+    case.tensors = (x, *wide.tensors[1:3], weight)
+    found = run(case)
+    assert [value.dtype for value in found.values()] == [torch.float16] * 2 + [torch.float32] * 2 + [torch.float16]
+    agree(found, run(widen(case), backend=reference), FLOOR[torch.float16])
+
+
+@pytest.mark.parametrize("spec", ["one-block", "offset-groups"])
+def test_empty_batch(spec):
+    batch, *rest = SPECS[spec]
+    case = make_case((0, *rest), torch.float32, DEVICE)
+    found = run(case)
+    assert found["output"].shape == case.geom.output_shape
+    assert not found["grad_weight"].any()
+
+
+@pytest.mark.parametrize("spec", ["one-block", "offset-groups"])
+def test_mask_logits(spec):
+    case = case_of(spec)
+    x, offset, mask, weight = case.tensors
+    logits = mask * 6 - 3
+    case.tensors = (x, offset, logits, weight)
+    found = run(case, mask_logits=True)
+    case.tensors = (x, offset, logits.sigmoid(), weight)
+    exact = run(widen(case), backend=reference)
+    share = logits.double().sigmoid()
+    exact["grad_mask"] *= share * (1 - share)
+    agree(found, exact, FLOOR[torch.float32])
+
+
+@triton.jit
+def address_kernel(cell_ptr, corner_ptr, column_ptr, row, width, CHANNELS: tl.constexpr, GROUPS: tl.constexpr):
+    """Store the offsets that the helpers compute for one cell, and one of the last elements of a column buffer."""
+    cell = tl.load(cell_ptr)
+    row00, row01, row10, row11 = corner_rows(cell, width, CHANNELS)
+    tl.store(corner_ptr, row00)
+    tl.store(corner_ptr + 1, row01)
+    tl.store(corner_ptr + 2, row10)
+    tl.store(corner_ptr + 3, row11)
+    last = tl.full((1,), row, tl.int32)
+    channel = tl.full((1,), CHANNELS - 1, tl.int32)
+    tl.store(column_ptr + tl.arange(0, 1), column_offset(last, 8, channel, row + 1, CHANNELS, GROUPS, 9))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_addresses_beyond_2_to_the_31(groups):
+    """Offsets are exact up to the largest slice; the interpreter also checks every int32 sum and product."""
+    pixel, width, channels, row = configs.MAX_PIXELS - 5000, 4000, 512, (1 << 24) - 1
+    cell = torch.tensor([pixel * 16 + 15 - (1 << 31 << 1) * (pixel >= 1 << 27)], dtype=torch.int32, device=DEVICE)
+    corners, column = (torch.zeros(n, dtype=torch.int64, device=DEVICE) for n in (4, 1))
+    address_kernel[(1,)](cell, corners, column, row, width, CHANNELS=channels, GROUPS=groups)
+    expected = [(pixel + step) * channels for step in (0, 1, width, width + 1)]
+    assert corners.tolist() == expected
+    assert expected[0] > 1 << 31
+    assert column.item() == (row + 1) * 9 * channels - 1
+
+
+@pytest.mark.parametrize(
+    ("size", "message"), [((1 << 14, 1 << 13), "pixels"), ((1 << 13, (1 << 13) - 1), "samples")], ids=str
+)
+def test_too_large_an_image_is_refused(size, message):
+    geom = ConvGeometry(1, 1, *size, 1, (3, 3), (1, 1), (1, 1), (1, 1), 1, 1, *size)
+    with pytest.raises(ValueError, match=message):
+        next(launch._slices(geom))
+
+
+@triton.jit
+def order_kernel(out_ptr, out_height, out_width, STRIP: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    tl.store(out_ptr + index, strip_order(index, out_height, out_width, STRIP))
+
+
+@pytest.mark.parametrize("size", [(4, 32), (5, 19), (3, 7)], ids=str)
+def test_strip_order_is_a_permutation_by_strips(size):
+    height, width = size
+    out = torch.zeros(256, dtype=torch.int32, device=DEVICE)
+    order_kernel[(1,)](out, height, width, STRIP=8, BLOCK=256)
+    expected = [
+        (b * height + y) * width + x
+        for b in range(256 // (height * width))
+        for start in range(0, width, 8)
+        for y in range(height)
+        for x in range(start, min(start + 8, width))
+    ]
+    assert out[: len(expected)].tolist() == expected
+
+
+def test_table_is_small_and_unambiguous():
+    assert len(configs.TABLE) < 40
+    keys = [(row.stage, row.arch, row.arithmetic, row.channels) for row in configs.TABLE]
+    assert len(set(keys)) == len(keys)

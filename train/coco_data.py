@@ -1,0 +1,227 @@
+"""A data set in COCO layout: which images and boxes count, held as flat arrays, and one image at a time as a `Sample`.
+
+The annotations are parsed once. Afterwards everything is a NumPy array without Python objects inside, so the worker
+processes that are forked for decoding share one copy: no reference count is written, no page is duplicated.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from detector.image import read_image
+from train.transforms import Sample, Transform
+
+SMALLEST_SIDE = 32  # training images below are dropped
+
+
+@dataclass(frozen=True)
+class BoxCounts:
+    """What became of the annotations of a file.
+
+    Attributes:
+        used: boxes the loss sees; `crowd`: kept aside; the others are dropped, each for the first reason that holds.
+        ignored: marked `ignore`; outside: no overlap with the image; empty: area not above 0, or a side below one
+            pixel; foreign: of a category that is not used; orphan: of an image that is not listed.
+    """
+
+    used: int
+    crowd: int
+    ignored: int
+    outside: int
+    empty: int
+    foreign: int
+    orphan: int
+
+    def __str__(self) -> str:
+        reasons = {
+            "without area or thinner than a pixel": self.empty,
+            "outside the image": self.outside,
+            "marked ignore": self.ignored,
+            "of other categories": self.foreign,
+            "of images that are not listed": self.orphan,
+        }
+        dropped = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+        crowd = f", {self.crowd} crowds" if self.crowd else ""
+        return f"{self.used} boxes{crowd}" + (f"; dropped: {dropped}" if dropped else "")
+
+
+@dataclass(frozen=True)
+class BrokenImage:
+    """An image that could not be read, in the place of its `Sample`."""
+
+    image_id: int
+    reason: str
+
+
+class CocoDetection:
+    """The images of one split and their boxes.
+
+    Args:
+        annotations: JSON file in COCO format.
+        images: folder of the image files.
+        transform: from decoded image and boxes to what the model is given.
+        training: drop images below 32 pixels and images without an annotation of the classes.
+        classes: names of the categories to use, by label; None uses all, in the order of the file.
+        limit: keep only the first so many images; 0 keeps all.
+
+    Attributes:
+        classes: names, by label.
+        category_ids: (classes,) int64, id in the file by label.
+        image_ids, widths, heights: (N,) int64; file_names: (N,) unicode.
+        boxes: (M, 4) float32 xyxy, not clipped; labels: (M,) int64; both without crowds.
+        starts: (N + 1,) int64; image i owns the boxes starts[i]:starts[i + 1].
+        counts: what became of every annotation; annotated: whether the file has any.
+
+    Raises:
+        OSError: a file or folder is missing.
+        ValueError: the file is not what it should be; the message names it and the entry.
+
+    Source:
+        MMDetection's CocoDataset (which annotations and images are kept, their order).
+    """
+
+    def __init__(
+        self,
+        annotations: Path,
+        images: Path,
+        transform: Transform,
+        *,
+        training: bool,
+        classes: Sequence[str] | None = None,
+        limit: int = 0,
+    ):
+        self.annotations, self.folder, self.transform = Path(annotations), Path(images), transform
+        if not self.annotations.is_file():
+            raise FileNotFoundError(f"annotations not found: {self.annotations}")
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"folder of images not found: {self.folder}")
+        content = _load_json(self.annotations)
+        try:
+            self._take_categories(content.get("categories", []), classes)
+            self._take_images(content["images"])
+            kept = self._take_boxes(content.get("annotations", []), training)
+        except (KeyError, TypeError, ValueError) as error:
+            detail = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{self.annotations} is not a COCO file: {detail}") from error
+        self.annotated = "annotations" in content
+        self._select(np.flatnonzero(kept)[: limit or None])
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample | BrokenImage:
+        """Read image `index` as it looks in `epoch`; key is (epoch, index)."""
+        epoch, index = key
+        try:
+            image = read_image(self.path(index))
+        except (OSError, ValueError) as error:
+            return BrokenImage(int(self.image_ids[index]), _one_line(error))
+        boxes, labels = self.truth(index)
+        return self.transform(image, boxes, labels, int(self.image_ids[index]), epoch, index)
+
+    def path(self, index: int) -> Path:
+        """Return the file of image `index`."""
+        return self.folder / str(self.file_names[index])
+
+    def truth(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return boxes (n, 4) float32 and labels (n,) int64 of image `index`, in pixels of the file."""
+        mine = slice(self.starts[index], self.starts[index + 1])
+        return self.boxes[mine], self.labels[mine]
+
+    def _take_categories(self, categories: list[dict], classes: Sequence[str] | None) -> None:
+        ids = {str(category["name"]): int(category["id"]) for category in categories}
+        if len(ids) != len(categories) or len(set(ids.values())) != len(categories):
+            raise ValueError("two categories have the same name or the same id")
+        missing = [name for name in classes or () if name not in ids]
+        if missing:
+            raise ValueError(f"category {missing[0]!r} is missing (it has {', '.join(ids) or 'none'})")
+        self.classes = tuple(ids if classes is None else classes)
+        self.category_ids = np.array([ids[name] for name in self.classes], np.int64)
+
+    def _take_images(self, images: list[dict]) -> None:
+        self.image_ids = np.array([image["id"] for image in images], np.int64)
+        self.widths = np.array([image["width"] for image in images], np.int64)
+        self.heights = np.array([image["height"] for image in images], np.int64)
+        self.file_names = np.array([image["file_name"] for image in images], np.str_)
+        ids, times = np.unique(self.image_ids, return_counts=True)
+        if len(ids) != len(images):
+            raise ValueError(f"two images have the id {ids[times > 1][0]}")
+
+    def _take_boxes(self, annotations: list[dict], training: bool) -> np.ndarray:
+        """Fill boxes, labels and starts; return which images (N,) bool stay."""
+        box = np.array([annotation["bbox"] for annotation in annotations], np.float64).reshape(-1, 4)
+        if len(box) != len(annotations):
+            raise ValueError("a bbox does not hold 4 numbers")
+        image_id = np.array([annotation["image_id"] for annotation in annotations], np.int64)
+        category = np.array([annotation["category_id"] for annotation in annotations], np.int64)
+        area = np.array([annotation["area"] for annotation in annotations], np.float64)
+        crowd = np.array([bool(annotation.get("iscrowd", 0)) for annotation in annotations], bool)
+        ignored = np.array([bool(annotation.get("ignore", 0)) for annotation in annotations], bool)
+
+        image, listed = _lookup(image_id, self.image_ids)
+        label, known = _lookup(category, self.category_ids)
+        x, y, w, h = box.T
+        if len(self.image_ids):
+            overlap_x = np.minimum(x + w, self.widths[image]) - np.maximum(x, 0)
+            overlap_y = np.minimum(y + h, self.heights[image]) - np.maximum(y, 0)
+            inside = np.maximum(overlap_x, 0) * np.maximum(overlap_y, 0) != 0
+        else:
+            inside = np.zeros(len(box), bool)
+        solid = (area > 0) & (w >= 1) & (h >= 1)
+
+        alive, dropped = np.ones(len(box), bool), []
+        for condition in (listed, ~ignored, solid, inside, known):
+            dropped.append(int((alive & ~condition).sum()))
+            alive &= condition
+        orphan, ignore, empty, outside, foreign = dropped
+        used = alive & ~crowd
+        self.counts = BoxCounts(int(used.sum()), int((alive & crowd).sum()), ignore, outside, empty, foreign, orphan)
+
+        order = np.flatnonzero(used)[np.argsort(image[used], kind="stable")]
+        self.boxes = np.stack([x, y, x + w, y + h], 1)[order].astype(np.float32)
+        self.labels = label[order]
+        self.starts = np.searchsorted(image[order], np.arange(len(self.image_ids) + 1))
+        if not training:
+            return np.ones(len(self.image_ids), bool)
+        mentioned = np.zeros(len(self.image_ids), bool)
+        mentioned[image[listed & known]] = True
+        return mentioned & (np.minimum(self.widths, self.heights) >= SMALLEST_SIDE)
+
+    def _select(self, kept: np.ndarray) -> None:
+        """Keep the images with these indices and their boxes."""
+        lengths = np.diff(self.starts)[kept]
+        rows = np.concatenate([np.arange(self.starts[i], self.starts[i + 1]) for i in kept] or [np.zeros(0, np.int64)])
+        self.boxes, self.labels = self.boxes[rows], self.labels[rows]
+        self.starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        self.image_ids, self.file_names = self.image_ids[kept], self.file_names[kept]
+        self.widths, self.heights = self.widths[kept], self.heights[kept]
+
+
+def _lookup(values: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the position of every value in `ids` (0 where absent) and whether it is there."""
+    if len(ids) == 0:
+        return np.zeros(len(values), np.int64), np.zeros(len(values), bool)
+    order = np.argsort(ids)
+    place = order[np.minimum(np.searchsorted(ids, values, sorter=order), len(ids) - 1)]
+    found = ids[place] == values
+    return np.where(found, place, 0), found
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        raise ValueError(f"{path} is not a COCO file: it has no list 'images'")
+    return content
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

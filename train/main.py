@@ -1,0 +1,157 @@
+"""Train Faster R-CNN with deformable convolutions: `python train/main.py`, or the same file under torchrun.
+
+Reads from top to bottom: parse, join the other processes, data, model, resume, then train, save and evaluate.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+if __name__ == "__main__":  # find the packages from any folder; this one's files must not pass for top-level modules
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+
+import detector
+from detector.checkpoint import read_checkpoint
+from train import errors, report
+from train.checkpoint import State, find, mark_best, newest, pack, save
+from train.coco_data import CocoDetection
+from train.config import Config, as_dict, parse
+from train.distributed import Interrupted, StopRequest, World, join, leave
+from train.loader import TrainingBatches, training_loader
+from train.log import TrainLog
+from train.loop import train_one_epoch
+from train.rundir import RunFolder, provenance
+from train.schedule import Schedule
+from train.setup import build, open_split, resume
+from train.validation import validate
+
+
+def main() -> int:
+    """Run the command line and return the exit status."""
+    world = out = None
+    try:
+        quiet = os.environ.get("LOCAL_RANK", "0") != "0"
+        config = parse(sys.argv[1:], gpu=torch.cuda.is_available(), quiet=quiet)
+        out = config.out
+        world = join(config.device, config.timeout)
+        torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+        (evaluate_only if config.eval_only else train)(config, world)
+        leave(world)
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        status = errors.report(error, world, out)
+    if world is not None and world.size > 1:
+        os._exit(status)  # without the farewells that would wait for processes that are gone
+    return status
+
+
+def train(config: Config, world: World) -> None:
+    """Train until the run has its epochs or steps; save and evaluate on the way."""
+    begin, stop = time.monotonic(), StopRequest(world)
+    train_set = open_split(config, world, "train", config.model.image_scale)
+    val_set = open_split(config, world, "val", config.model.image_scale, train_set.classes)
+    config = replace(config, model=replace(config.model, num_classes=len(train_set.classes)))
+    run = RunFolder(config.out)
+    notes = world.from_first(run.claim(config, world.size) if world.first else None)
+
+    state, network = build(config, world)
+    upright = train_set.heights > train_set.widths
+    batches = TrainingBatches(upright, config.data.batch, config.seed, world.rank, world.size)
+    loader = training_loader(train_set, batches, config.data.workers, world.device.type == "cuda")
+    schedule = Schedule(config.optim, config.data.batch * world.size * config.optim.accumulate, config.epochs)
+    notes += resume(state, run, config, world, train_set.classes, len(batches))
+    if world.first:
+        print(report.before(config, world, state.model, train_set, val_set, schedule, len(batches), notes), flush=True)
+
+    steps_per_epoch = -(-len(batches) // config.optim.accumulate)
+    steps = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
+    log = TrainLog(run.metrics, run.path, world, config.log_every, steps, state.step, len(train_set))
+    about = {"config": as_dict(config.model), "run": as_dict(config), "classes": list(train_set.classes)}
+    about |= {"images_per_batch": config.data.batch * world.size, **provenance()}
+    try:
+        while True:
+            if _evaluation_is_due(state, config, run, world):
+                _evaluate(state, val_set, config, world, run, log, stop)
+            if _is_finished(state, config):
+                break
+            batches.epoch, batches.start = state.epoch, state.batch
+            for step in train_one_epoch(
+                state, network, loader, schedule, log, batches_per_epoch=len(batches), seed=config.seed,
+                rank=world.rank, accumulate=config.optim.accumulate, clip_grad=config.optim.clip_grad, amp=config.amp,
+            ):  # fmt: skip
+                signal = stop.agreed()
+                regular = config.checkpoint.every and step % config.checkpoint.every == 0
+                if signal or regular or state.batch == 0 or _is_finished(state, config):
+                    log.flush()
+                    if world.first:
+                        save(run.checkpoints, pack(state, about), config.checkpoint.keep)
+                if signal:
+                    world.barrier()
+                    raise Interrupted(signal, f"after step {step}; its checkpoint is in {run.checkpoints}")
+                if _is_finished(state, config):
+                    break
+    finally:
+        log.close()
+    if world.first:
+        print(report.after(run, time.monotonic() - begin), flush=True)
+
+
+def evaluate_only(config: Config, world: World) -> None:
+    """Evaluate --weights, or the newest checkpoint of --out."""
+    begin, run = time.monotonic(), RunFolder(config.out)
+    path = config.weights or world.from_first(newest(run.checkpoints, print) if world.first else None)
+    if path is None:
+        raise ValueError(f"--eval-only needs --weights, or a checkpoint in {run.checkpoints}")
+    model, names = detector.load(path, world.device)
+    classes = names if read_checkpoint(path).classes else None
+    dataset = open_split(config, world, "val", model.config.image_scale, classes)
+    if len(dataset.classes) != model.config.num_classes:
+        known = f"{path} knows {model.config.num_classes} classes"
+        raise ValueError(f"{known}, {dataset.annotations} has {len(dataset.classes)}")
+    run.path.mkdir(parents=True, exist_ok=True)
+    line = validate(model, dataset, config, world, run, lambda *_: None, lambda: None)
+    if world.first:
+        run.append({"weights": str(path), **line})
+        print(report.evaluation(line), report.places(run), sep="\n\n")
+        print(f"took {report.duration(time.monotonic() - begin)}")
+
+
+def _is_finished(state: State, config: Config) -> bool:
+    return state.epoch >= config.epochs or 0 < config.max_steps <= state.step
+
+
+def _evaluation_is_due(state: State, config: Config, run: RunFolder, world: World) -> bool:
+    """Tell whether this is a place for an evaluation, and it has not been made before an interruption."""
+    at_end_of_epoch = state.batch == 0 and state.epoch > 0 and state.epoch % config.eval_every == 0
+    known = world.from_first(world.first and any(line["step"] == state.step for line in run.evaluations()))
+    return (at_end_of_epoch or _is_finished(state, config)) and not known
+
+
+def _evaluate(
+    state: State, dataset: CocoDetection, config: Config, world: World, run: RunFolder, log: TrainLog, stop: StopRequest
+) -> None:
+    """Evaluate the model as it is now; keep its numbers, and its checkpoint if it is the best so far."""
+    epoch = state.epoch + bool(state.batch)
+    line = validate(
+        state.evaluated, dataset, config, world, run, lambda name, picture: log.picture(name, picture, state.step),
+        stop.check,
+    )  # fmt: skip
+    if not world.first:
+        return
+    best = max((before["AP"] for before in run.evaluations()), default=-2.0)
+    run.append({"step": state.step, "epoch": epoch, **line})
+    if "AP" in line:
+        log.evaluation(state.step, line)
+        log.say(f"epoch {epoch}: AP {line['AP']:.3f}  AP50 {line['AP50']:.3f}  ({line['evaluation_seconds']:.0f} s)")
+        if line["AP"] > best:
+            mark_best(find(run.checkpoints)[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

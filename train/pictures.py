@@ -1,0 +1,43 @@
+"""Detections beside the ground truth, for eyes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from detector import Detections, Target
+from detector.draw import draw_comparison
+from detector.image import read_image, write_image
+from train.coco_data import CocoDetection
+from train.coco_metrics import Found
+
+SCORE = 0.3  # detections below are not drawn
+
+
+def draw_pictures(dataset: CocoDetection, found: Found, folder: Path, count: int) -> Iterator[tuple[Path, np.ndarray]]:
+    """Draw `count` images spread evenly over a data set, write them and yield path and picture.
+
+    Args:
+        dataset: images and ground truth.
+        found: detections in pixels of the files.
+        folder: for the PNG files, named by the images' files; made if missing.
+        count: images, or all there are if fewer.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)):
+        try:
+            image = read_image(dataset.path(index))
+        except (OSError, ValueError):
+            continue  # the evaluation has named it
+        mine = found.of_image(dataset.image_ids[index])
+        shown = mine.scores >= SCORE
+        columns = (torch.from_numpy(column[shown]) for column in (mine.boxes, mine.scores, mine.labels))
+        boxes, labels = dataset.truth(index)
+        target = Target(torch.from_numpy(boxes), torch.from_numpy(labels))
+        picture = draw_comparison(image, Detections(*columns), target, dataset.classes)
+        path = folder / f"{Path(str(dataset.file_names[index])).stem}.png"
+        write_image(path, picture)
+        yield path, picture

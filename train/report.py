@@ -1,0 +1,113 @@
+"""What a run says before it starts and after it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from train.coco_data import CocoDetection
+from train.coco_metrics import NAMES
+from train.config import BASE_BATCH, Config
+from train.distributed import World
+from train.rundir import RunFolder
+from train.schedule import Schedule
+
+
+def before(
+    config: Config,
+    world: World,
+    model: nn.Module,
+    train: CocoDetection,
+    val: CocoDetection,
+    schedule: Schedule,
+    batches_per_epoch: int,
+    notes: Sequence[str],
+) -> str:
+    """Return a table of what will happen.
+
+    Args:
+        config, world: of the run.
+        model: to count its parameters.
+        train, val: the splits.
+        schedule: learning rate.
+        batches_per_epoch: per process.
+        notes: what else to know: where weights come from, what changed since the last start.
+    """
+    parts = list(model.parameters())
+    trained = sum(part.numel() for part in parts if part.requires_grad)
+    frozen = sum(part.numel() for part in parts) - trained
+    optim, images = config.optim, schedule.images
+    steps = -(-batches_per_epoch // optim.accumulate)
+    dcn = f"DCN{config.model.dcn} in {_stages(config)}" if config.model.dcn else "plain convolutions"
+    shape = "cosine to 0"
+    if optim.schedule == "steps":
+        shape = f"x{optim.gamma:g} after epoch {', '.join(map(str, optim.milestones))}"
+    rows = {
+        "run": f"{config.out} (preset {config.preset}, seed {config.seed})",
+        "training": f"{len(train)} images, {len(train.boxes)} boxes ({train.annotations}: {train.counts})",
+        "validation": f"{len(val)} images, {len(val.boxes)} boxes ({val.annotations}: {val.counts})",
+        "classes": f"{len(train.classes)}: {_shorten(train.classes)}",
+        "model": f"Faster R-CNN R{config.model.depth}-FPN, {dcn}, norm {config.model.norm}, "
+        f"images within {config.model.image_scale[0]} x {config.model.image_scale[1]}",
+        "parameters": f"{trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen",
+        "device": f"{world.size} x {world.device.type}, amp {config.amp}",
+        "batch": f"{images} = {config.data.batch} images x {world.size} processes x {optim.accumulate} accumulated",
+        "learning rate": f"{schedule.peak:g} = {optim.lr:g} x {images} / {BASE_BATCH} (linear in the batch), "
+        f"{optim.name}, warm-up {optim.warmup} steps, {shape}",
+        "length": f"{config.epochs} epochs of {steps} steps"
+        + (f", at most {config.max_steps} steps" if config.max_steps else "")
+        + "; the progress line tells the time left",
+    }
+    lines = [f"{name:<14} {text}" for name, text in rows.items()]
+    return "\n".join(lines + [f"{'note':<14} {note}" for note in notes])
+
+
+def after(run: RunFolder, seconds: float) -> str:
+    """Return the last evaluation as tables, the best checkpoint, the time, and where everything is."""
+    lines, evaluations = [], run.evaluations()
+    if evaluations:
+        best = max(evaluations, key=lambda line: line["AP"])
+        lines += [evaluation(evaluations[-1]), ""]
+        lines.append(f"best checkpoint  {run.checkpoints / 'best.pt'}")
+        lines.append(f"                 (epoch {best['epoch']}: AP {best['AP']:.3f}, AP50 {best['AP50']:.3f})")
+    return "\n".join([*lines, f"this start took  {duration(seconds)}", places(run)])
+
+
+def evaluation(line: dict[str, Any]) -> str:
+    """Return an evaluation line of metrics.jsonl as two small tables: COCO's numbers, then the classes."""
+    if "AP" not in line:
+        return "no annotations to compare with: detections only"
+    lines = ["  ".join(f"{name:>6}" for name in NAMES), "  ".join(f"{line[name]:6.3f}" for name in NAMES)]
+    width = max([len(name) for name in line["classes"]] + [5])
+    lines += ["", f"{'class':<{width}}      AP    AP50   boxes"]
+    for name, (ap, ap50, count) in line["classes"].items():
+        lines.append(f"{name:<{width}}  {ap:6.3f}  {ap50:6.3f}  {count:6d}")
+    return "\n".join(lines)
+
+
+def places(run: RunFolder) -> str:
+    """Return where the files of a run are."""
+    return "\n".join(
+        [
+            f"detections       {run.detections}",
+            f"pictures         {run.pictures}/",
+            f"curves           {run.metrics}; python train/plot.py {run.path}; tensorboard --logdir {run.path}",
+        ]
+    )
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _stages(config: Config) -> str:
+    return ", ".join(f"c{stage + 2}" for stage, used in enumerate(config.model.dcn_stages) if used)
+
+
+def _shorten(names: Sequence[str], limit: int = 10) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,79 @@
+"""The evaluation of a run: detect on all processes, count on the first one, leave files and pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from torch import nn
+from tqdm import tqdm
+
+from train.coco_data import CocoDetection
+from train.coco_metrics import Found, measure, results, write_results
+from train.config import Config
+from train.distributed import World
+from train.loader import evaluation_loader
+from train.log import BROKEN_SHARE
+from train.loop import evaluate
+from train.pictures import draw_pictures
+from train.rundir import RunFolder
+
+
+def validate(
+    model: nn.Module,
+    dataset: CocoDetection,
+    config: Config,
+    world: World,
+    run: RunFolder,
+    show: Callable[[str, np.ndarray], None],
+    between: Callable[[], None],
+) -> dict[str, Any] | None:
+    """Evaluate a model on a data set and write detections.json and pictures.
+
+    Every process detects in its share of the images; none is seen twice, so nothing has to be removed, and the numbers
+    are those of a single process.
+
+    Args:
+        model: the one to evaluate.
+        dataset: the images.
+        config, world, run: of the run.
+        show: is given the name and the pixels of every picture.
+        between: is called between images and may raise.
+
+    Returns:
+        On the first process COCO's numbers by name, `classes` (AP, AP50, boxes of each class) and `evaluation_seconds`;
+        without annotations the numbers are missing. None on the other processes.
+
+    Raises:
+        ValueError: more than one percent of the images could not be read.
+    """
+    begin = time.perf_counter()
+    loader = evaluation_loader(dataset, config.data.workers, world.device.type == "cuda", world.rank, world.size)
+    shown = tqdm(loader, "evaluating", leave=False, disable=not world.first, mininterval=1.0, dynamic_ncols=True)
+    found, broken = evaluate(model, shown, amp=config.amp, between=between)
+    for image in broken:
+        tqdm.write(f"skipped validation image {image.image_id}: {image.reason}")
+    failed = world.sum(len(broken))
+    if failed > BROKEN_SHARE * len(dataset):
+        share = f"more than {BROKEN_SHARE:.0%}"
+        raise ValueError(f"{failed} of {len(dataset)} validation images could not be read, {share}")
+    parts = world.gather(found)
+    if not world.first:
+        return None
+    found = _in_order(Found.join(parts), dataset)
+    rows = results(found, dataset.category_ids)
+    write_results(run.detections, rows)
+    metrics = measure(rows, dataset)
+    for path, picture in draw_pictures(dataset, found, run.pictures, config.pictures):
+        show(path.stem, picture)
+    line = {"evaluation_seconds": time.perf_counter() - begin}
+    return line if metrics is None else {**metrics.values, "classes": metrics.per_class, **line}
+
+
+def _in_order(found: Found, dataset: CocoDetection) -> Found:
+    """Sort detections by image as the data set has them, whoever found them."""
+    place = {image_id: index for index, image_id in enumerate(dataset.image_ids.tolist())}
+    order = np.argsort([place[image_id] for image_id in found.image_ids.tolist()], kind="stable").astype(int)
+    return Found(*(column[order] for column in vars(found).values()))
