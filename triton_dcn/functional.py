@@ -64,6 +64,22 @@ def deform_conv2d(
         Zhu et al., Deformable ConvNets v2, CVPR 2019, section 3; signature of torchvision.ops.deform_conv2d; gradient
         at the border from mmcv.
     """
+    return convolve(input, offset, weight, bias, stride, padding, dilation, mask, False, backend)
+
+
+def convolve(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int],
+    dilation: int | tuple[int, int],
+    mask: Tensor | None,
+    mask_logits: bool,
+    backend: str | None = None,
+) -> Tensor:
+    """Check the arguments of `deform_conv2d` and run it; with `mask_logits` the sigmoid of `mask` is the mask."""
     for name, tensor in (("input", input), ("offset", offset), ("weight", weight), ("bias", bias), ("mask", mask)):
         if not isinstance(tensor, Tensor) and not (tensor is None and name in ("bias", "mask")):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -78,8 +94,9 @@ def deform_conv2d(
     if bias is not None and bias.shape != (weight.shape[0],):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
     return forward_op(
-        input, offset, mask, weight, bias, list(stride), list(padding), list(dilation), choose_backend(backend, input)
-    )
+        input, offset, mask, weight, bias, list(stride), list(padding), list(dilation), choose_backend(backend, input),
+        mask_logits,
+    )  # fmt: skip
 
 
 def _check_types(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> None:

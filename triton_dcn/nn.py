@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from triton_dcn.functional import deform_conv2d, pair
+from triton_dcn.functional import convolve, deform_conv2d, pair
 
 
 class DeformConv2d(nn.Module):
@@ -141,9 +141,10 @@ class DeformConv2dPack(nn.Module):
         """Predict the offsets and convolve with them."""
         return self._convolve(input, self.conv_offset(input), None)
 
-    def _convolve(self, input: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:
-        return deform_conv2d(
-            input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask
+    def _convolve(self, input: Tensor, offset: Tensor, logits: Tensor | None) -> Tensor:
+        """Convolve; the sigmoid of the mask is taken by the operator, which saves its tensor."""
+        return convolve(
+            input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, logits, logits is not None
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -170,5 +171,5 @@ class ModulatedDeformConv2dPack(DeformConv2dPack):
     def forward(self, input: Tensor) -> Tensor:
         """Predict the offsets and masks and convolve with them."""
         predicted = self.conv_offset(input)
-        split = 2 * predicted.shape[1] // 3
-        return self._convolve(input, predicted[:, :split], predicted[:, split:].sigmoid())
+        logits = predicted.shape[1] // 3
+        return self._convolve(input, *predicted.split([2 * logits, logits], 1))

@@ -16,7 +16,8 @@ from torch import Tensor
 from triton_dcn import gather, reference
 from triton_dcn.geometry import ConvGeometry
 
-BACKENDS = ("triton", "torch", "reference")
+PLAIN_BACKENDS = {"torch": gather, "reference": reference}
+BACKENDS = ("triton", *PLAIN_BACKENDS)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -46,12 +47,10 @@ def choose_backend(name: str | None, input: Tensor) -> str:
     return name
 
 
-def _implementation(backend: str) -> ModuleType:
-    if backend == "triton":
-        from triton_dcn import launch  # the one late import: the CPU path must run without triton
+def _launch() -> ModuleType:
+    from triton_dcn import launch  # the one late import: the CPU path must run without triton
 
-        return launch
-    return {"torch": gather, "reference": reference}[backend]
+    return launch
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:
@@ -72,16 +71,21 @@ def forward_op(
     padding: list[int],
     dilation: list[int],
     backend: str,
+    mask_logits: bool = False,
 ) -> Tensor:
-    """Run the forward pass of `backend`; see `triton_dcn.deform_conv2d`."""
+    """Run the forward pass of `backend`; see `triton_dcn.deform_conv2d`. `mask_logits`: the mask is sigmoid(mask)."""
     geom = ConvGeometry.of(input, offset, weight, mask, tuple(stride), tuple(padding), tuple(dilation))
     with torch.autocast(input.device.type, enabled=False):  # the caller has chosen the dtypes
-        output = _implementation(backend).forward(geom, input, offset, mask, weight, bias)
+        if backend == "triton":
+            output = _launch().forward(geom, input, offset, mask, weight, bias, mask_logits=mask_logits)
+        else:
+            mask = mask.sigmoid() if mask_logits else mask
+            output = PLAIN_BACKENDS[backend].forward(geom, input, offset, mask, weight, bias)
     return output.contiguous(memory_format=_memory_format(input))
 
 
 @forward_op.register_fake
-def _forward_fake(input, offset, mask, weight, bias, stride, padding, dilation, backend):
+def _forward_fake(input, offset, mask, weight, bias, stride, padding, dilation, backend, mask_logits=False):
     geom = ConvGeometry.of(input, offset, weight, mask, tuple(stride), tuple(padding), tuple(dilation))
     return input.new_empty(geom.output_shape).contiguous(memory_format=_memory_format(input))
 
@@ -98,11 +102,20 @@ def backward_op(
     dilation: list[int],
     backend: str,
     needs: list[bool],
+    mask_logits: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of input, offset, mask and weight; an empty tensor where `needs` is false."""
     geom = ConvGeometry.of(input, offset, weight, mask, tuple(stride), tuple(padding), tuple(dilation))
     with torch.autocast(input.device.type, enabled=False):
-        grads = _implementation(backend).backward(geom, grad_output, input, offset, mask, weight, tuple(needs))
+        if backend == "triton":
+            grads = _launch().backward(
+                geom, grad_output, input, offset, mask, weight, tuple(needs), mask_logits=mask_logits
+            )
+        else:
+            value = mask.sigmoid() if mask_logits else mask
+            grads = PLAIN_BACKENDS[backend].backward(geom, grad_output, input, offset, value, weight, tuple(needs))
+            if mask_logits and needs[2]:
+                grads = (*grads[:2], grads[2] * value * (1 - value), grads[3])
     return tuple(
         input.new_empty(0) if grad is None else grad.contiguous(memory_format=_memory_format(like))
         for grad, like in zip(grads, (input, offset, mask, weight), strict=True)
@@ -110,7 +123,9 @@ def backward_op(
 
 
 @backward_op.register_fake
-def _backward_fake(grad_output, input, offset, mask, weight, stride, padding, dilation, backend, needs):
+def _backward_fake(
+    grad_output, input, offset, mask, weight, stride, padding, dilation, backend, needs, mask_logits=False
+):
     return tuple(
         torch.empty_like(like, memory_format=_memory_format(like)) if need else input.new_empty(0)
         for like, need in zip((input, offset, mask, weight), needs, strict=True)
@@ -118,7 +133,7 @@ def _backward_fake(grad_output, input, offset, mask, weight, stride, padding, di
 
 
 def _setup_context(ctx, inputs, output):
-    input, offset, mask, weight, bias, *ctx.settings = inputs
+    input, offset, mask, weight, bias, *ctx.settings, ctx.mask_logits = inputs
     ctx.save_for_backward(input, offset, mask, weight)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -128,10 +143,10 @@ def _backward(ctx, grad_output):
     needs = list(ctx.needs_input_grad[:4])
     grads = (None,) * 4
     if any(needs):
-        grads = backward_op(grad_output, input, offset, mask, weight, *ctx.settings, needs)
+        grads = backward_op(grad_output, input, offset, mask, weight, *ctx.settings, needs, ctx.mask_logits)
         grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
     grad_bias = grad_output.sum((0, 2, 3), dtype=ctx.bias_dtype) if ctx.needs_input_grad[4] else None
-    return *grads, grad_bias, None, None, None, None
+    return *grads, grad_bias, None, None, None, None, None
 
 
 forward_op.register_autograd(_backward, setup_context=_setup_context)

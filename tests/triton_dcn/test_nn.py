@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.triton_dcn.cases import relative
+from tests.triton_dcn.cases import CASES, make_case, relative
 from triton_dcn import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack
+from triton_dcn.functional import convolve
 
 PACKS = [f"p{i:02d}" for i in range(20)]
 
@@ -75,3 +76,22 @@ def test_deform_conv2d_module():
 def test_errors(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_sigmoid_of_the_mask_inside_the_operator(backend):
+    """Mask logits give what their sigmoid gives, gradients included."""
+    case = make_case(CASES["groups"], torch.float32)
+    x, offset, mask, weight = case.tensors
+    geom = case.geom
+    results = []
+    for inside in (True, False):
+        logits = (4 * mask - 2).requires_grad_()
+        given = logits if inside else logits.sigmoid()
+        output = convolve(
+            x, offset, weight, case.bias, geom.stride, geom.padding, geom.dilation, given, inside, backend
+        )  # fmt: skip
+        (grad,) = torch.autograd.grad(output, logits, case.grad_output)
+        results.append((output, grad))
+    for found, expected in zip(*results, strict=True):
+        assert relative(found, expected) < 1e-6
