@@ -57,7 +57,7 @@ def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, float, float, floa
     sizes, target_sizes = boxes[..., 2:] - boxes[..., :2], targets[..., 2:] - targets[..., :2]
     centres, target_centres = (boxes[..., :2] + boxes[..., 2:]) * 0.5, (targets[..., :2] + targets[..., 2:]) * 0.5
     deltas = torch.cat([(target_centres - centres) / sizes, (target_sizes / sizes).log()], -1)
-    return deltas / deltas.new_tensor(stds)
+    return deltas / _row(stds, deltas)
 
 
 def decode(boxes: Tensor, deltas: Tensor, stds: tuple[float, float, float, float]) -> Tensor:
@@ -67,8 +67,13 @@ def decode(boxes: Tensor, deltas: Tensor, stds: tuple[float, float, float, float
         boxes: (..., 4).
         deltas: (..., 4), broadcast against `boxes`.
     """
-    deltas = deltas * deltas.new_tensor(stds)
+    deltas = deltas * _row(stds, deltas)
     sizes, centres = boxes[..., 2:] - boxes[..., :2], (boxes[..., :2] + boxes[..., 2:]) * 0.5
     centres = centres + sizes * deltas[..., :2]
     half = sizes * deltas[..., 2:].clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp() * 0.5
     return torch.cat([centres - half, centres + half], -1)
+
+
+def _row(values: tuple[float, ...], like: Tensor) -> Tensor:
+    """Return the values as a tensor of the type of `like`, written on its device: a copy from the host would wait."""
+    return torch.stack([like.new_full((), value) for value in values])

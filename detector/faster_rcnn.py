@@ -34,6 +34,7 @@ class FasterRCNNConfig:
         frozen_stages: the stem and this many stages are not trained; -1 trains everything, 0 freezes the stem.
         norm: "bn" or, to train from scratch with small batches, "gn".
         norm_eval: batch norms keep their running statistics in training.
+        base_channels: width of the ResNet's stem; 64 is the published network.
         fpn_channels, fc_channels: width of the pyramid and of the box head.
         anchor_scale: side of the square anchor in strides.
         anchor_ratios: height / width of the anchors.
@@ -58,6 +59,7 @@ class FasterRCNNConfig:
     frozen_stages: int = 1
     norm: str = "bn"
     norm_eval: bool = True
+    base_channels: int = 64
     fpn_channels: int = 256
     fc_channels: int = 1024
     anchor_scale: float = 8.0
@@ -100,7 +102,7 @@ class FasterRCNN(nn.Module):
             raise ValueError(f"num_classes must be at least 1, got {config.num_classes}")
         self.backbone = ResNet(
             config.depth, config.dcn, config.dcn_stages, config.deform_groups, config.frozen_stages, config.norm,
-            config.norm_eval,
+            config.norm_eval, config.base_channels,
         )  # fmt: skip
         self.neck = FPN(self.backbone.out_channels, config.fpn_channels, len(STRIDES))
         rpn_rule, rcnn_rule = SAMPLING_RULES[config.sampler]

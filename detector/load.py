@@ -84,6 +84,7 @@ def infer_config(state: Mapping[str, Tensor]) -> FasterRCNNConfig:
         deform_groups=max(channels // taps, 1),
         mask="roi_head.mask_head.conv_logits.weight" in state,
         norm="bn" if "backbone.bn1.running_mean" in state else "gn",
+        base_channels=len(state["backbone.conv1.weight"]),
         fpn_channels=len(state["neck.fpn_convs.0.conv.weight"]),
         fc_channels=len(state["roi_head.bbox_head.shared_fcs.0.weight"]),
     )

@@ -4,8 +4,8 @@
 `nms` and `nms_by_id` return indices, so their shape depends on the data: for people and tests, not for the hot path.
 
 The rule everywhere: walk the boxes by falling score, lower index first among equals; a kept box suppresses every later
-box of its group with inter / (area_a + area_b - inter) > threshold, in exactly this arithmetic. 0 / 0 does not suppress.
-A box with a NaN score is never kept and suppresses nothing.
+box of its group with inter / (area_a + area_b - inter) > threshold, in exactly this arithmetic. 0 / 0 does not
+suppress. A box with a NaN score is never kept and suppresses nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 BLOCK = 256
 """Boxes of a group that are compared all with all; larger groups go block by block."""
 
-PAIRS = 1 << 20
+PAIRS = 1 << 17
 """Pairs compared at a time, so that the temporaries stay in the cache."""
 
 
@@ -148,9 +148,7 @@ def _suppress_large(boxes: Tensor, threshold: float) -> Tensor:
         block = block[_suppress_block(boxes[block], threshold)]
         keep[block] = True
         slabs = rest[BLOCK:].split(PAIRS // BLOCK)
-        rest = torch.cat(
-            [rest[:0], *(slab[~_overlap(boxes[block], boxes[slab], threshold).any(0)] for slab in slabs)]
-        )
+        rest = torch.cat([rest[:0], *(slab[_iou(boxes[block], boxes[slab]).amax(0) <= threshold] for slab in slabs)])
     return keep
 
 
@@ -160,7 +158,7 @@ def _suppress_block(boxes: Tensor, threshold: float) -> Tensor:
     After step n the first n boxes are final, because each depends on earlier ones only: the fixpoint is unique, and it
     is reached after as many steps as the longest chain of suppressions.
     """
-    suppresses = _overlap(boxes, boxes, threshold).triu(1).to(boxes.dtype)
+    suppresses = _iou(boxes, boxes).gt_(threshold).triu_(1)  # 0 or 1
     keep = torch.ones(*boxes.shape[:-2], 1, boxes.shape[-2], dtype=boxes.dtype, device=boxes.device)
     while True:
         after = (keep @ suppresses == 0).to(boxes.dtype)
@@ -169,11 +167,11 @@ def _suppress_block(boxes: Tensor, threshold: float) -> Tensor:
         keep = after
 
 
-def _overlap(a: Tensor, b: Tensor, threshold: float) -> Tensor:
-    """Return (..., M, N) bool: IoU of a (..., M, 4) and b (..., N, 4) above the threshold."""
+def _iou(a: Tensor, b: Tensor) -> Tensor:
+    """Return the IoU (..., M, N) of a (..., M, 4) and b (..., N, 4), 0 where it is not a number."""
     ax1, ay1, ax2, ay2 = a[..., :, None, :].movedim(-1, 0).contiguous()
     bx1, by1, bx2, by2 = b[..., None, :, :].movedim(-1, 0).contiguous()
     inter = torch.minimum(ax2, bx2).sub_(torch.maximum(ax1, bx1)).clamp_(min=0)
     inter.mul_(torch.minimum(ay2, by2).sub_(torch.maximum(ay1, by1)).clamp_(min=0))
     union = ((ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1)).sub_(inter)
-    return inter.div_(union) > threshold
+    return inter.div_(union).nan_to_num_(0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from triton_dcn.nn import DeformConv2dPack, ModulatedDeformConv2dPack
 
-GROUP_NORM_GROUPS = 32
+GROUP_CHANNELS = 16  # channels per group of a group normalisation: Wu and He, ECCV 2018, table 3
 
 
 class ResNet(nn.Module):
@@ -28,8 +28,9 @@ class ResNet(nn.Module):
         dcn_stages: for each of the four stages, whether it is deformable; without meaning if `dcn` is None.
         deform_groups: groups of input channels that move together.
         frozen_stages: -1 trains everything, 0 freezes the stem, n freezes the stem and the first n stages.
-        norm: "bn" (batch) or "gn" (32 groups, for training from scratch with few images a step).
+        norm: "bn" (batch) or "gn" (groups of 16 channels, for training from scratch with few images a step).
         norm_eval: batch normalisation keeps to its running statistics while training; its scale and shift still train.
+        base_channels: width of the stem and of the blocks of C2, which doubles with every stage; a multiple of 16.
 
     Attributes:
         out_channels: channels of C2 to C5.
@@ -51,24 +52,27 @@ class ResNet(nn.Module):
         frozen_stages: int = 1,
         norm: str = "bn",
         norm_eval: bool = True,
+        base_channels: int = 64,
     ) -> None:
         super().__init__()
         _check(depth=depth, dcn=dcn, dcn_stages=dcn_stages, frozen_stages=frozen_stages, norm=norm)
+        if base_channels < 16 or base_channels % 16:
+            raise ValueError(f"base_channels: expected a multiple of 16, found {base_channels}")
         block, counts = _LAYOUTS[depth]
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
-        self.out_channels = [planes * block.expansion for planes in (64, 128, 256, 512)]
+        self.out_channels = [(base_channels << stage) * block.expansion for stage in range(4)]
 
-        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = _norm(norm, 64)
+        self.conv1 = nn.Conv2d(3, base_channels, 7, stride=2, padding=3, bias=False)
+        self.bn1 = _norm(norm, base_channels)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        in_channels = 64
+        in_channels = base_channels
         for stage, count in enumerate(counts):
             blocks = []
             for index in range(count):
                 stride = 2 if stage > 0 and index == 0 else 1
                 stage_dcn = dcn if dcn_stages[stage] else None
-                blocks.append(block(in_channels, 64 << stage, stride, norm, stage_dcn, deform_groups))
+                blocks.append(block(in_channels, base_channels << stage, stride, norm, stage_dcn, deform_groups))
                 in_channels = self.out_channels[stage]
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
 
@@ -197,7 +201,7 @@ def _conv3x3(
 
 
 def _norm(norm: str, channels: int) -> nn.Module:
-    return nn.BatchNorm2d(channels) if norm == "bn" else nn.GroupNorm(GROUP_NORM_GROUPS, channels)
+    return nn.BatchNorm2d(channels) if norm == "bn" else nn.GroupNorm(channels // GROUP_CHANNELS, channels)
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int, norm: str) -> nn.Sequential | None:

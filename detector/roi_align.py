@@ -46,19 +46,20 @@ def roi_align(
 ) -> Tensor:
     """Average bilinear samples of the features on a regular grid in every roi.
 
-    Coordinates are shifted by half a cell (`aligned=True`). A sample outside [-1, size] reads 0, otherwise it is clamped
-    to the border cells. A roi contributes nothing (output 0, no gradient) if its batch index or level does not exist
-    (-1 marks padding) or a coordinate is not finite; so does one with an empty or negative side if `sampling_ratio` is 0.
+    Coordinates are shifted by half a cell (`aligned=True`). A sample outside [-1, size] reads 0, otherwise it is
+    clamped to the border cells. A roi counts for nothing (output 0, no gradient) if its batch index or level does not
+    exist (-1 marks padding), if a coordinate is not finite or, with adaptive sampling, if a side is not positive.
 
     Args:
         features: one (B, C, Hl, Wl) tensor per level, float16, bfloat16, float32 or float64, any strides; channels_last
             saves a copy.
-        rois: (R, 5) floating, [batch index, x1, y1, x2, y2] in pixels of the image. Positions are computed in its dtype,
-            in float32 if that is 16-bit. Not differentiable.
+        rois: (R, 5) floating, [batch index, x1, y1, x2, y2] in pixels of the image. Not differentiable. Sampling
+            positions are computed in float32; in float64 if rois and features are, or on a CPU if the rois are.
         levels: (R,) int64, index into `features`.
         strides: pixels per cell of each level.
         output_size: bins per side, S.
-        sampling_ratio: samples per bin and axis; 0 takes ceil(roi side / S), one per cell.
+        sampling_ratio: samples per bin and axis; 0 takes ceil(roi side in cells / S), at least one per cell
+            (at most 2**20).
 
     Returns:
         (R, C, S, S), dtype of the features, channels_last strides.
@@ -222,7 +223,7 @@ def _autograd_backward(ctx, grad):
     sizes = list(zip(ctx.heights, ctx.widths, strict=True))
     parts = table.split([ctx.batch * height * width for height, width in sizes])
     grads = [
-        part.view(ctx.batch, height, width, -1).permute(0, 3, 1, 2)
+        part.view(ctx.batch, height, width, table.shape[1]).permute(0, 3, 1, 2)
         for part, (height, width) in zip(parts, sizes, strict=True)
     ]
     return grads, None, None, None, None, None

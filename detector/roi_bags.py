@@ -90,7 +90,8 @@ def forward(geometry: PoolGeometry, features: list[Tensor], rois: Tensor, levels
         for _, pixels, weights, offsets in _entries(geometry, rois, levels)
     ]
     table = pooled[0] if len(pooled) == 1 else torch.cat([table[:0], *pooled])
-    return table.view(len(rois), geometry.bins, geometry.bins, -1).to(dtype).permute(0, 3, 1, 2)
+    shape = len(rois), geometry.bins, geometry.bins, table.shape[1]
+    return table.view(shape).to(dtype).permute(0, 3, 1, 2)
 
 
 def backward(geometry: PoolGeometry, grad: Tensor, rois: Tensor, levels: Tensor) -> Tensor:
@@ -124,9 +125,7 @@ def _pixel_table(features: list[Tensor], dtype: torch.dtype) -> Tensor:
     return table
 
 
-def _entries(
-    geometry: PoolGeometry, rois: Tensor, levels: Tensor
-) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+def _entries(geometry: PoolGeometry, rois: Tensor, levels: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """Yield the bags of all bins in chunks of rois: (first bag, pixel rows, weights, offsets of the bags)."""
     device = rois.device
     live = live_rois(rois, levels, geometry.batch, len(geometry.strides))

@@ -1,6 +1,6 @@
 """Non-maximum suppression on a GPU: G groups at once, fixed shapes, nothing read back by the host.
 
-Letters: G groups, M boxes per group, W = ceil(M / 64) blocks of 64 boxes. In every group the boxes are sorted by falling
+Letters: G groups, M boxes per group, W = ceil(M / 64) blocks of 64 boxes. The boxes of each group are sorted by falling
 score first. One kernel compares all pairs of blocks in parallel and packs the answers into 64-bit words,
 
     words (G, W, 64 * W) int64    bit j of words[g, b, i]: box i suppresses box 64 * b + j, which comes later
@@ -26,7 +26,7 @@ def either(a, b):
     return a | b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "blocks"])
 def nms_overlap_kernel(words_ptr, boxes_ptr, counts_ptr, size, blocks, THRESHOLD: tl.constexpr):
     """Pack which boxes of one block suppress which of another.
 
@@ -57,17 +57,14 @@ def nms_overlap_kernel(words_ptr, boxes_ptr, counts_ptr, size, blocks, THRESHOLD
         area_a = (ax2 - ax1) * (ay2 - ay1)
         area_b = (bx2 - bx1) * (by2 - by1)
         union = area_a[:, None] + area_b[None, :] - inter
-        if inter.dtype == tl.float64:
-            iou = inter / union
-        else:
-            iou = tl.div_rn(inter, union)
+        iou = inter / union if inter.dtype == tl.float64 else tl.div_rn(inter, union)  # rounded as on the CPU
         suppresses = (iou > THRESHOLD) & (i[:, None] < j[None, :])
         bits = suppresses.to(tl.int64) << tl.arange(0, BLOCK)[None, :].to(tl.int64)
         row = group * blocks + tl.program_id(1)
         tl.store(words_ptr + row * (blocks * BLOCK) + i, tl.sum(bits, axis=1), mask=i < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "blocks"])
 def nms_sweep_kernel(keep_ptr, words_ptr, live_ptr, counts_ptr, size, blocks):
     """Decide block by block which boxes of a group stay.
 

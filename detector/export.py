@@ -1,0 +1,235 @@
+"""Detectors that run without this package: `torch.export` programs and ONNX files.
+
+python -m detector.export --weights best.pth --out best.onnx
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+from detector.faster_rcnn import FasterRCNN
+from detector.image import STRIDE, read_image, resize_keep_ratio, stack_images
+from detector.load import load
+from detector.onnx_run import AVAILABLE, difference, run_onnx
+from detector.structures import Batch
+
+INPUTS = ("images", "sizes")
+OUTPUTS = ("boxes", "scores", "labels", "valid", "masks")
+OPSET = 20
+MOST = 1 << 16
+"""Upper bound of the sizes that stay open, in images and in strides."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write a detector as an ONNX file, and compare the two where onnxruntime is installed.
+
+    The file takes `images` (batch, 3, height, width) uint8 RGB, sides multiples of 32, and `sizes` (batch, 2) int64,
+    height and width before padding. It gives `boxes` (batch, n, 4) float32 in pixels of the input, `scores` (batch, n),
+    `labels` (batch, n) int64 and `valid` (batch, n) bool: only entries that are valid are detections.
+    """
+
+    weights: Path
+    """Checkpoint of the detector."""
+    out: Path
+    """File to write."""
+    size: tuple[int, int] | None = None
+    """Height and width of the input, multiples of 32; left open if not given."""
+    batch: int | None = None
+    """Images of the input; left open if not given."""
+    image: Path | None = None
+    """Picture to compare the file and the model on; without one it is noise, in which there may be nothing to find."""
+
+
+class Detector(nn.Module):
+    """A `FasterRCNN` with tensors for arguments.
+
+    Args:
+        model: in evaluation mode.
+
+    Shape:
+        images (B, 3, H, W) uint8, sizes (B, 2) int64 -> boxes (B, n, 4), scores (B, n), labels (B, n), valid (B, n)
+        and, of a model with masks, masks (B, n, 28, 28).
+    """
+
+    def __init__(self, model: FasterRCNN):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        """Detect; see `FasterRCNN.detect`."""
+        return self.model.detect(Batch(images, sizes))
+
+
+def export_program(
+    model: FasterRCNN, *, size: tuple[int, int] | None = None, batch: int | None = None
+) -> torch.export.ExportedProgram:
+    """Export the detection path with `torch.export`.
+
+    Args:
+        model: in evaluation mode; the program computes in its dtype, with the kernels of its device.
+        size: height and width of the images, multiples of 32; None leaves them open.
+        batch: number of images; None leaves it open.
+
+    Returns:
+        The program of a `Detector`.
+
+    Raises:
+        ValueError: the model is in training mode, or a size is out of its range.
+    """
+    if model.training:
+        raise ValueError("model: expected evaluation mode, call model.eval() first")
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch: expected at least 1, found {batch}")
+    if size is not None and (min(size) < 1 or any(side % STRIDE for side in size)):
+        raise ValueError(f"size: expected multiples of {STRIDE}, found {tuple(size)}")
+    images: dict[int, torch.export.Dim] = {}
+    sizes: dict[int, torch.export.Dim] = {}
+    if batch is None:
+        images[0] = sizes[0] = torch.export.Dim("batch", min=1, max=MOST)
+    if size is None:
+        images[2] = STRIDE * torch.export.Dim("rows", min=1, max=MOST)
+        images[3] = STRIDE * torch.export.Dim("columns", min=1, max=MOST)
+    height, width = size or (-(-side // STRIDE) * STRIDE for side in sorted(model.config.image_scale))
+    device = next(model.parameters()).device
+    example = (
+        torch.zeros(batch or 2, 3, height, width, dtype=torch.uint8, device=device),
+        torch.tensor([[height, width]] * (batch or 2), device=device),
+    )
+    with torch.no_grad(), _quiet():
+        return torch.export.export(Detector(model), example, dynamic_shapes=(images, sizes))
+
+
+def export_onnx(
+    model: FasterRCNN,
+    path: str | Path,
+    *,
+    size: tuple[int, int] | None = None,
+    batch: int | None = None,
+    classes: Sequence[str] = (),
+) -> None:
+    """Write the detection path as an ONNX file; it appears under its name only when it is complete.
+
+    Args:
+        model: in evaluation mode, float32.
+        path: file to write; its folder must exist.
+        size, batch: as in `export_program`.
+        classes: class names by label, stored as JSON under "classes" in the metadata of the file.
+
+    Raises:
+        ValueError: as `export_program`, the model is not float32, or a package is missing.
+        OSError: the file cannot be written.
+    """
+    if next(model.parameters()).dtype != torch.float32:
+        raise ValueError(f"model: expected float32, found {next(model.parameters()).dtype}; call model.float() first")
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"no package {' and no '.join(missing)}; pip install 'triton-dcn[export]'")
+    program = export_program(model, size=size, batch=batch)
+    write_onnx(program, path, classes)
+
+
+def write_onnx(program: torch.export.ExportedProgram, path: str | Path, classes: Sequence[str] = ()) -> None:
+    """Write a program of `export_program` as an ONNX file; arguments as in `export_onnx`."""
+    path = Path(path)
+    outputs = OUTPUTS[: len(program.graph_signature.user_outputs)]
+    with _quiet():
+        graph = torch.onnx.export(
+            program, dynamo=True, opset_version=OPSET, input_names=INPUTS, output_names=outputs, verbose=False,
+            custom_translation_table=importlib.import_module("detector.onnx_ops").TRANSLATIONS,
+        )  # fmt: skip
+    graph.model.metadata_props["classes"] = json.dumps(list(classes))
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        graph.save(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def export_file(options: Options) -> str:
+    """Write the file and compare it with the model.
+
+    Returns:
+        What was compared and how far apart the two are.
+
+    Raises:
+        OSError, ValueError: weights cannot be read, the file cannot be written, an option is wrong.
+    """
+    if not options.out.parent.is_dir():
+        raise ValueError(f"--out: no folder {options.out.parent}")
+    model, classes = load(options.weights, "cpu")
+    export_onnx(model, options.out, size=options.size, batch=options.batch, classes=classes)
+    if not AVAILABLE:
+        return "not compared with the model: onnxruntime is not installed"
+    batch = _example(options, model)
+    ours, theirs = model(batch), run_onnx(options.out, batch)
+    boxes, scores = difference(ours, theirs)
+    count = sum(len(found.boxes) for found in ours)
+    place = options.image or "noise (--image compares on a picture)"
+    return f"largest difference of {count} detections in {place}: {boxes:.2g} pixels, {scores:.2g} of the score"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
+    options = tyro.cli(Options, prog="python -m detector.export", args=arguments)
+    try:
+        comparison = export_file(options)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB\n{comparison}")
+    return 0
+
+
+@torch.no_grad()
+def _example(options: Options, model: FasterRCNN) -> Batch:
+    """Return images to compare on, in the sizes that the file takes."""
+    if options.image is not None:
+        image = read_image(options.image)
+        scale = model.config.image_scale
+        if options.size is not None:  # the largest size that fits
+            factor = min(side / own for side, own in zip(options.size, image.shape, strict=False))
+            scale = tuple(max(int(own * factor), 1) for own in image.shape[:2])
+        images, sizes = stack_images([resize_keep_ratio(image, scale)[0]])
+    else:
+        sizes = torch.tensor([options.size or sorted(model.config.image_scale)])
+        noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 64 + 128
+        images = F.interpolate(noise, size=sizes[0].tolist(), mode="bilinear").clamp(0, 255).to(torch.uint8)
+    height, width = options.size or (-(-side // STRIDE) * STRIDE for side in images.shape[2:])
+    images = F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
+    count = options.batch or 1
+    return Batch(images.repeat(count, 1, 1, 1), sizes.repeat(count, 1))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what torch's exporter says about itself and about packages that are not needed from the user."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
