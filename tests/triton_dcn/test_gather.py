@@ -272,6 +272,16 @@ def test_same_bits_every_time(dtype, monkeypatch):
         assert all(torch.equal(value, first[key]) for key, value in run(case).items())
 
 
+def test_deterministic_algorithms_are_allowed():
+    case = make_case(CASES["groups"], torch.float32)
+    free = run(case)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert all(torch.equal(value, free[key]) for key, value in run(case).items())
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_long_keys():
     """More rows than a 16-bit key can name."""
     case = make_case((1, 2, 2, (300, 260), (1, 1), (1, 1), (0, 0), (1, 1), 1, 1, True, False), torch.float64, spread=90)

@@ -77,7 +77,7 @@ def test_half(spec, dtype):
 @pytest.mark.parametrize("kernel", ["forward_prefetch", "forward_transposed"])
 @pytest.mark.parametrize("spec", ["two-blocks", "offset-groups"])
 def test_forward_forms(spec, kernel, dtype, monkeypatch):
-    put(monkeypatch, Row("forward", kernel, ARCH, "any", ANY, Tile(64, 16, 16)))
+    put(monkeypatch, Row("forward", kernel, (ARCH,), "any", ANY, Tile(64, 16, 16)))
     case = case_of(spec, dtype)
     wide = widen(case)
     exact = reference.forward(wide.geom, *wide.tensors, wide.bias).relu()
@@ -93,7 +93,7 @@ def test_columns_with_relu():
 
 @pytest.mark.parametrize("spec", ["two-blocks", "offset-groups"])
 def test_sample_gradients_in_one_pass(spec, monkeypatch):
-    put(monkeypatch, Row("grad_sample_fused", "grad_sample_fused", ARCH, "any", ANY, Tile(64, 16, 16)))
+    put(monkeypatch, Row("grad_sample_fused", "grad_sample_fused", (ARCH,), "any", ANY, Tile(64, 16, 16)))
     case = case_of(spec)
     needs = (False, True, True, False)
     agree(run(case, needs), run(widen(case), needs, reference), FLOOR[torch.float32])
@@ -120,8 +120,8 @@ def test_chunks_and_slices(spec, monkeypatch):
 
 def test_strips(monkeypatch):
     monkeypatch.setattr(configs, "STRIP_MIN_WIDTH", 17)
-    put(monkeypatch, Row("forward", "forward_prefetch", ARCH, "any", ANY, Tile(64, 16, 16)))
-    put(monkeypatch, Row("grad_sample_fused", "grad_sample_fused", ARCH, "any", ANY, Tile(64, 16, 16)))
+    put(monkeypatch, Row("forward", "forward_prefetch", (ARCH,), "any", ANY, Tile(64, 16, 16)))
+    put(monkeypatch, Row("grad_sample_fused", "grad_sample_fused", (ARCH,), "any", ANY, Tile(64, 16, 16)))
     case = case_of("offset-groups")
     assert configs.strip(case.geom.out_width) == 16
     needs = (False, True, True, False)
@@ -226,17 +226,25 @@ def test_empty_batch(spec):
 
 
 @pytest.mark.parametrize("spec", ["one-block", "offset-groups"])
-def test_mask_logits(spec):
+def test_raw_map(spec):
+    """Offsets and logits in one map: split, sigmoid and both gradients happen in the kernels."""
     case = case_of(spec)
     x, offset, mask, weight = case.tensors
     logits = mask * 6 - 3
-    case.tensors = (x, offset, logits, weight)
+    case.tensors = (x, torch.cat((offset, logits), 1), None, weight)
     found = run(case, mask_logits=True)
     case.tensors = (x, offset, logits.sigmoid(), weight)
     exact = run(widen(case), backend=reference)
     share = logits.double().sigmoid()
-    exact["grad_mask"] *= share * (1 - share)
+    exact["grad_offset"] = torch.cat((exact["grad_offset"], exact["grad_mask"] * share * (1 - share)), 1)
+    exact["grad_mask"] = None
     agree(found, exact, FLOOR[torch.float32])
+
+
+def test_raw_map_of_the_wrong_size_is_refused():
+    case = case_of("one-block")
+    with pytest.raises(ValueError, match="offset has 18 channels and mask is given, expected a raw map of 3"):
+        run(case, mask_logits=True)
 
 
 @triton.jit
@@ -294,9 +302,3 @@ def test_strip_order_is_a_permutation_by_strips(size):
         for x in range(start, min(start + 8, width))
     ]
     assert out[: len(expected)].tolist() == expected
-
-
-def test_table_is_small_and_unambiguous():
-    assert len(configs.TABLE) < 40
-    keys = [(row.stage, row.arch, row.arithmetic, row.channels) for row in configs.TABLE]
-    assert len(set(keys)) == len(keys)

@@ -1,0 +1,165 @@
+"""The tile table: which kernel form and which block sizes run where. Plain data.
+
+Rows are looked up by stage, architecture, arithmetic and number of channels; the first that fits is taken. A stage without a
+row that fits takes the general way: columns and a library product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WORKSPACE_BYTES = 128 << 20  # bound of one chunk of columns, column gradients or T
+MAX_PIXELS = 1 << 27  # of the images in one slice: a pixel index shares 32 bits with four flags
+MAX_SAMPLES = 1 << 29  # likewise: there are up to four entries of a sample in the bins
+BYTES_PER_SAMPLE = 64  # of the sample arrays and, at its peak, of the stable sort
+TILE_H, TILE_W = 8, 16  # tile of input pixels that owns a bin
+STRIP = 16  # columns per strip of output positions
+STRIP_MIN_WIDTH = 64  # narrower maps keep row-major order
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block sizes of one launch: positions (samples of a bin), output channels, input channels, warps."""
+
+    block_p: int
+    block_o: int = 0
+    block_c: int = 0
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    Attributes:
+        stage: what the tile is for; `kernel` says by which kernel.
+        archs: "sm80", "sm90", "sm100", "gfx942" (by family: 12.x is served as sm80) or "interpreter".
+        arithmetic: "half", "tf32", "float32" or "any".
+        channels: largest size class: input channels of an offset group; output channels for "t_columns".
+        registers: per thread, as `bench.static` found them for each of `archs`; 0 where there is nothing to hold.
+        shared: likewise bytes of shared memory, the most of any of `archs`.
+    """
+
+    stage: str
+    kernel: str
+    archs: tuple[str, ...]
+    arithmetic: str
+    channels: int
+    tile: Tile
+    registers: tuple[int, ...] = ()
+    shared: int = 0
+
+
+ANY = 1 << 30
+EXACT_STAGES = ("forward", "grad_sample_fused")
+HOST = ("interpreter",)
+GPUS = ("sm80", "sm90", "sm100", "gfx942")
+TESTED = ("sm80", "sm90", "gfx942")  # thresholds asserted in CI; sm100 is reported only
+PORTABLE = ("sm80", "gfx942")
+REGISTER_SLACK = 8  # over a row's numbers, for another version of the compiler
+SHARED_LIMIT = 99 << 10  # bytes a block may have on every target
+TABLE: tuple[Row, ...] = (
+    Row("sampling", "sampling", GPUS, "any", ANY, Tile(256), (32, 32, 32, 15)),
+    Row("bins", "bins", GPUS, "any", ANY, Tile(256), (48, 48, 54, 14), 2 << 10),
+    Row("forward", "forward_transposed", ("sm90", "sm100"), "half", 128, Tile(64, 128, 32, 4), (168, 124), 12 << 10),
+    Row("forward", "forward_transposed", ("sm90",), "half", 256, Tile(128, 256, 32, 8), (239,), 24 << 10),
+    Row("forward", "forward_transposed", ("sm90", "sm100"), "half", 256, Tile(64, 64, 32, 4), (105, 80), 9 << 10),
+    Row("forward", "forward_transposed", ("sm90",), "tf32", 128, Tile(64, 128, 16, 4), (154,), 16 << 10),
+    Row("forward", "forward_transposed", ("sm90",), "tf32", 256, Tile(64, 256, 16, 8), (152,), 32 << 10),
+    Row("forward", "forward_prefetch", PORTABLE, "half", 128, Tile(64, 128, 32, 4), (186, 124), 12 << 10),
+    Row("forward", "forward_prefetch", PORTABLE, "half", 256, Tile(64, 256, 32, 8), (196, 116), 20 << 10),
+    Row("forward", "forward_prefetch", PORTABLE, "half", 256, Tile(64, 64, 32, 4), (156, 90), 8 << 10),
+    Row("forward", "forward_prefetch", ("sm80",), "tf32", 128, Tile(64, 128, 16, 8), (128,), 12 << 10),
+    Row("forward", "forward_prefetch", ("sm80",), "tf32", 256, Tile(64, 256, 16, 8), (194,), 20 << 10),
+    Row("columns", "columns", GPUS, "any", ANY, Tile(32, 0, 64, 4), (104, 105, 101, 70)),
+    Row(
+        "grad_sample_fused", "grad_sample_fused", GPUS, "half", 128, Tile(64, 128, 64, 8), (128, 112, 98, 131), 32 << 10
+    ),
+    Row(
+        "grad_sample_fused",
+        "grad_sample_fused",
+        GPUS,
+        "half",
+        256,
+        Tile(64, 128, 32, 4),
+        (130, 125, 123, 188),
+        40 << 10,
+    ),
+    Row(
+        "grad_sample_fused",
+        "grad_sample_fused",
+        ("sm80", "sm90"),
+        "tf32",
+        256,
+        Tile(64, 64, 32, 8),
+        (172, 147),
+        76 << 10,
+    ),
+    Row("grad_sample", "grad_sample", GPUS, "half", ANY, Tile(32, 0, 64, 4), (72, 72, 94, 70), 1 << 10),
+    Row("grad_sample", "grad_sample", GPUS, "any", ANY, Tile(32, 0, 32, 4), (86, 70, 80, 54), 1 << 10),
+    Row("t_columns", "t_columns", TESTED, "half", 64, Tile(64, 64, 0, 4), (168, 168, 113), 24 << 10),
+    Row("t_columns", "t_columns", GPUS, "half", 128, Tile(64, 128, 0, 8), (154, 127, 217, 110), 32 << 10),
+    Row("t_columns", "t_columns", GPUS, "half", ANY, Tile(32, 256, 0, 8), (213, 196, 174, 122), 32 << 10),
+    Row("t_columns", "t_columns", GPUS, "any", ANY, Tile(32, 64, 0, 8), (170, 119, 178, 56), 32 << 10),
+    Row("g_form", "g_form", GPUS, "half", ANY, Tile(64, 0, 64, 8), (99, 99, 203, 68), 24 << 10),
+    Row("g_form", "g_form", GPUS, "any", ANY, Tile(32, 0, 64, 8), (170, 120, 175, 58), 32 << 10),
+    Row("sampling", "sampling", HOST, "any", ANY, Tile(4096)),
+    Row("bins", "bins", HOST, "any", ANY, Tile(4096)),
+    Row("forward", "forward_prefetch", HOST, "half", ANY, Tile(256, 16, 16)),
+    Row("columns", "columns", HOST, "any", ANY, Tile(256, 0, 64)),
+    Row("grad_sample_fused", "grad_sample_fused", HOST, "half", ANY, Tile(256, 16, 16)),
+    Row("grad_sample", "grad_sample", HOST, "any", ANY, Tile(256, 0, 64)),
+    Row("t_columns", "t_columns", HOST, "any", ANY, Tile(256, 64, 0)),
+    Row("g_form", "g_form", HOST, "any", ANY, Tile(256, 0, 64)),
+)
+
+
+def architecture(device: torch.device) -> str:
+    """Return the table's name for `device`."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0]
+    return {9: "sm90", 10: "sm100"}.get(major, "sm80")
+
+
+def arithmetic(tensor: Tensor) -> str:
+    """Return how products of `tensor` are computed: "half", "tf32" where the user allows it, or "float32"."""
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        return "half"
+    return "tf32" if tensor.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "float32"
+
+
+def precision(arch: str, kind: str) -> str:
+    """Return `input_precision` of tl.dot; three TF32 products stand in for float32, which has no tensor-core form."""
+    if kind == "tf32":
+        return "tf32"
+    return "tf32x3" if kind == "float32" and arch.startswith("sm") else "ieee"
+
+
+def choose(stage: str, arch: str, kind: str, channels: int, out_channels: int) -> Row | None:
+    """Return the first row of `stage` for these sizes, or None.
+
+    Args:
+        stage: "forward" and "grad_sample_fused" need blocks that divide the channels, the other stages mask the rest.
+        arch, kind: from `architecture` and `arithmetic`.
+        channels: input channels of one offset group.
+        out_channels: O.
+    """
+    for row in TABLE:
+        if row.stage != stage or arch not in row.archs or row.arithmetic not in (kind, "any"):
+            continue
+        size = out_channels if stage == "t_columns" else channels
+        exact = stage in EXACT_STAGES
+        if size <= row.channels and not (exact and (channels % row.tile.block_c or out_channels % row.tile.block_o)):
+            return row
+    return None
+
+
+def strip(out_width: int) -> int:
+    """Return the width of the strips in which output positions are numbered, 0 for row-major order."""
+    return STRIP if out_width >= STRIP_MIN_WIDTH else 0

@@ -1,0 +1,29 @@
+"""Products and rounding that mean the same on a GPU and in the interpreter.
+
+The interpreter multiplies bfloat16 tiles wrongly and truncates where hardware rounds. What is done about it compiles to
+nothing on a GPU.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def contract(a, b, acc, PRECISION: tl.constexpr):
+    """Return acc + a @ b, accumulated in float32."""
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """Return float32 `x` in `dtype`, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True).to(tl.int64)
+        bits = bits + 0x7FFF + (bits >> 16 & 1)
+        x = (bits >> 16 << 16).to(tl.int32).to(tl.float32, bitcast=True)
+    return x.to(dtype)

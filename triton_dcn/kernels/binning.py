@@ -1,0 +1,90 @@
+"""Bins: for every tile of input pixels, the samples whose cells touch it.
+
+A bin is one (image, offset group, tile, tap), numbered in that order, and lists entries `tap * M + position`. A sample
+enters every tile that owns one of its corners, one to four, so that the gradient of a tile needs its own bins alone.
+Lists are allocated at the bound of four entries per sample: their lengths never travel to the host.
+
+Two ways to the same bins. Keys and a stable sort: the order inside a bin is that of the samples, and what is summed along a
+bin is bitwise reproducible. Counting with integer atomics, a cumulative sum, and filling by rank: less traffic, the order
+inside a bin left to the hardware.
+
+Letters and sample arrays: see `sampling`.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sample_origin(cell, height, width):
+    """Return image, y and x of the top left corner of each cell; y, x may be -1."""
+    pixel = cell >> 4
+    image = pixel // (height * width)
+    place = pixel - image * (height * width)
+    y = tl.where((cell & 8) != 0, place // width, -1)
+    x = tl.where((cell & 2) != 0, place % width, -1)
+    return image, y, x
+
+
+@triton.jit
+def entry_bin(cell, y, x, image_group, tap, tiles_y, tiles_x, DY: tl.constexpr, DX: tl.constexpr, TAPS: tl.constexpr,
+              TILE_H: tl.constexpr, TILE_W: tl.constexpr):  # fmt: skip
+    """Return bin and liveness of the entry for corner (DY, DX); a corner in the tile of an earlier one has none."""
+    live_y = (cell & (4 if DY else 8)) != 0
+    live_x = (cell & (1 if DX else 2)) != 0
+    if DY == 1:
+        live_y = live_y & ((y < 0) | ((y + 1) % TILE_H == 0))
+    if DX == 1:
+        live_x = live_x & ((x < 0) | ((x + 1) % TILE_W == 0))
+    tile_y = tl.maximum(y + DY, 0) // TILE_H
+    tile_x = tl.maximum(x + DX, 0) // TILE_W
+    return ((image_group * tiles_y + tile_y) * tiles_x + tile_x) * TAPS + tap, live_y & live_x
+
+
+@triton.jit
+def bin_kernel(
+    cell_ptr,
+    key_ptr,
+    count_ptr,
+    start_ptr,
+    entry_ptr,
+    samples,
+    positions,
+    height,
+    width,
+    tiles_y,
+    tiles_x,
+    bins,
+    OFFSET_GROUPS: tl.constexpr,
+    TAPS: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    PASS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Run one pass over the samples: "keys" for the stable sort, or "count" and later "fill".
+
+    Grid: (ceil(D*K*M / BLOCK),); a program owns BLOCK samples.
+    Reads: cell (D*K, M); when filling, start (bins + 1,).
+    Writes: keys: key (D*K, M, 4), the bin of every possible entry or `bins` for none, in full. count: count (bins,) by
+        integer atomics. fill: entry (4*D*K*M,) at start + rank, the rank by integer atomics on a count that starts at 0.
+    """
+    sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live_sample = sample < samples
+    tap = sample // positions % TAPS
+    cell = tl.load(cell_ptr + sample, mask=live_sample, other=0)
+    image, y, x = sample_origin(cell, height, width)
+    image_group = image * OFFSET_GROUPS + sample // (positions * TAPS)
+    for corner in tl.static_range(4):
+        bin, live = entry_bin(
+            cell, y, x, image_group, tap, tiles_y, tiles_x, corner // 2, corner % 2, TAPS, TILE_H, TILE_W
+        )  # fmt: skip
+        live = live & live_sample
+        if PASS == "keys":
+            tl.store(key_ptr + sample * 4 + corner, tl.where(live, bin, bins), mask=live_sample)
+        elif PASS == "count":
+            tl.atomic_add(count_ptr + bin, 1, mask=live, sem="relaxed")
+        else:
+            rank = tl.atomic_add(count_ptr + bin, 1, mask=live, sem="relaxed")
+            at = tl.load(start_ptr + bin, mask=live, other=0) + rank
+            tl.store(entry_ptr + at, sample % (positions * TAPS), mask=live)

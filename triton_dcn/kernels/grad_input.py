@@ -1,0 +1,178 @@
+"""The scatter of the input gradient as a matrix product, one program per tile of input pixels.
+
+The gradient of pixel q is the sum over samples s of hat(q, s) * grad_column(s), with
+
+    hat(q, s) = scale(s) * max(0, 1 - |p_y(s) - q_y|) * max(0, 1 - |p_x(s) - q_x|),
+
+non-zero at the four corners of s only. A tile of pixels times the entries of its bin is a small dense matrix, and the sum a
+tensor-core product. No atomics, nothing zeroed beforehand, results written once in their own dtype.
+
+T-columns put hat between grad_output and weight: with T(q, k) = sum_s hat(q, s) * grad_output(s) over the bin of tap k,
+
+    grad_input = sum_k T(k) @ weight(k)        grad_weight(k) = T(k)^T @ input,
+
+two library products on one buffer, for one offset group. The G-form takes any number of them, from column gradients.
+
+Letters and sample arrays: see `sampling`; bins: see `binning`.
+"""
+
+import triton
+import triton.language as tl
+
+from triton_dcn.kernels.arithmetic import contract, narrow
+from triton_dcn.kernels.binning import sample_origin
+from triton_dcn.kernels.sampling import column_offset
+
+
+@triton.jit
+def hat_matrix(
+    cell_ptr, ly_ptr, lx_ptr, scale_ptr, at, live, y, x, height, width
+):  # fmt: skip
+    """Return hat(q, s), float32 (pixels, samples), of pixels y, x (pixels, 1) and the samples `at`; zero where not `live`."""
+    cell = tl.load(cell_ptr + at, mask=live, other=0)
+    ly = tl.load(ly_ptr + at, mask=live, other=0.0)[None, :]
+    lx = tl.load(lx_ptr + at, mask=live, other=0.0)[None, :]
+    scale = tl.load(scale_ptr + at, mask=live, other=0.0)[None, :]
+    _, cell_y, cell_x = sample_origin(cell, height, width)
+    dy = y - cell_y[None, :]
+    dx = x - cell_x[None, :]
+    hat_y = tl.where(dy == 0, 1 - ly, tl.where(dy == 1, ly, 0.0))
+    hat_x = tl.where(dx == 0, 1 - lx, tl.where(dx == 1, lx, 0.0))
+    return hat_y * (hat_x * scale)
+
+
+@triton.jit
+def t_columns_kernel(
+    grad_output_ptr,
+    cell_ptr,
+    ly_ptr,
+    lx_ptr,
+    scale_ptr,
+    start_ptr,
+    entry_ptr,
+    t_ptr,
+    positions,
+    height,
+    width,
+    tiles_y,
+    tiles_x,
+    image,
+    tile_row,
+    chunk_rows,
+    first_pixel,
+    rows,
+    OUT_CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TAPS: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """Compute T for a chunk of the input: `chunk_rows` rows of tiles of each image from `image`, `tile_row` on.
+
+    Grid: (images * chunk_rows * tiles_x * K * ceil(O / BLOCK_O),); a program owns a tile, a tap and BLOCK_O channels.
+    Reads: grad_output (M, O), the sample arrays, start (bins + 1,), entry.
+    Writes: T (G, rows, K, O/G) for the `rows` pixels from `first_pixel` on, in full.
+    """
+    BLOCKS_O: tl.constexpr = (OUT_CHANNELS + BLOCK_O - 1) // BLOCK_O
+    o = tl.program_id(0) % BLOCKS_O * BLOCK_O + tl.arange(0, BLOCK_O)
+    tap = tl.program_id(0) // BLOCKS_O % TAPS
+    tile = tl.program_id(0) // (BLOCKS_O * TAPS)
+    tile_x = tile % tiles_x
+    tile_y = tile_row + tile // tiles_x % chunk_rows
+    b = image + tile // (tiles_x * chunk_rows)
+    q = tl.arange(0, TILE_H * TILE_W)
+    y = tile_y * TILE_H + q // TILE_W
+    x = tile_x * TILE_W + q % TILE_W
+    bin = ((b * tiles_y + tile_y) * tiles_x + tile_x) * TAPS + tap
+    begin = tl.load(start_ptr + bin)
+    end = tl.load(start_ptr + bin + 1)
+    live_o = (o < OUT_CHANNELS)[None, :]
+    acc = tl.zeros((TILE_H * TILE_W, BLOCK_O), tl.float32)
+    for first in tl.range(begin, end, BLOCK_S, num_stages=1):
+        e = first + tl.arange(0, BLOCK_S)
+        live = e < end
+        entry = tl.load(entry_ptr + e, mask=live, other=tap * positions)
+        hat = hat_matrix(cell_ptr, ly_ptr, lx_ptr, scale_ptr, entry, live, y[:, None], x[:, None], height, width)
+        from_row = (entry - tap * positions).to(tl.int64)[:, None] * OUT_CHANNELS + o[None, :]
+        if OUT_CHANNELS % BLOCK_O == 0:
+            grad = tl.load(grad_output_ptr + from_row)  # (BLOCK_S, BLOCK_O)
+        else:
+            grad = tl.load(grad_output_ptr + from_row, mask=live_o, other=0.0)
+        acc = contract(narrow(hat, grad.dtype), grad, acc, PRECISION)
+    row = (b * height + y) * width + x - first_pixel
+    to = column_offset(row[:, None], tap, o[None, :], rows, OUT_CHANNELS, GROUPS, TAPS)
+    tl.store(t_ptr + to, narrow(acc, t_ptr.dtype.element_ty), mask=((y < height) & (x < width))[:, None] & live_o)
+
+
+@triton.jit
+def g_form_kernel(
+    grad_column_ptr,
+    cell_ptr,
+    ly_ptr,
+    lx_ptr,
+    scale_ptr,
+    start_ptr,
+    entry_ptr,
+    grad_input_ptr,
+    positions,
+    height,
+    width,
+    tiles_y,
+    tiles_x,
+    CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    OFFSET_GROUPS: tl.constexpr,
+    TAPS: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Compute grad_input from the column gradients of all positions.
+
+    Grid: (B * D * tiles_y * tiles_x * ceil(C/D / BLOCK_C),); a program owns a tile and BLOCK_C channels of an offset group.
+    Reads: grad_column (G, M, K, C/G), the sample arrays, start (bins + 1,), entry.
+    Writes: grad_input (B, H, W, C), in full.
+    """
+    PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
+    BLOCKS_C: tl.constexpr = (PER_OFFSET + BLOCK_C - 1) // BLOCK_C
+    local = tl.program_id(0) % BLOCKS_C * BLOCK_C + tl.arange(0, BLOCK_C)
+    bins = tl.program_id(0) // BLOCKS_C  # (image, offset group, tile); its taps follow each other
+    tile_x = bins % tiles_x
+    tile_y = bins // tiles_x % tiles_y
+    offset_group = bins // (tiles_x * tiles_y) % OFFSET_GROUPS
+    b = bins // (tiles_x * tiles_y * OFFSET_GROUPS)
+    c = offset_group * PER_OFFSET + local
+    q = tl.arange(0, TILE_H * TILE_W)
+    y = tile_y * TILE_H + q // TILE_W
+    x = tile_x * TILE_W + q % TILE_W
+    begin = tl.load(start_ptr + bins * TAPS)
+    end = tl.load(start_ptr + bins * TAPS + TAPS)
+    sample_base = offset_group * TAPS * positions
+    live_c = (local < PER_OFFSET)[None, :]
+    acc = tl.zeros((TILE_H * TILE_W, BLOCK_C), tl.float32)
+    for first in tl.range(begin, end, BLOCK_S, num_stages=1):
+        e = first + tl.arange(0, BLOCK_S)
+        live = e < end
+        entry = tl.load(entry_ptr + e, mask=live, other=0)
+        hat = hat_matrix(
+            cell_ptr, ly_ptr, lx_ptr, scale_ptr, sample_base + entry, live, y[:, None], x[:, None], height, width
+        )
+        tap = (entry // positions)[:, None]
+        row = (entry % positions)[:, None]
+        grad_at = grad_column_ptr + column_offset(row, tap, c[None, :], positions, CHANNELS, GROUPS, TAPS)
+        if PER_OFFSET % BLOCK_C == 0:
+            grad = tl.load(grad_at)  # (BLOCK_S, BLOCK_C)
+        else:
+            grad = tl.load(grad_at, mask=live_c, other=0.0)
+        acc = contract(narrow(hat, grad.dtype), grad, acc, PRECISION)
+    to = ((b * height + y) * width + x).to(tl.int64)[:, None] * CHANNELS + c[None, :]
+    tl.store(
+        grad_input_ptr + to,
+        narrow(acc, grad_input_ptr.dtype.element_ty),
+        mask=((y < height) & (x < width))[:, None] & live_c,
+    )

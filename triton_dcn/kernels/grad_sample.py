@@ -1,0 +1,212 @@
+"""Gradients of offset and mask: four dot products per sample.
+
+With g the gradient of a column (a sample over its channels) and x_j the four corner pixels, d_j = <g, x_j> is all that the
+channels contribute. The rest are scalars of the sample, zero for corners outside the image:
+
+    grad_mask = sum_j d_j * bilinear_j        grad_y = scale * ((1 - lx) * (d10 - d00) + lx * (d11 - d01))
+                                              grad_x = scale * ((1 - ly) * (d01 - d00) + ly * (d11 - d10))
+
+Letters and sample arrays: see `sampling`.
+"""
+
+import triton
+import triton.language as tl
+
+from triton_dcn.kernels.arithmetic import contract, narrow
+from triton_dcn.kernels.sampling import column_offset, corner_rows, load_corners, strip_order
+
+
+@triton.jit
+def partial_dot(grad, x, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return <grad, x> summed over runs of eight channels only, (BLOCK_P, BLOCK_C // 8).
+
+    A run is what one thread has loaded at once, so that nothing is exchanged between threads inside the channel loop.
+    """
+    return tl.sum(tl.reshape(grad * x.to(tl.float32), (BLOCK_P, BLOCK_C // 8, 8)), 2)
+
+
+@triton.jit
+def store_gradients(
+    d00,
+    d01,
+    d10,
+    d11,
+    cell,
+    ly,
+    lx,
+    scale,
+    grad_offset_ptr,
+    grad_mask_ptr,
+    stride_ob,
+    stride_mb,
+    p,
+    spatial,
+    pid_s,
+    live,
+    WANT_OFFSET: tl.constexpr,
+    WANT_MASK: tl.constexpr,
+    MASK_LOGITS: tl.constexpr,
+):
+    """Combine the four dot products of each sample and store its gradients at output position `p`."""
+    d00 = tl.where((cell & 10) == 10, d00, 0.0)
+    d01 = tl.where((cell & 9) == 9, d01, 0.0)
+    d10 = tl.where((cell & 6) == 6, d10, 0.0)
+    d11 = tl.where((cell & 5) == 5, d11, 0.0)
+    b = (p // spatial).to(tl.int64)
+    place = p % spatial
+    if WANT_OFFSET:
+        to = grad_offset_ptr + b * stride_ob + (2 * pid_s).to(tl.int64) * spatial + place
+        grad_y = scale * ((1 - lx) * (d10 - d00) + lx * (d11 - d01))
+        grad_x = scale * ((1 - ly) * (d01 - d00) + ly * (d11 - d10))
+        tl.store(to, narrow(grad_y, grad_offset_ptr.dtype.element_ty), mask=live)
+        tl.store(to + spatial, narrow(grad_x, grad_offset_ptr.dtype.element_ty), mask=live)
+    if WANT_MASK:
+        grad = (1 - ly) * ((1 - lx) * d00 + lx * d01) + ly * ((1 - lx) * d10 + lx * d11)
+        if MASK_LOGITS:
+            grad = grad * scale * (1 - scale)
+        to = grad_mask_ptr + b * stride_mb + pid_s.to(tl.int64) * spatial + place
+        tl.store(to, narrow(grad, grad_mask_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def grad_sample_fused_kernel(
+    grad_output_ptr,
+    input_ptr,
+    cell_ptr,
+    ly_ptr,
+    lx_ptr,
+    scale_ptr,
+    weight_ptr,
+    grad_offset_ptr,
+    grad_mask_ptr,
+    positions,
+    out_height,
+    out_width,
+    width,
+    stride_ob,
+    stride_mb,
+    CHANNELS: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
+    OFFSET_GROUPS: tl.constexpr,
+    TAPS: tl.constexpr,
+    WANT_OFFSET: tl.constexpr,
+    WANT_MASK: tl.constexpr,
+    MASK_LOGITS: tl.constexpr,
+    STRIP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Compute the column gradients tile by tile from grad_output and weight, and reduce them at once.
+
+    Grid: (ceil(M / BLOCK_P) * D*K,); a program owns BLOCK_P positions of one (offset group, tap).
+    Reads: grad_output (M, O), input (B, H, W, C), weight (O, K, C), the sample arrays.
+    Writes: grad_offset (B, 2*D*K, Ho, Wo) and grad_mask (B, D*K, Ho, Wo), batch strides given, otherwise contiguous, in full.
+    Assumes: one channel group, BLOCK_C divides C/D, BLOCK_O divides O.
+    """
+    PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
+    pid_s = tl.program_id(0) % (OFFSET_GROUPS * TAPS)
+    index = tl.program_id(0) // (OFFSET_GROUPS * TAPS) * BLOCK_P + tl.arange(0, BLOCK_P)
+    live = index < positions
+    p = strip_order(tl.where(live, index, 0), out_height, out_width, STRIP)
+    at = pid_s * positions + p
+    cell = tl.load(cell_ptr + at)
+    row00, row01, row10, row11 = corner_rows(cell[:, None], width, CHANNELS)
+    o = tl.arange(0, BLOCK_O)
+    c = tl.arange(0, BLOCK_C)[None, :]
+    grad_rows = grad_output_ptr + p.to(tl.int64)[:, None] * OUT_CHANNELS + o[None, :]
+    d00 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
+    d01 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
+    d10 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
+    d11 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
+    first = pid_s // TAPS * PER_OFFSET
+    for start in tl.range(0, PER_OFFSET, BLOCK_C, num_stages=1):
+        weight_block = weight_ptr + (pid_s % TAPS * CHANNELS + first + start) + o[:, None] * (TAPS * CHANNELS) + c
+        grad = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+        for from_o in tl.static_range(0, OUT_CHANNELS, BLOCK_O):
+            grad_out = tl.load(grad_rows + from_o)  # (BLOCK_P, BLOCK_O)
+            weight = tl.load(weight_block + from_o * (TAPS * CHANNELS))  # (BLOCK_O, BLOCK_C)
+            grad = contract(grad_out, weight, grad, PRECISION)
+        # through 16 bits: half the shared memory on the way from the product's layout to that of the gathers
+        grad = narrow(grad, input_ptr.dtype.element_ty).to(tl.float32)
+        base = input_ptr + (first + start)
+        x00, x01, x10, x11 = load_corners(base, row00, row01, row10, row11, c, True, False)
+        d00 += partial_dot(grad, x00, BLOCK_P, BLOCK_C)
+        d01 += partial_dot(grad, x01, BLOCK_P, BLOCK_C)
+        d10 += partial_dot(grad, x10, BLOCK_P, BLOCK_C)
+        d11 += partial_dot(grad, x11, BLOCK_P, BLOCK_C)
+    store_gradients(
+        tl.sum(d00, 1), tl.sum(d01, 1), tl.sum(d10, 1), tl.sum(d11, 1), cell, tl.load(ly_ptr + at), tl.load(lx_ptr + at), tl.load(scale_ptr + at),
+        grad_offset_ptr, grad_mask_ptr, stride_ob, stride_mb, p, out_height * out_width, pid_s, live,
+        WANT_OFFSET, WANT_MASK, MASK_LOGITS,
+    )  # fmt: skip
+
+
+@triton.jit
+def grad_sample_kernel(
+    grad_column_ptr,
+    input_ptr,
+    cell_ptr,
+    ly_ptr,
+    lx_ptr,
+    scale_ptr,
+    grad_offset_ptr,
+    grad_mask_ptr,
+    positions,
+    first,
+    rows,
+    spatial,
+    width,
+    stride_ob,
+    stride_mb,
+    CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    OFFSET_GROUPS: tl.constexpr,
+    TAPS: tl.constexpr,
+    WANT_OFFSET: tl.constexpr,
+    WANT_MASK: tl.constexpr,
+    MASK_LOGITS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Reduce column gradients that a library product has computed for positions [first, first + rows); any sizes.
+
+    Grid: (ceil(rows / BLOCK_P) * D*K,); a program owns BLOCK_P positions of one (offset group, tap).
+    Reads: grad_column (G, rows, K, C/G), input (B, H, W, C), the sample arrays.
+    Writes: as `grad_sample_fused_kernel`, for these positions.
+    """
+    PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
+    MASKED: tl.constexpr = PER_OFFSET % BLOCK_C != 0
+    pid_s = tl.program_id(0) % (OFFSET_GROUPS * TAPS)
+    row = tl.program_id(0) // (OFFSET_GROUPS * TAPS) * BLOCK_P + tl.arange(0, BLOCK_P)
+    live = row < rows
+    row = tl.where(live, row, 0)
+    at = pid_s * positions + first + row
+    cell = tl.load(cell_ptr + at)
+    row00, row01, row10, row11 = corner_rows(cell[:, None], width, CHANNELS)
+    d00 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
+    d01 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
+    d10 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
+    d11 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
+    for start in tl.range(0, PER_OFFSET, BLOCK_C, num_stages=1):
+        local = start + tl.arange(0, BLOCK_C)
+        live_c = (local < PER_OFFSET)[None, :]
+        c = (pid_s // TAPS * PER_OFFSET + local)[None, :]
+        grad_at = grad_column_ptr + column_offset(row[:, None], pid_s % TAPS, c, rows, CHANNELS, GROUPS, TAPS)
+        if MASKED:
+            grad = tl.load(grad_at, mask=live_c, other=0.0).to(tl.float32)  # (BLOCK_P, BLOCK_C)
+        else:
+            grad = tl.load(grad_at).to(tl.float32)
+        x00, x01, x10, x11 = load_corners(
+            input_ptr, row00, row01, row10, row11, c, live_c, MASKED
+        )  # fmt: skip
+        d00 += partial_dot(grad, x00, BLOCK_P, BLOCK_C)
+        d01 += partial_dot(grad, x01, BLOCK_P, BLOCK_C)
+        d10 += partial_dot(grad, x10, BLOCK_P, BLOCK_C)
+        d11 += partial_dot(grad, x11, BLOCK_P, BLOCK_C)
+    store_gradients(
+        tl.sum(d00, 1), tl.sum(d01, 1), tl.sum(d10, 1), tl.sum(d11, 1), cell, tl.load(ly_ptr + at), tl.load(lx_ptr + at), tl.load(scale_ptr + at),
+        grad_offset_ptr, grad_mask_ptr, stride_ob, stride_mb, first + row, spatial, pid_s, live,
+        WANT_OFFSET, WANT_MASK, MASK_LOGITS,
+    )  # fmt: skip

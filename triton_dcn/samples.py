@@ -1,0 +1,135 @@
+"""What the `embedding_bag` formulation of deformable convolution reads: tables of pixels, rows and weights of samples.
+
+Letters: B batch, n images of a piece, C channels, G groups, D offset groups, K taps, P positions of an image, p those
+of a piece, L = lcm(G, D) slices of the channels, J = L / G of them in a group. Samples are ordered (G, n, p, K, J).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from triton_dcn.geometry import ConvGeometry
+
+CHUNK_BYTES = 16 << 20
+"""Size of the columns of one piece; backward holds them and their gradient."""
+
+
+class Samples(NamedTuple):
+    """Four table rows and weights per sample, and the factors of the weights."""
+
+    rows: Tensor  # (G, n, p, K, J, 4) int32 or int64
+    weights: Tensor  # (G, n, p, K, J, 4)
+    fractions: Tensor  # (2, n, p, K, D): y, x within the cell
+    mask: Tensor | None  # (n, p, K, D)
+
+
+def cut(geom: ConvGeometry, itemsize: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Cut the work into images and, within, positions whose columns, indices and table stay near CHUNK_BYTES."""
+    pixel = geom.in_channels * itemsize
+    position = geom.taps * (pixel + 64 * slice_count(geom))  # four rows and weights, and their order
+    image = max(geom.positions * position, (geom.height + 3) * (geom.width + 2) * pixel)
+    positions = _spans(geom.positions, max(1, CHUNK_BYTES // position))
+    for images in _spans(geom.batch, max(1, CHUNK_BYTES // image)):
+        yield images, positions
+
+
+def _spans(total: int, most: int) -> list[slice]:
+    """Cut range(total) into even slices of at most `most`."""
+    step = math.ceil(total / math.ceil(total / most)) if total else 1
+    return [slice(start, min(start + step, total)) for start in range(0, total, step)]
+
+
+def tap_grid(geom: ConvGeometry, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Positions of the taps without offsets: (2, P, K)."""
+    axes = []
+    for axis, extent in enumerate((geom.out_height, geom.out_width)):
+        start = torch.arange(extent, device=device) * geom.stride[axis] - geom.padding[axis]
+        tap = torch.arange(geom.kernel[axis], device=device) * geom.dilation[axis]
+        axes.append((start[:, None] + tap).to(dtype))
+    y, x = axes
+    full = (geom.out_height, geom.out_width, *geom.kernel)
+    y, x = y[:, None, :, None].expand(full), x[None, :, None].expand(full)
+    return torch.stack((y, x)).view(2, geom.positions, geom.taps)
+
+
+def make_table(geom: ConvGeometry, input: Tensor, dtype: torch.dtype) -> Tensor:
+    """Lay out images as rows of channels with zeros around: (R, C), R = (n * (H + 3) + 2) * (W + 2).
+
+    Pixel (y, x) of image i is row (i * (H + 3) + y + 2) * (W + 2) + x + 1. All four corners exist for every cell with
+    -2 <= y <= H, -1 <= x <= W (the right neighbour of the last column is the first of the next row), and they are zero
+    for the cells at y = -2, y = H and x = W, which stand for everything outside.
+    """
+    n, c, h, w = input.shape
+    table = input.new_zeros((n * (h + 3) + 2) * (w + 2), c, dtype=dtype)
+    pixels(geom, table).copy_(input.permute(0, 2, 3, 1))
+    return table
+
+
+def pixels(geom: ConvGeometry, table: Tensor) -> Tensor:
+    """The pixels of a table as a view (n, H, W, C)."""
+    high, wide = geom.height + 3, geom.width + 2
+    n = len(table) // (high * wide)
+    return table[: n * high * wide].view(n, high, wide, -1)[:, 2:-1, 1:-1]
+
+
+def make_samples(
+    geom: ConvGeometry, offset: Tensor, mask: Tensor | None, images: slice, positions: slice, grid: Tensor
+) -> Samples:
+    """Compute which rows the samples of a piece read, and their weights."""
+    place = per_sample(geom, offset, images, positions).to(grid.dtype) + grid[:, None, positions, :, None]
+    place.nan_to_num_(nan=-2)
+    F.threshold_(place[0], -1, -2).clamp_(max=geom.height)
+    F.threshold_(place[1], -1, geom.width).clamp_(max=geom.width)
+    cell = place.floor()
+    fractions = place.sub_(cell)
+    slices, pitch = slice_count(geom), geom.width + 2
+    small = (geom.batch * (geom.height + 3) + 2) * pitch * slices < 2**31
+    cell = cell.to(torch.int32 if small else torch.int64)
+    image = torch.arange(cell.shape[1], dtype=cell.dtype, device=cell.device).view(-1, 1, 1, 1)
+    base = torch.add(cell[1], cell[0], alpha=pitch).add_((image * (geom.height + 3) + 2) * pitch + 1)
+    ly, lx = fractions
+    if mask is None:
+        lower, upper = ly, 1 - ly
+    else:
+        mask = per_sample(geom, mask, images, positions).to(grid.dtype).contiguous()
+        lower = ly * mask
+        upper = mask - lower
+
+    def split(per_offset_group: Tensor) -> Tensor:  # (n, p, K, D) -> (n, p, K, G, J)
+        return per_offset_group.repeat_interleave(slices // geom.offset_groups, -1).unflatten(-1, (geom.groups, -1))
+
+    base, lower, upper, lx = (split(x) for x in (base, lower, upper, lx))
+    base = base * slices + torch.arange(slices, dtype=base.dtype, device=base.device).view(geom.groups, -1)
+    shape = (geom.groups, *base.shape[:3], base.shape[4], 4)
+    rows, weights = base.new_empty(shape), lower.new_empty(shape)
+    row, part = (x.permute(5, 1, 2, 3, 0, 4) for x in (rows, weights))  # (4, n, p, K, G, J)
+    for corner, step in enumerate((0, 1, pitch, pitch + 1)):
+        torch.add(base, step * slices, out=row[corner])
+    torch.mul(upper, lx, out=part[1])
+    torch.sub(upper, part[1], out=part[0])
+    torch.mul(lower, lx, out=part[3])
+    torch.sub(lower, part[3], out=part[2])
+    return Samples(rows, weights, fractions, mask)
+
+
+def per_sample(geom: ConvGeometry, tensor: Tensor, images: slice, positions: slice) -> Tensor:
+    """Offsets (B, 2*D*K, Ho, Wo) of a piece as (2, n, p, K, D), masks (B, D*K, Ho, Wo) as (n, p, K, D)."""
+    planes = tensor[images].flatten(2)[..., positions].unflatten(1, (geom.offset_groups, geom.taps, -1))
+    planes = planes.permute(3, 0, 4, 2, 1)
+    return planes if len(planes) == 2 else planes[0]
+
+
+def slice_count(geom: ConvGeometry) -> int:
+    """Slices of the channels within which group and offset group are the same: L."""
+    return math.lcm(geom.groups, geom.offset_groups)
+
+
+def sliced(geom: ConvGeometry, rows: Tensor) -> Tensor:
+    """View rows of channels as rows of slices: (any, C / L)."""
+    return rows.view(-1, geom.in_channels // slice_count(geom))

@@ -1,0 +1,234 @@
+"""One function per kernel: allocate, choose the tile, compute the grid, call.
+
+Sizes of zero never reach a kernel. Letters: see `triton_dcn.kernels.sampling`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from triton_dcn import configs
+from triton_dcn.geometry import ConvGeometry
+from triton_dcn.kernels.binning import bin_kernel
+from triton_dcn.kernels.columns import columns_kernel
+from triton_dcn.kernels.forward import forward_prefetch_kernel, forward_transposed_kernel
+from triton_dcn.kernels.grad_input import g_form_kernel, t_columns_kernel
+from triton_dcn.kernels.grad_sample import grad_sample_fused_kernel, grad_sample_kernel
+from triton_dcn.kernels.sampling import sampling_kernel
+
+FORWARD_KERNELS = {"forward_prefetch": forward_prefetch_kernel, "forward_transposed": forward_transposed_kernel}
+
+
+class Samples(NamedTuple):
+    """The sample arrays of a slice of images, each (D*K, M); see `triton_dcn.kernels.sampling`."""
+
+    cell: Tensor
+    ly: Tensor
+    lx: Tensor
+    scale: Tensor
+
+
+class Bins(NamedTuple):
+    """Samples by tile of input pixels; see `triton_dcn.kernels.binning`."""
+
+    start: Tensor
+    entry: Tensor
+
+
+def sample(geom: ConvGeometry, offset: Tensor, mask: Tensor | None, mask_logits: bool) -> Samples:
+    """Launch `sampling_kernel`."""
+    positions, count = geom.batch * geom.positions, geom.offset_groups * geom.taps
+    samples = Samples(
+        offset.new_empty(count, positions, dtype=torch.int32),
+        *(offset.new_empty(count, positions, dtype=torch.float32) for _ in range(3)),
+    )
+    tile, any_mask = row_for("sampling", geom, offset).tile, offset if mask is None else mask
+    sampling_kernel[(triton.cdiv(count * positions, tile.block_p),)](
+        offset, any_mask, *samples, count * positions, positions, geom.out_height, geom.out_width,
+        geom.height, geom.width, geom.kernel[1], *offset.stride(), *any_mask.stride(),
+        *geom.stride, *geom.padding, *geom.dilation,
+        TAPS=geom.taps, HAS_MASK=mask is not None, MASK_LOGITS=mask_logits, BLOCK=tile.block_p, num_warps=tile.num_warps,
+    )  # fmt: skip
+    return samples
+
+
+def columns(geom: ConvGeometry, x: Tensor, samples: Samples, first: int, rows: int) -> Tensor:
+    """Launch `columns_kernel` for `rows` positions from `first` on: (G, rows, K*C/G)."""
+    buffer = x.new_empty(geom.groups, rows, geom.taps * geom.in_channels // geom.groups)
+    tile = row_for("columns", geom, x).tile
+    columns_kernel[(triton.cdiv(rows, tile.block_p) * geom.offset_groups * geom.taps,)](
+        x, *samples, buffer, geom.batch * geom.positions, first, rows, geom.width,
+        CHANNELS=geom.in_channels, GROUPS=geom.groups, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
+        BLOCK_P=tile.block_p, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
+    )  # fmt: skip
+    return buffer
+
+
+def forward_fused(
+    geom: ConvGeometry,
+    row: configs.Row,
+    x: Tensor,
+    samples: Samples,
+    w: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+    relu: bool,
+) -> None:
+    """Fill `output` (M, O) by the forward kernel of the table's row."""
+    positions, tile = geom.batch * geom.positions, row.tile
+    FORWARD_KERNELS[row.kernel][(triton.cdiv(positions, tile.block_p) * (geom.out_channels // tile.block_o),)](
+        x, *samples, w, w if bias is None else bias, output, positions, geom.out_height, geom.out_width, geom.width,
+        CHANNELS=geom.in_channels, OUT_CHANNELS=geom.out_channels, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
+        HAS_BIAS=bias is not None, RELU=relu, STRIP=configs.strip(geom.out_width), PRECISION=_precision(x),
+        BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
+    )  # fmt: skip
+
+
+def grad_sample_fused(
+    geom: ConvGeometry,
+    row: configs.Row,
+    grad: Tensor,
+    x: Tensor,
+    samples: Samples,
+    w: Tensor,
+    grad_offset: Tensor | None,
+    grad_mask: Tensor | None,
+    mask_logits: bool,
+) -> None:
+    """Launch `grad_sample_fused_kernel`: fill grad_offset and grad_mask from grad_output."""
+    positions, tile = geom.batch * geom.positions, row.tile
+    grad_sample_fused_kernel[(triton.cdiv(positions, tile.block_p) * geom.offset_groups * geom.taps,)](
+        grad, x, *samples, w, *_sample_outputs(samples, grad_offset, grad_mask), positions, geom.out_height,
+        geom.out_width, geom.width, *_batch_strides(grad_offset, grad_mask),
+        CHANNELS=geom.in_channels, OUT_CHANNELS=geom.out_channels, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
+        WANT_OFFSET=grad_offset is not None, WANT_MASK=grad_mask is not None, MASK_LOGITS=mask_logits,
+        STRIP=configs.strip(geom.out_width), PRECISION=_precision(x),
+        BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
+    )  # fmt: skip
+
+
+def grad_sample(
+    geom: ConvGeometry,
+    grad_columns: Tensor,
+    x: Tensor,
+    samples: Samples,
+    first: int,
+    grad_offset: Tensor | None,
+    grad_mask: Tensor | None,
+    mask_logits: bool,
+) -> None:
+    """Launch `grad_sample_kernel`: grad_offset and grad_mask of the positions that `grad_columns` is for."""
+    rows, tile = grad_columns.shape[1], row_for("grad_sample", geom, x).tile
+    grad_sample_kernel[(triton.cdiv(rows, tile.block_p) * geom.offset_groups * geom.taps,)](
+        grad_columns, x, *samples, *_sample_outputs(samples, grad_offset, grad_mask), geom.batch * geom.positions,
+        first, rows, geom.positions, geom.width, *_batch_strides(grad_offset, grad_mask),
+        CHANNELS=geom.in_channels, GROUPS=geom.groups, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
+        WANT_OFFSET=grad_offset is not None, WANT_MASK=grad_mask is not None, MASK_LOGITS=mask_logits,
+        BLOCK_P=tile.block_p, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
+    )  # fmt: skip
+
+
+def bin_samples(geom: ConvGeometry, samples: Samples) -> Bins:
+    """Sort the samples into bins: by a stable sort if determinism is asked for, else by integer atomics."""
+    positions, tile = geom.batch * geom.positions, row_for("bins", geom, samples.scale).tile
+    tiles = input_tiles(geom)
+    bins = geom.batch * geom.offset_groups * tiles[0] * tiles[1] * geom.taps
+    cell = samples.cell
+    entries = 4 * cell.numel()
+
+    def run(stage: str, key: Tensor, counts: Tensor, start: Tensor, entry: Tensor) -> None:
+        bin_kernel[(triton.cdiv(cell.numel(), tile.block_p),)](
+            cell, key, counts, start, entry, cell.numel(), positions, geom.height, geom.width, *tiles, bins,
+            OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps, TILE_H=configs.TILE_H, TILE_W=configs.TILE_W,
+            PASS=stage, BLOCK=tile.block_p, num_warps=tile.num_warps,
+        )  # fmt: skip
+
+    if torch.are_deterministic_algorithms_enabled():
+        key = cell.new_empty(entries)
+        run("keys", key, key, key, key)
+        key, order = torch.sort(key, stable=True)
+        start = torch.searchsorted(key, torch.arange(bins + 1, device=cell.device, dtype=torch.int32), out_int32=True)
+        return Bins(start, (order // 4 % (geom.taps * positions)).to(torch.int32))
+    counts = cell.new_zeros(bins + 1)
+    run("count", cell, counts, cell, cell)
+    start = counts.cumsum(0, dtype=torch.int32) - counts
+    entry = cell.new_empty(entries)
+    run("fill", cell, counts.zero_(), start, entry)
+    return Bins(start, entry)
+
+
+def t_columns(
+    geom: ConvGeometry,
+    grad: Tensor,
+    samples: Samples,
+    bins: Bins,
+    image: int,
+    images: int,
+    tile_row: int,
+    tile_rows: int,
+) -> tuple[Tensor, int]:
+    """Launch `t_columns_kernel` for some rows of tiles of some images.
+
+    Returns:
+        T (G, rows, K*O/G) and the first of the `rows` input pixels it is for.
+    """
+    tiles = input_tiles(geom)
+    tile = row_for("t_columns", geom, grad).tile
+    first = (image * geom.height + tile_row * configs.TILE_H) * geom.width
+    rows = images * geom.width * min(geom.height - tile_row * configs.TILE_H, tile_rows * configs.TILE_H)
+    t = grad.new_empty(geom.groups, rows, geom.taps * geom.out_channels // geom.groups)
+    blocks = triton.cdiv(geom.out_channels, tile.block_o)
+    t_columns_kernel[(images * tile_rows * tiles[1] * geom.taps * blocks,)](
+        grad, *samples, *bins, t, geom.batch * geom.positions, geom.height, geom.width, *tiles,
+        image, tile_row, tile_rows, first, rows,
+        OUT_CHANNELS=geom.out_channels, GROUPS=geom.groups, TAPS=geom.taps,
+        TILE_H=configs.TILE_H, TILE_W=configs.TILE_W, PRECISION=_precision(grad),
+        BLOCK_S=tile.block_p, BLOCK_O=tile.block_o, num_warps=tile.num_warps,
+    )  # fmt: skip
+    return t, first
+
+
+def g_form(geom: ConvGeometry, grad_columns: Tensor, samples: Samples, bins: Bins, grad_x: Tensor) -> None:
+    """Launch `g_form_kernel`: fill grad_x (B, H, W, C) from the column gradients of all positions."""
+    tiles = input_tiles(geom)
+    tile = row_for("g_form", geom, grad_x).tile
+    blocks = triton.cdiv(geom.in_channels // geom.offset_groups, tile.block_c)
+    g_form_kernel[(geom.batch * geom.offset_groups * tiles[0] * tiles[1] * blocks,)](
+        grad_columns, *samples, *bins, grad_x, geom.batch * geom.positions, geom.height, geom.width, *tiles,
+        CHANNELS=geom.in_channels, GROUPS=geom.groups, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
+        TILE_H=configs.TILE_H, TILE_W=configs.TILE_W, PRECISION=_precision(grad_x),
+        BLOCK_S=tile.block_p, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
+    )  # fmt: skip
+
+
+def input_tiles(geom: ConvGeometry) -> tuple[int, int]:
+    """Return the rows and columns of tiles of one image."""
+    return triton.cdiv(geom.height, configs.TILE_H), triton.cdiv(geom.width, configs.TILE_W)
+
+
+def row_for(stage: str, geom: ConvGeometry, x: Tensor) -> configs.Row | None:
+    """Return the table's row for `stage`, or None where the stage has no kernel for these sizes."""
+    if stage in configs.EXACT_STAGES and geom.groups > 1:
+        return None
+    arch, kind = configs.architecture(x.device), configs.arithmetic(x)
+    return configs.choose(stage, arch, kind, geom.in_channels // geom.offset_groups, geom.out_channels)
+
+
+def _precision(x: Tensor) -> str:
+    return configs.precision(configs.architecture(x.device), configs.arithmetic(x))
+
+
+def _sample_outputs(samples: Samples, grad_offset: Tensor | None, grad_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return both, an unused one replaced by a tensor that is there."""
+    return (
+        samples.scale if grad_offset is None else grad_offset,
+        samples.scale if grad_mask is None else grad_mask,
+    )
+
+
+def _batch_strides(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(0 if tensor is None else tensor.stride(0) for tensor in tensors)
