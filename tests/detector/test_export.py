@@ -1,0 +1,216 @@
+"""The detector through `torch.export` and ONNX: equal detections for any batch and size."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from detector import Batch, Detections, FasterRCNN, FasterRCNNConfig, export, onnx_run
+from detector.checkpoint import save_weights
+from detector.image import write_image
+from detector.nms import batched_nms
+from detector.roi_align import roi_align
+
+CLASSES = ["red", "green", "blue"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A small detector whose detections do not hang on the last bit."""
+    torch.manual_seed(0)
+    model = FasterRCNN(
+        FasterRCNNConfig(
+            depth=18, num_classes=3, norm="gn", dcn_stages=(False, False, False, True), fpn_channels=32, fc_channels=32,
+            rpn_candidates=(100, 50), rpn_proposals=50, detections=20, image_scale=(160, 128),
+        )
+    ).eval()  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if "conv_offset" in name:
+            nn.init.normal_(parameter, std=0.01)
+        elif "fc_cls" in name or "rpn_cls" in name or "reg" in name:
+            nn.init.normal_(parameter, std=0.1)
+        elif "bn2.weight" in name:
+            nn.init.constant_(parameter, 0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def program(model):
+    return export.export_program(model)
+
+
+@pytest.fixture(scope="module")
+def onnx_file(model, program, tmp_path_factory):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "export_program", lambda *_, **__: program)
+        export.export_onnx(model, path, classes=CLASSES)
+    return path
+
+
+def make_images(batch, height, width):
+    sizes = torch.tensor([[height - 7 * image, width - 11 * image] for image in range(batch)])
+    return Batch(torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8), sizes)
+
+
+SIZES = pytest.mark.parametrize("size", [(2, 128, 160), (1, 192, 96), (3, 96, 256)], ids=str)
+
+
+@SIZES
+def test_program_detects_the_same(model, program, size):
+    batch = make_images(*size)
+    for found, expected in zip(program.module()(batch.images, batch.sizes), model.detect(batch), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@SIZES
+def test_onnx_detects_the_same(model, onnx_file, size):
+    batch = make_images(*size)
+    expected, found = model(batch), onnx_run.run_onnx(onnx_file, batch)
+    assert all(len(image.boxes) for image in expected)
+    boxes, scores = onnx_run.difference(expected, found)
+    assert boxes < 2e-3
+    assert scores < 2e-5
+
+
+def test_onnx_file_describes_itself(onnx_file):
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.load(onnx_file)
+    onnx.checker.check_model(graph)
+    assert {"classes": json.dumps(CLASSES)}.items() <= {p.key: p.value for p in graph.metadata_props}.items()
+    assert [value.name for value in graph.graph.input] == list(export.INPUTS)
+    assert [value.name for value in graph.graph.output] == list(export.OUTPUTS[:4])
+    assert {opset.domain for opset in graph.opset_import} <= {""}
+    assert not list(onnx_file.parent.glob(".*"))
+
+
+class Pool(nn.Module):
+    def forward(self, fine, coarse, rois, levels):
+        return roi_align([fine, coarse], rois, levels, strides=[4, 8], output_size=3)
+
+
+class Suppress(nn.Module):
+    def forward(self, boxes, scores, valid):
+        return batched_nms(boxes, scores, valid, 0.5)
+
+
+def run_graph(module, inputs):
+    """Export a module and return the outputs of the graph for the same inputs."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    translations = pytest.importorskip("detector.onnx_ops").TRANSLATIONS
+    program = torch.onnx.export(
+        module.eval(), inputs, dynamo=True, opset_version=export.OPSET, custom_translation_table=translations,
+        verbose=False,
+    )  # fmt: skip
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    names = [value.name for value in session.get_inputs()]
+    outputs = session.run(None, dict(zip(names, (tensor.numpy() for tensor in inputs), strict=True)))
+    return [torch.from_numpy(output) for output in outputs]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_backbone_graph():
+    pytest.importorskip("onnxscript")
+    backbone = FasterRCNN(FasterRCNNConfig(depth=18, dcn_stages=(False, False, True, True))).backbone.eval()
+    for name, parameter in backbone.named_parameters():
+        if "conv_offset" in name:
+            nn.init.normal_(parameter, std=0.01)
+    images = torch.randn(1, 3, 64, 96)
+    for found, expected in zip(run_graph(backbone, (images,)), backbone(images), strict=True):
+        torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_roi_align_graph():
+    pytest.importorskip("onnxscript")
+    special = [
+        [0, 0, 0, 64, 48], [1, -40, -30, 20, 10], [0, 100, 100, 120, 110], [0, 5, 5, 5, 5], [1, 30, 20, 10, 5],
+        [-1, 3, 3, 30, 30], [2, 3, 3, 30, 30], [0, float("nan"), 0, 9, 9], [0, 0, 0, float("inf"), 9], [1, 0, 0, 1e3, 1e3],
+    ]  # fmt: skip
+    corner = torch.rand(30, 2) * 50
+    boxes = torch.cat([torch.randint(0, 2, (30, 1)), corner, corner + torch.rand(30, 2) * 40], 1)
+    rois = torch.cat([torch.tensor(special), boxes])
+    levels = torch.randint(0, 2, (len(rois),))
+    for only in (levels, torch.zeros_like(levels)):  # the second leaves a level without regions
+        inputs = (torch.randn(2, 5, 12, 16), torch.randn(2, 5, 6, 8), rois, only)
+        torch.testing.assert_close(run_graph(Pool(), inputs)[0], Pool()(*inputs), rtol=0, atol=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nms_graph():
+    pytest.importorskip("onnxscript")
+    corner = (torch.rand(3, 80, 2) * 8).round() * 4
+    boxes = torch.cat([corner, corner + 16], 2)
+    scores = (torch.rand(3, 80) * 10).round() / 10 - 0.5  # many are equal, some negative
+    scores[0, 3] = float("nan")
+    valid = torch.rand(3, 80) > 0.2
+    valid[2] = False
+    found = run_graph(Suppress(), (boxes, scores, valid))[0]
+    assert torch.equal(found, batched_nms(boxes, scores, valid, 0.5))
+    assert found.any()
+
+
+def test_difference_finds_partners():
+    one = Detections(torch.tensor([[0.0, 0, 9, 9], [5, 5, 9, 9]]), torch.tensor([0.5, 0.5]), torch.tensor([0, 1]))
+    swapped = Detections(one.boxes.flip(0) + 0.25, one.scores.flip(0) - 0.125, one.labels.flip(0))
+    none = Detections(one.boxes[:0], one.scores[:0], one.labels[:0])
+    assert onnx_run.difference([one], [swapped]) == (0.25, 0.125)
+    assert onnx_run.difference([none], [none]) == (0, 0)
+    assert onnx_run.difference([none], [one]) == (float("inf"), float("inf"))
+    assert onnx_run.difference([one], [none])[0] == float("inf")
+
+
+def test_arguments(model):
+    with pytest.raises(ValueError, match="multiples of 32, found"):
+        export.export_program(model, size=(100, 128))
+    with pytest.raises(ValueError, match="batch: expected at least 1, found 0"):
+        export.export_program(model, batch=0)
+    model.train()
+    with pytest.raises(ValueError, match="evaluation mode"):
+        export.export_program(model)
+    model.eval()
+    other = FasterRCNN(FasterRCNNConfig(depth=18)).double().eval()
+    with pytest.raises(ValueError, match=r"expected float32, found torch\.float64"):
+        export.export_onnx(other, "never.onnx")
+
+
+def test_command_line(model, onnx_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "export_onnx", lambda model, path, **_: shutil.copy(onnx_file, path))
+    save_weights(tmp_path / "model.safetensors", model, CLASSES)
+    write_image(tmp_path / "picture.png", np.random.randint(0, 256, (90, 120, 3), np.uint8))
+    arguments = ["--weights", str(tmp_path / "model.safetensors"), "--out", str(tmp_path / "out.onnx")]
+    for extra in ([], ["--image", str(tmp_path / "picture.png")], ["--size", "128", "160", "--batch", "2"]):
+        assert export.main(arguments + extra) == 0
+        printed = capsys.readouterr().out
+        difference = re.search(r"of (\d+) detections .*: (\S+) pixels, (\S+) of the score", printed)
+        assert difference, printed
+        assert int(difference[1]) > 0
+        assert float(difference[2]) < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--weights", "none.pth", "--out", "out.onnx"], "none.pth"),
+        (["--weights", "none.pth", "--out", "nowhere/out.onnx"], "no folder nowhere"),
+    ],
+)
+def test_command_line_errors(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert export.main(arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_missing_packages_are_named(model, monkeypatch):
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="no package onnx and no onnxscript; pip install"):
+        export.export_onnx(model, "never.onnx")
+    monkeypatch.setattr(onnx_run, "AVAILABLE", False)
+    with pytest.raises(ValueError, match="no package onnxruntime"):
+        onnx_run.run_onnx("never.onnx", make_images(1, 32, 32))

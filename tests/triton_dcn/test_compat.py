@@ -1,0 +1,312 @@
+"""Replacement of torchvision's and mmcv's layers: stubs of their interface, and the real torchvision where it loads."""
+
+import copy
+import importlib
+import math
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+import triton_dcn
+from triton_dcn.compat import mmcv as compat_mmcv
+from triton_dcn.compat import torchvision as compat_torchvision
+
+IMPORTS = [("torchvision.ops", compat_torchvision), ("mmcv.ops", compat_mmcv)]
+GROUPS, DEFORM_GROUPS = 2, 2
+
+
+def make_modules(monkeypatch, source, *names):
+    """Run `source` as the last of the modules `names`; all of them see what it defines."""
+    modules = [ModuleType(name) for name in names]
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(source, modules[-1].__dict__)
+    for module in modules[:-1]:
+        vars(module).update({k: v for k, v in vars(modules[-1]).items() if not k.startswith("__")})
+    return modules[-1]
+
+
+STUB = """
+import torch
+from torch import nn
+from triton_dcn.functional import deform_conv2d as ours
+
+calls = []
+
+class Layer(nn.Module):
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1,
+                 deform_groups=1, bias=True):
+        super().__init__()
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.deform_groups = deform_groups
+        self.kernel_size, self.stride, self.padding, self.dilation = (
+            (x, x) for x in (kernel_size, stride, padding, dilation))
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels // groups, *self.kernel_size))
+        self.bias = nn.Parameter(torch.randn(out_channels)) if bias else None
+"""
+
+TORCHVISION = """
+def deform_conv2d(input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), mask=None):
+    calls.append("v1" if mask is None else "v2")
+    return ours(input, offset, weight, bias, stride, padding, dilation, mask, backend="reference")
+
+class DeformConv2d(Layer):
+    def forward(self, input, offset, mask=None):
+        return deform_conv2d(input, offset, self.weight, self.bias, stride=self.stride, padding=self.padding,
+                             dilation=self.dilation, mask=mask)
+"""
+
+MMCV_V2 = """
+def modulated_deform_conv2d(input, offset, mask, weight, bias, stride, padding, dilation, groups, deform_groups):
+    calls.append("v2")
+    return ours(input, offset, weight, bias, stride, padding, dilation, mask, backend="reference")
+
+class ModulatedDeformConv2d(Layer):
+    def forward(self, x, offset, mask):
+        return modulated_deform_conv2d(x, offset, mask, self.weight, self.bias, self.stride, self.padding,
+                                       self.dilation, self.groups, self.deform_groups)
+
+class ModulatedDeformConv2dPack(ModulatedDeformConv2d):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        self.conv_offset = nn.Conv2d(self.in_channels, 3 * self.deform_groups * taps, self.kernel_size, self.stride,
+                                     self.padding, self.dilation)
+
+    def forward(self, x):
+        o1, o2, mask = torch.chunk(self.conv_offset(x), 3, dim=1)
+        return super().forward(x, torch.cat((o1, o2), dim=1), torch.sigmoid(mask))
+"""
+
+MMCV_V1 = """
+def deform_conv2d(input, offset, weight, stride, padding, dilation, groups, deform_groups, bias, im2col_step):
+    calls.append("v1")
+    return ours(input, offset, weight, None, stride, padding, dilation, backend="reference")
+
+class DeformConv2d(Layer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs, bias=False)
+
+    def forward(self, x, offset):
+        return deform_conv2d(x, offset, self.weight, self.stride, self.padding, self.dilation, self.groups,
+                             self.deform_groups, False, 32)
+
+class DeformConv2dPack(DeformConv2d):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        self.conv_offset = nn.Conv2d(self.in_channels, 2 * self.deform_groups * taps, self.kernel_size, self.stride,
+                                     self.padding, self.dilation)
+
+    def forward(self, x):
+        return super().forward(x, self.conv_offset(x))
+"""
+
+
+@pytest.fixture
+def torchvision_stub(monkeypatch):
+    return make_modules(
+        monkeypatch, STUB + TORCHVISION, "torchvision", "torchvision.ops", "torchvision.ops.deform_conv"
+    )
+
+
+@pytest.fixture
+def mmcv_stub(monkeypatch):
+    v2 = make_modules(monkeypatch, STUB + MMCV_V2, "mmcv.ops.modulated_deform_conv")
+    v1 = make_modules(monkeypatch, STUB + MMCV_V1, "mmcv.ops.deform_conv")
+    ops = make_modules(monkeypatch, "", "mmcv", "mmcv.ops")
+    v2.calls = v1.calls
+    for module in (v1, v2):
+        vars(ops).update({name: value for name, value in vars(module).items() if "eform" in name or name == "calls"})
+    return ops
+
+
+class Given(nn.Module):
+    """A layer that is given offsets (and masks), and what predicts them; a model around a foreign layer."""
+
+    def __init__(self, layer, masks=True):
+        super().__init__()
+        taps = math.prod(layer.kernel_size) * DEFORM_GROUPS
+        self.split = [2 * taps, taps] if masks else [2 * taps]
+        self.predict = nn.Conv2d(layer.in_channels, sum(self.split), 3, padding=1)
+        self.layer = layer
+
+    def forward(self, x):
+        offset, *mask = self.predict(x).split(self.split, 1)
+        return self.layer(x, offset, *mask)
+
+
+def run(model, x):
+    """Return output and gradients."""
+    model.zero_grad()
+    output = model(x)
+    output.square().sum().backward()
+    return [output.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+def assert_same(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10 * float(b.abs().max()))
+
+
+def torchvision_model(ops):
+    return Given(ops.DeformConv2d(8, 6, 3, padding=1, groups=GROUPS)).double()
+
+
+def mmcv_model(ops):
+    shape = {"padding": 1, "groups": GROUPS, "deform_groups": DEFORM_GROUPS}
+    return nn.Sequential(
+        Given(ops.ModulatedDeformConv2d(8, 8, 3, **shape)),
+        Given(ops.DeformConv2d(8, 8, 3, **shape), masks=False),
+        ops.ModulatedDeformConv2dPack(8, 8, 3, **shape),
+        ops.DeformConv2dPack(8, 8, 3, **shape),
+    ).double()
+
+
+LIBRARIES = pytest.mark.parametrize(
+    ("stub", "compat", "make", "names"),
+    [
+        pytest.param("torchvision_stub", compat_torchvision, torchvision_model, ["layer"], id="torchvision"),
+        pytest.param("mmcv_stub", compat_mmcv, mmcv_model, ["0.layer", "1.layer", "2", "3"], id="mmcv"),
+    ],
+)
+
+
+@LIBRARIES
+def test_patch_replaces_and_restores(stub, compat, make, names, request):
+    ops = request.getfixturevalue(stub)
+    before = {name: value for name, value in vars(ops).items() if "eform" in name}
+    model, x = make(ops), torch.randn(2, 8, 7, 9, dtype=torch.float64)
+    expected, count = run(model, x), len(ops.calls)
+    assert count == len(names)
+    with compat.patch() as handle:
+        assert_same(run(model, x), expected)
+        assert len(ops.calls) == count, "the library's own function ran"
+    assert {name: value for name, value in vars(ops).items() if "eform" in name} == before
+    handle.undo()
+    run(model, x)
+    assert len(ops.calls) == 2 * count
+    handle = compat.patch()
+    run(model, x)
+    handle.undo()
+    assert len(ops.calls) == 2 * count
+
+
+@LIBRARIES
+def test_patch_is_undone_on_an_error(stub, compat, make, names, request):
+    ops = request.getfixturevalue(stub)
+    original = ops.deform_conv2d
+
+    def use():
+        with compat.patch():
+            assert ops.deform_conv2d is not original
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        use()
+    assert ops.deform_conv2d is original
+
+
+@LIBRARIES
+def test_convert_keeps_parameters_names_and_hooks(stub, compat, make, names, request):
+    ops = request.getfixturevalue(stub)
+    model, x = make(ops), torch.randn(2, 8, 7, 9, dtype=torch.float64)
+    expected, count = run(model, x), len(ops.calls)
+    parameters, classes = dict(model.named_parameters()), {n: type(m) for n, m in model.named_modules()}
+    seen = []
+    model.get_submodule(names[0]).register_forward_hook(lambda *_: seen.append(1))
+
+    assert compat.convert(model) == names
+    assert compat.convert(model) == []
+    assert all(type(model.get_submodule(name)).__module__ == "triton_dcn.nn" for name in names)
+    after = dict(model.named_parameters())
+    assert list(after) == list(parameters)
+    assert all(after[name] is parameters[name] for name in parameters)
+    assert_same(run(model, x), expected)
+    assert_same(run(copy.deepcopy(model), x), expected)
+    assert len(ops.calls) == count
+    assert seen
+    repr(model)
+
+    assert compat.revert(model) == names
+    assert compat.revert(model) == []
+    assert {n: type(m) for n, m in model.named_modules()} == classes
+    assert not any("triton" in key for m in model.modules() for key in vars(m))
+    run(model, x)
+    assert len(ops.calls) == 2 * count
+
+
+def test_convert_leaves_subclasses_and_takes_the_model_itself(torchvision_stub):
+    class Own(torchvision_stub.DeformConv2d):
+        pass
+
+    layer = torchvision_stub.DeformConv2d(4, 4, 3)
+    assert compat_torchvision.convert(nn.Sequential(Own(4, 4, 3))) == []
+    assert compat_torchvision.convert(layer) == [""]
+    assert isinstance(layer, triton_dcn.DeformConv2d)
+
+
+def test_mmcv_functions_check_their_arguments(mmcv_stub):
+    x, offset, weight = torch.randn(1, 4, 5, 5), torch.randn(1, 18, 5, 5), torch.randn(4, 4, 3, 3)
+    with compat_mmcv.patch():
+        with pytest.raises(ValueError, match="bias: expected False"):
+            mmcv_stub.deform_conv2d(x, offset, weight, 1, 1, 1, 1, 1, True)
+        with pytest.raises(ValueError, match="deform_groups: expected 1"):
+            mmcv_stub.deform_conv2d(x, offset, weight, 1, 1, 1, 1, 2)
+        with pytest.raises(ValueError, match="groups: expected 1"):
+            mmcv_stub.modulated_deform_conv2d(x, offset, None, weight, None, 1, 1, 1, 2, 1)
+
+
+def test_mmcv_computes_in_the_dtype_of_the_offset(mmcv_stub):
+    x, offset, weight = torch.randn(1, 4, 5, 5), torch.randn(1, 18, 5, 5), torch.randn(4, 4, 3, 3)
+    with compat_mmcv.patch():
+        assert mmcv_stub.deform_conv2d(x, offset.bfloat16(), weight, 1, 1).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("library", "compat"), IMPORTS)
+@pytest.mark.parametrize("call", ["patch", "convert", "revert"])
+def test_a_missing_library_is_named(library, compat, call, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == library.split(".")[0]]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library.split(".")[0], None)
+    with pytest.raises(ImportError, match=library):
+        getattr(compat, call)(*[nn.Identity()] * (call != "patch"))
+
+
+@pytest.fixture(scope="module")
+def torchvision():
+    try:
+        library = importlib.import_module("torchvision")
+        library.ops.deform_conv2d(torch.zeros(1, 1, 1, 1), torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 1, 1))
+    except (ImportError, OSError, RuntimeError) as error:
+        pytest.skip(f"no torchvision with operators: {error}")
+    return library
+
+
+def test_with_the_real_torchvision(torchvision):
+    model, x = torchvision_model(torchvision.ops), torch.randn(2, 8, 7, 9, dtype=torch.float64)
+    expected = run(model, x)
+    with compat_torchvision.patch():
+        assert torchvision.ops.deform_conv2d is triton_dcn.deform_conv2d
+        assert_same(run(model, x), expected)
+    assert compat_torchvision.convert(model) == ["layer"]
+    assert_same(run(model, x), expected)
+    compat_torchvision.revert(model)
+    assert type(model.layer) is torchvision.ops.DeformConv2d
+    assert_same(run(model, x), expected)
+
+
+def test_the_one_rule_that_differs_from_the_real_torchvision(torchvision):
+    offset = torch.zeros(1, 18, 4, 4, requires_grad=True)
+    x, weight = torch.randn(1, 3, 4, 4), torch.randn(2, 3, 3, 3)
+    theirs = torchvision.ops.deform_conv2d(x, offset, weight, padding=1)
+    ours = triton_dcn.deform_conv2d(x, offset, weight, padding=1)
+    torch.testing.assert_close(ours, theirs)
+    theirs, ours = (torch.autograd.grad(output.sum(), offset)[0] for output in (theirs, ours))
+    differs = ((ours - theirs).abs() > 1e-4).reshape(3, 3, 2, 4, 4)
+    assert differs.any()
+    assert not differs[1, 1].any(), "the middle tap never lies at -1"
+    assert not differs[:, :, :, 1:-1, 1:-1].any(), "nor does a sample of an inner output"

@@ -1,0 +1,73 @@
+"""The operator as ONNX `DeformConv`, run in onnxruntime."""
+
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import triton_dcn
+
+pytest.importorskip("onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime")
+TRANSLATIONS = pytest.importorskip("triton_dcn.onnx").TRANSLATIONS
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's exporter speaks about itself
+
+
+def run_onnx(module, inputs, others=None, **options):
+    """Export `module` for `inputs`, run the graph on `others` (or again `inputs`), return the first output."""
+    file = io.BytesIO()
+    program = torch.onnx.export(
+        module.eval(), inputs, dynamo=True, opset_version=20, custom_translation_table=TRANSLATIONS, verbose=False,
+        **options,
+    )  # fmt: skip
+    program.save(file)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    tensors = [tensor.numpy() for tensor in others or inputs if tensor is not None]
+    names = [value.name for value in session.get_inputs()]
+    nodes = [node.op_type for node in program.model.graph]
+    return torch.from_numpy(session.run(None, dict(zip(names, tensors, strict=True)))[0]), nodes
+
+
+class Op(nn.Module):
+    """The functional interface with fixed geometry."""
+
+    def forward(self, input, offset, weight, bias, mask):
+        return triton_dcn.deform_conv2d(input, offset, weight, bias, (2, 1), (1, 2), (1, 2), mask)
+
+
+@pytest.mark.parametrize(
+    ("groups", "offset_groups", "bias", "mask"),
+    [
+        pytest.param(1, 1, True, True, id="v2-bias"),
+        pytest.param(2, 4, False, True, id="v2-groups"),
+        pytest.param(2, 2, True, False, id="v1-bias-groups"),
+        pytest.param(1, 1, False, False, id="v1"),
+    ],
+)
+def test_operator(groups, offset_groups, bias, mask):
+    batch, taps, height, width = 2, 6, 7, 19
+    offset = torch.randn(batch, 2 * offset_groups * taps, height, width) * 3
+    offset[0] = offset[0].round()  # whole pixels, and exactly at the borders
+    offset[1, 0] = 1e4
+    inputs = (
+        torch.randn(batch, 8, 13, 17),
+        offset,
+        torch.randn(6, 8 // groups, 3, 2),
+        torch.randn(6) if bias else None,
+        torch.rand(batch, offset_groups * taps, height, width) if mask else None,
+    )
+    found, nodes = run_onnx(Op(), inputs)
+    assert nodes == ["DeformConv"]
+    torch.testing.assert_close(found, Op()(*inputs), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("layer", [triton_dcn.DeformConv2dPack, triton_dcn.ModulatedDeformConv2dPack])
+def test_modules_with_open_batch_and_size(layer):
+    module = layer(4, 6, 3, stride=2, padding=1, deform_groups=2, bias=False)
+    nn.init.normal_(module.conv_offset.weight, std=0.2)
+    images, others = torch.randn(2, 4, 16, 20), torch.randn(3, 4, 9, 31)
+    dynamic = torch.export.Dim.DYNAMIC
+    found, nodes = run_onnx(module, (images,), (others,), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
+    assert nodes.count("DeformConv") == 1
+    torch.testing.assert_close(found, module(others).detach(), rtol=0, atol=1e-5)

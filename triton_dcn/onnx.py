@@ -1,0 +1,72 @@
+"""Translation of the operator to ONNX `DeformConv` (operator set 19 or later).
+
+    from triton_dcn.onnx import TRANSLATIONS
+
+    torch.onnx.export(model, inputs, "model.onnx", dynamo=True, opset_version=20, custom_translation_table=TRANSLATIONS)
+
+This module needs onnxscript, which comes with the extra `export`; nothing else in the package imports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from onnxscript import opset20 as op
+
+Value = Any
+"""`onnxscript.ir.Value`, a tensor of the graph; torch reads the annotations and does not know that class."""
+
+
+def deform_conv2d(
+    input: Value,
+    offset: Value,
+    mask: Value | None,
+    weight: Value,
+    bias: Value | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    backend: str,
+    mask_logits: bool = False,
+) -> Value:
+    """Write the operator as one `DeformConv`: offsets and masks have the same channel order in both.
+
+    Args:
+        input, offset, mask, weight, bias, stride, padding, dilation: as in `triton_dcn.deform_conv2d`.
+        backend: without meaning in the graph.
+        mask_logits: whether the mask is the sigmoid of `mask`.
+    """
+    if mask is not None:
+        mask = _cast(op.Sigmoid(mask) if mask_logits else mask, input)
+    (_, channels, *_), (_, group_channels, *kernel) = _sizes("input", input), _sizes("weight", weight)
+    return op.DeformConv(
+        input,
+        weight,
+        _cast(offset, input),
+        bias,
+        mask,
+        kernel_shape=kernel,
+        strides=tuple(stride),
+        pads=(*padding, *padding),
+        dilations=tuple(dilation),
+        group=channels // group_channels,
+        offset_group=_sizes("offset", offset)[1] // (2 * kernel[0] * kernel[1]),
+    )
+
+
+def _cast(value: Value, like: Value) -> Value:
+    """Return a value in the dtype of another: offsets and masks may be float32 beside a half-precision input."""
+    return value if value.dtype == like.dtype else op.CastLike(value, like)
+
+
+def _sizes(name: str, value: Value) -> list[Any]:
+    """Return the sizes of a tensor; of the channels and of the weight they must be known numbers."""
+    if value.shape is None:
+        raise ValueError(f"{name}: its shape must be known for the export to ONNX")
+    return list(value.shape)
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.triton_dcn.deform_conv2d.default: deform_conv2d}
+"""For the argument `custom_translation_table` of `torch.onnx.export`."""
