@@ -1,0 +1,180 @@
+"""Time deformable convolutions side by side: `python -m bench.deform_conv --cases r50 --modes fwd both --csv FILE`.
+
+Every provider is first checked against the float64 reference and not timed where it disagrees; then all take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import platform
+import subprocess
+import sys
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bench.cases import Case, make_inputs, select
+from bench.measure import MODES, TOLERANCE, Timing, calls, check_inputs, errors, exact, interleave
+from bench.providers import FACTORIES, Provider, available
+from bench.report import markdown
+from bench.roofline import Machine, measure_machine
+
+COLUMNS = (
+    "provider", "case", "shape", "dtype", "mode", "ms_p50", "ms_p20", "ms_p80", "peak_mib",
+    "gpu", "driver", "torch", "triton", "commit", "date",
+)  # fmt: skip
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line, measure, print the table and write the CSV."""
+    options = _parse(arguments)
+    device = torch.device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        cases = select(options.cases, options.batch, options.deform_groups)
+        providers, missing = available(options.providers, device)
+    except ValueError as error:
+        sys.exit(f"bench: {error}")
+    for name, reason in missing.items():
+        print(f"skipped {name}: {reason}", file=sys.stderr)
+    rows, where = [], environment(device)
+    for dtype in options.dtypes:
+        with _tf32(dtype == "tf32"):
+            machine = measure_machine(DTYPES[dtype], device)
+            rows += _machine_rows(machine, dtype, where)
+            bar = tqdm(cases, desc=dtype, unit="case", disable=None)
+            for case in bar:
+                bar.set_postfix_str(case.name)
+                rows += _measure(case, dtype, device, providers, machine, options, where)
+    if options.csv:
+        write_csv(options.csv, rows)
+    print(markdown(rows))
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog="python -m bench.deform_conv", description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", default=["r50", "micro-64"], help="sets or names of bench.cases, or all")
+    parser.add_argument("--modes", nargs="+", default=["fwd", "both"], choices=MODES)
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=list(DTYPES))
+    parser.add_argument("--providers", nargs="+", help=f"of {', '.join(FACTORIES)}; default: all but reference")
+    parser.add_argument("--batch", type=int, help="instead of each case's own")
+    parser.add_argument("--deform-groups", type=int, help="instead of each case's own")
+    parser.add_argument("--offset-magnitude", type=float, default=2.0, help="standard deviation, pixels; 0: no offset")
+    parser.add_argument("--channels-last", action="store_true", help="layout of input and weight")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
+    parser.add_argument("--seconds", type=float, default=0.5 if cuda else 4.0, help="for the rounds of a case and mode")
+    parser.add_argument("--csv", type=Path, help="write the measurements here")
+    return parser.parse_args(arguments)
+
+
+def _measure(
+    case: Case,
+    dtype: str,
+    device: torch.device,
+    providers: dict[str, Provider],
+    machine: Machine,
+    options: argparse.Namespace,
+    where: dict[str, str],
+) -> list[dict]:
+    """Rows of one case: every provider that agrees, in every mode, and the roofline."""
+    agreed = _agreeing(case, dtype, device, providers, options.offset_magnitude)
+    inputs = make_inputs(case, DTYPES[dtype], device, options.offset_magnitude, options.channels_last)
+    shape = case.shape + (" nhwc" if options.channels_last else "") + f" off{options.offset_magnitude:g}"
+    rows = []
+    for mode in options.modes:
+        functions = {name: calls(provider, inputs, mode) for name, provider in agreed.items()}
+        timings = interleave(functions, device, options.seconds)
+        least = machine.least_ms(case, mode, DTYPES[dtype].itemsize)
+        timings["roofline"] = Timing(least, least, least, None)
+        rows += [_row(name, case.name, shape, dtype, mode, timing, where) for name, timing in timings.items()]
+    return rows
+
+
+def _agreeing(
+    case: Case, dtype: str, device: torch.device, providers: dict[str, Provider], magnitude: float
+) -> dict[str, Provider]:
+    """The providers whose output and gradients agree with the reference, and the limits; the others are told."""
+    judged = check_inputs(case, DTYPES[dtype], device, magnitude)
+    truth = exact(judged)
+    agreed = {}
+    for name, provider in providers.items():
+        if provider.checked:
+            try:
+                worst = max(errors(provider, judged, truth))
+            except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+                tqdm.write(f"{case.name}: {name} cannot: {str(error).splitlines()[0]}", file=sys.stderr)
+                continue
+            if not worst < TOLERANCE[dtype]:
+                tqdm.write(f"{case.name}: {name} disagrees by {worst:.1e} and is not timed", file=sys.stderr)
+                continue
+        agreed[name] = provider
+    return agreed
+
+
+@contextmanager
+def _tf32(allowed: bool):
+    """Let float32 products use tf32, or not."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def _machine_rows(machine: Machine, dtype: str, where: dict[str, str]) -> list[dict]:
+    return [_row("machine", name, shape, dtype, name, timing, where) for name, shape, timing in machine.rows]
+
+
+def _row(provider: str, case: str, shape: str, dtype: str, mode: str, timing: Timing, where: dict[str, str]) -> dict:
+    peak = "" if timing.peak_mib is None else f"{timing.peak_mib:.1f}"
+    times = (f"{value:.4f}" for value in (timing.p50, timing.p20, timing.p80))
+    return dict(zip(COLUMNS, (provider, case, shape, dtype, mode, *times, peak, *where.values()), strict=True))
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """The columns that say where and when: gpu (or processor and threads), driver, torch, triton, commit, date."""
+
+    def run(*command: str) -> str:
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split("\n")[0]
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        driver = run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+        name, driver = f"{model}, {torch.get_num_threads()} threads", ""
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = ""
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    commit = run("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
+    return dict(zip(COLUMNS[-6:], (name, driver, torch.__version__, triton, commit, date), strict=True))
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Write rows in the long format, one per measurement."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The benchmark as a user runs it, on its smallest case: nothing wrong is timed, and its files can be read back."""
+
+import csv
+
+import pytest
+import torch
+
+from bench import deform_conv, measure, providers, report
+from bench.cases import CASES, make_inputs, select
+
+SMALLEST = ["--cases", "odd-pointwise", "--seconds", "0", "--device", "cpu", "--threads", "1"]
+
+
+def test_run_and_reports(tmp_path, capsys):
+    file = tmp_path / "run.csv"
+    deform_conv.main([*SMALLEST, "--modes", *measure.MODES, "--providers", "torch", "conv2d", "--csv", str(file)])
+    assert "odd-pointwise bwd" in capsys.readouterr().out
+    with file.open() as lines:
+        assert next(csv.reader(lines)) == list(deform_conv.COLUMNS)
+    rows = report.read_csv(file)
+    assert {row["provider"] for row in rows} == {"torch", "conv2d", "roofline", "machine"}
+    assert all(float(row["ms_p20"]) <= float(row["ms_p50"]) <= float(row["ms_p80"]) for row in rows)
+    report.main([str(file), str(file), "--png", str(tmp_path / "a.png"), "--roofline", str(tmp_path / "b.png")])
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| odd")]
+    assert len(table) == 3
+    assert all(cell.strip() == "1.00" for line in table for cell in line.split("|")[4:-1])
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    assert (tmp_path / "b.png").stat().st_size > 1000
+
+
+def test_who_disagrees_or_fails_is_not_timed(monkeypatch, capsys):
+    right = providers.FACTORIES["torch"]().call
+
+    def fails(inputs):
+        raise RuntimeError("no kernel")
+
+    wrong = {
+        "wrong": lambda: providers.Provider(lambda t: right(t) * 1.01),
+        "failing": lambda: providers.Provider(fails),
+    }
+    monkeypatch.setattr(providers, "FACTORIES", {**providers.FACTORIES, **wrong})
+    deform_conv.main([*SMALLEST, "--modes", "fwd", "--providers", "wrong", "failing", "torch"])
+    out, err = capsys.readouterr()
+    assert "wrong disagrees" in err
+    assert "failing cannot: no kernel" in err
+    header = next(line for line in out.splitlines() if line.startswith("| case"))
+    assert [cell.strip() for cell in header.split("|")[4:-1]] == ["torch", "roofline"]
+
+
+@pytest.mark.parametrize("arguments", [["--cases", "nowhere"], ["--providers", "nobody"]], ids=lambda a: a[1])
+def test_unknown_names_are_told_without_a_stack_trace(arguments):
+    with pytest.raises(SystemExit, match="unknown"):
+        deform_conv.main([*SMALLEST, *arguments])
+
+
+def test_absent_peers_are_told(monkeypatch):
+    monkeypatch.setitem(providers.FACTORIES, "tvdcn", lambda: __import__("surely_not_installed"))
+    found, missing = providers.available(None, torch.device("cpu"))
+    assert {"torch", "conv2d"} <= set(found)
+    assert "surely_not_installed" in missing["tvdcn"]
+    assert "GPU" in missing["triton"]
+
+
+def test_cases_are_valid_and_counted():
+    for case in select(["all"]):
+        geom = make_inputs(case, torch.float32, torch.device("meta"), 0.0).geometry
+        assert (geom.out_height, geom.out_width) == case.out_size
+    c3 = CASES["r50"][0]
+    assert c3.flops("fwd") == 2 * 2 * 100 * 168 * 9 * 128 * 128
+    assert c3.flops("both") == 3 * c3.flops("fwd")
+    assert select(["r50-c3"], batch=16, offset_groups=4)[0].shape == "16x128x100x168 dg4"
+
+
+def test_peak_memory_sees_what_is_freed_again():
+    peak = measure.peak_memory(lambda: torch.ones(16 << 20), torch.device("cpu"))
+    assert peak is None or 60 < peak < 80
