@@ -86,9 +86,9 @@ def save(folder: Path, content: dict[str, Any], keep: int) -> Path:
     Raises:
         OSError: the disk is full or the folder cannot be written; what was there before is untouched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".partial-{os.getpid()}"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             torch.save(content, file)
             file.flush()
@@ -96,10 +96,8 @@ def save(folder: Path, content: dict[str, Any], keep: int) -> Path:
         path = folder / f"step-{content['step']:08d}-{_digest(partial)}.pt"
         partial.replace(path)
         _sync_folder(folder)
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, OSError) or "write" in str(error):  # torch reports a full disk as RuntimeError
-            raise OSError(f"cannot write a checkpoint into {folder}: {_reason(error)}") from error
-        raise
+    except OSError as error:
+        raise OSError(f"cannot write a checkpoint into {folder}: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
     for old in find(folder)[keep:]:
@@ -169,7 +167,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]

@@ -5,9 +5,13 @@ With one process every function here is free of communication, so the training l
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
+import threading
 import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -17,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-LAST_WORDS = 10.0  # seconds that processes wait for each other's last words after a failure
+PATIENCE = 5.0  # seconds that a process waits for the last words of the others
+LOST = "lost the connection to the other processes"
 
 
 @dataclass
@@ -104,17 +109,57 @@ def join(device: str, timeout: float) -> World:
     if size == 1:
         return World(0, 1, 0, where)
     limit = timedelta(seconds=timeout)
-    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    address, port = os.environ.get("MASTER_ADDR", "localhost"), _number("MASTER_PORT", 1)
+    if port is None:
+        raise ValueError("WORLD_SIZE is set but MASTER_PORT is not; start several processes with torchrun")
+    server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun has one
+    place = f"{address}:{port}"
+    # A foreign server behind the port never answers, and the store would wait for it for ever.
+    alarm = threading.Timer(timeout + PATIENCE, _give_up, (f"rank {rank} of {size} got no answer at {place}",))
+    alarm.daemon = True
+    alarm.start()
     try:
-        store, _, _ = next(iter(dist.rendezvous("env://", rank, size, timeout=limit)))
-        store.set_timeout(limit)
+        store = dist.TCPStore(address, port, is_master=server, timeout=limit, wait_for_workers=False)
+        store = dist.PrefixStore(_meet(store, rank, size, timeout), store)
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
         group = dist.PrefixStore("group", store)
         dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=limit)
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split()).split(" Exception raised")[0]
-        raise ConnectionError(f"rank {rank} of {size} did not reach the others at {address}: {reason}") from error
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConnectionError(f"rank {rank} of {size} cannot meet the others at {place}: {reason}") from error
+    finally:
+        alarm.cancel()
     return World(rank, size, local, where, dist.PrefixStore("words", store))
+
+
+def _give_up(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _meet(store: dist.Store, rank: int, size: int, timeout: float) -> str:
+    """Agree on a name that no group of processes had before, and find out who is missing.
+
+    The store outlives the processes that torchrun restarts, and what they wrote must not be read again. So every
+    process says hello with a word of its own, and the first one answers exactly that word with the name.
+    """
+    word = uuid.uuid4().hex
+    if rank:
+        store.set(f"hello/{rank}", word)
+        name = store.get(f"name/{word}").decode()
+        store.set(f"here/{name}/{rank}", "")
+        return name
+    missing, end = set(range(1, size)), time.monotonic() + timeout
+    while missing:
+        if time.monotonic() > end:
+            raise RuntimeError(f"rank {', '.join(map(str, sorted(missing)))} did not come within {timeout:g} s")
+        for other in sorted(missing):
+            if store.check([f"hello/{other}"]):
+                store.set(f"name/{store.get(f'hello/{other}').decode()}", word)
+            if store.check([f"here/{word}/{other}"]):
+                missing.remove(other)
+        time.sleep(0.02)
+    return word
 
 
 def leave(world: World) -> None:
@@ -124,29 +169,34 @@ def leave(world: World) -> None:
         dist.destroy_process_group()
 
 
-def last_words(world: World, reason: str) -> str:
-    """Leave `reason` to the other processes and return why the run really ended.
+def leave_word(world: World, reason: str) -> None:
+    """Tell the other processes why this one ends."""
+    if world.store is not None:
+        with contextlib.suppress(RuntimeError):  # the store was in a process that is gone
+            world.store.set(str(world.rank), reason)
 
-    A process that loses its connection knows only that somebody is gone. Every process that still can leaves its own
-    reason here; whoever leaves none within a few seconds was killed or lost its machine.
+
+def words_of_others(world: World) -> str:
+    """Return why the other processes ended, naming those that said nothing; an empty string if all only lost touch.
+
+    A process that loses its connection knows only that somebody is gone. Every process that still can leaves a word;
+    who leaves none within a few seconds was killed or lost its machine.
     """
-    if world.store is None:
-        return reason
     others = [rank for rank in range(world.size) if rank != world.rank]
-    end, words = time.monotonic() + LAST_WORDS, {}
+    end, words = time.monotonic() + PATIENCE, {}
     try:
-        world.store.set(str(world.rank), reason)
         while len(words) < len(others) and time.monotonic() < end:
             for rank in others:
                 if rank not in words and world.store.check([str(rank)]):
                     words[rank] = world.store.get(str(rank)).decode()
             time.sleep(0.05)
-    except RuntimeError:  # the store lived in the process that is gone
-        return f"{reason}; rank 0 and its store are gone"
+    except RuntimeError:
+        return "rank 0 is gone: killed, or its machine is lost"
     silent = [str(rank) for rank in others if rank not in words]
+    told = [f"rank {rank}: {word}" for rank, word in sorted(words.items()) if word != LOST]
     if silent:
-        return f"{reason}; no word from rank {', '.join(silent)}: killed, or its machine is lost"
-    return reason
+        told.append(f"no word from rank {', '.join(silent)}: killed, or its machine is lost")
+    return "; ".join(told)
 
 
 class Interrupted(Exception):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from train.distributed import Interrupted, World, last_words
+from train.distributed import LOST, Interrupted, World, leave_word, words_of_others
 
 # What users cause or can mend, and the machine's own faults: these get one line. All else is a bug and shows its trace.
 EXPECTED = (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError)
@@ -21,7 +21,7 @@ def explain(error: BaseException) -> str | None:
     """Return one line about an error, or None if it is a bug of ours."""
     text = " ".join(str(error).split())
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text):
-        return f"lost the connection to the other processes ({text.split(' Exception raised')[0][-120:]})"
+        return LOST
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return f"lost a process that loads images: {text}. Was memory short? Try fewer --data.workers"
     if isinstance(error, torch.OutOfMemoryError):
@@ -43,19 +43,23 @@ def report(error: BaseException, world: World | None, folder: Path | None) -> in
         return 128 + signal.SIGINT
     if isinstance(error, Interrupted):
         number, text = error.args
+        word = f"stopped by {signal.Signals(number).name} {text}. The same command goes on from there"
         if world is None or world.first:
-            name = signal.Signals(number).name
-            print(f"stopped by {name} {text}. The same command goes on from there", file=sys.stderr)
+            print(word, file=sys.stderr, flush=True)
+        else:
+            leave_word(world, word)
         return 128 + number
-    rank = world.rank if world else 0
-    line = explain(error)
+    line, rank = explain(error), world.rank if world else 0
     trace = "".join(traceback.format_exception(error))
+    if line is None:
+        print(trace, file=sys.stderr)
+        line = f"{type(error).__name__}, see above; this is a fault of the program"
     if world and world.size > 1:
-        line = f"rank {rank}: {last_words(world, line or type(error).__name__)}"
+        leave_word(world, line)
+        others = words_of_others(world) if line == LOST else ""
+        line = f"rank {rank}: {line}" + (f"; {others}" if others else "")
+    print(f"error: {line}", file=sys.stderr, flush=True)
     if folder and folder.is_dir():
         with contextlib.suppress(OSError):
             (folder / f"error-rank{rank}.txt").write_text(trace)
-    if explain(error) is None:
-        print(trace, file=sys.stderr)
-    print(f"error: {line or type(error).__name__}", file=sys.stderr, flush=True)
     return 1

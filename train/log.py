@@ -38,9 +38,8 @@ class TrainLog:
         self.world, self.every, self.images = world, every, images
         self._file = path.open("a") if world.first else None
         self._events = SummaryWriter(str(events), purge_step=step + 1) if world.first else None
-        pause = 0.2 if sys.stderr.isatty() else 30.0  # a log file gets a line now and then
         self._bar = tqdm(
-            total=steps, initial=step, disable=not world.first, mininterval=pause, dynamic_ncols=True, unit="step",
+            total=steps, initial=step, disable=not world.first, mininterval=pause(), dynamic_ncols=True, unit="step",
             bar_format="{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {elapsed}<{remaining} {postfix}",
         )  # fmt: skip
         self._names: list[str] = []
@@ -180,6 +179,11 @@ class TrainLog:
 
     def _restart_clock(self) -> None:
         self._begin, self._waited = time.perf_counter(), 0.0
+
+
+def pause() -> float:
+    """Return the seconds between two refreshes of a progress line; a log file gets a line now and then."""
+    return 0.2 if sys.stderr.isatty() else 30.0
 
 
 def _memory_mib() -> float:

@@ -47,6 +47,7 @@ def main() -> int:
     except (Exception, KeyboardInterrupt) as error:
         status = errors.report(error, world, out)
     if world is not None and world.size > 1:
+        sys.stdout.flush()
         os._exit(status)  # without the farewells that would wait for processes that are gone
     return status
 

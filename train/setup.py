@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ from train.schedule import make_optimizer
 from train.transforms import Transform
 
 GENERATED = ROOT / "data" / "generated"
+# No buffer ever changes, so none needs to travel. The flag has another name since PyTorch 2.13.
+_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+KEEP_BUFFERS = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 
 
 def open_split(
@@ -75,7 +79,7 @@ def build(config: Config, world: World) -> tuple[State, Any]:
     network = torch.compile(model) if config.compile else model
     if world.size > 1:
         device = [world.device] if world.device.type == "cuda" else None
-        network = DistributedDataParallel(network, device, broadcast_buffers=False, gradient_as_bucket_view=True)
+        network = DistributedDataParallel(network, device, gradient_as_bucket_view=True, **KEEP_BUFFERS)
     return state, network
 
 

@@ -15,7 +15,7 @@ from train.coco_metrics import Found, measure, results, write_results
 from train.config import Config
 from train.distributed import World
 from train.loader import evaluation_loader
-from train.log import BROKEN_SHARE
+from train.log import BROKEN_SHARE, pause
 from train.loop import evaluate
 from train.pictures import draw_pictures
 from train.rundir import RunFolder
@@ -51,7 +51,7 @@ def validate(
     """
     begin = time.perf_counter()
     loader = evaluation_loader(dataset, config.data.workers, world.device.type == "cuda", world.rank, world.size)
-    shown = tqdm(loader, "evaluating", leave=False, disable=not world.first, mininterval=1.0, dynamic_ncols=True)
+    shown = tqdm(loader, "evaluating", leave=False, disable=not world.first, mininterval=pause(), dynamic_ncols=True)
     found, broken = evaluate(model, shown, amp=config.amp, between=between)
     for image in broken:
         tqdm.write(f"skipped validation image {image.image_id}: {image.reason}")

@@ -1,0 +1,239 @@
+"""Several processes on this machine: equal to one, and what becomes of them when something breaks."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.train.conftest import MAIN, command, environment, lines, run
+from train.checkpoint import find, load
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
+LOSSES = ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss")
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
+
+
+@pytest.fixture
+def launch():
+    """Function: command line -> process with its own process group; killed at the end."""
+    started = []
+
+    def start(line, **env):
+        started.append(
+            subprocess.Popen(
+                line, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                start_new_session=True,
+            )
+        )  # fmt: skip
+        return started[-1]
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
+    """Wait until a run has written the losses of a step."""
+    end = time.monotonic() + 200
+    while time.monotonic() < end:
+        if (out / "metrics.jsonl").exists() and any(line["step"] >= step for line in lines(out)):
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    raise AssertionError(f"no step {step}")
+
+
+def pid_of_rank(rank: int, out: Path) -> int:
+    """Return the process id of a rank of the run in `out`."""
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdigit() and str(out) in (folder / "cmdline").read_text().split("\0"):
+                if f"RANK={rank}" in (folder / "environ").read_text().split("\0"):
+                    return int(folder.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def test_two_processes_equal_one_with_the_doubled_batch(coco, tmp_path):
+    common = ("--data.root", coco, "--epochs", 2, "--checkpoint.every", 0, "--pictures", 0)
+    one = run(*common, "--data.batch", 4, "--out", tmp_path / "one")
+    two = run(*common, "--data.batch", 2, "--out", tmp_path / "two", processes=2)
+    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    first, second = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert len(first) == len(second) == 6
+    for line, other in zip(first, second, strict=True):
+        if "loss" in line:
+            assert line["lr"] == other["lr"]
+            np.testing.assert_allclose([line[name] for name in LOSSES], [other[name] for name in LOSSES], rtol=1e-3)
+        else:
+            assert line["AP"] == pytest.approx(other["AP"], abs=1e-3)
+    weights = [load(find(tmp_path / name / "checkpoints")[0])["model"] for name in ("one", "two")]
+    for name, value in weights[0].items():
+        assert (value - weights[1][name]).norm() <= 1e-3 * value.norm() + 1e-5, name
+
+
+def test_killed_rank_is_named_and_the_run_goes_on_elsewhere(coco, tmp_path, launch):
+    common = ("--data.root", coco, "--pictures", 0, "--checkpoint.every", 2, "--eval-every", 999, "--timeout", 60)
+    out = tmp_path / "run"
+    process = launch(command(*common, "--epochs", 500, "--out", out, processes=2))
+    wait_for_step(out, 3, process)
+    os.kill(pid_of_rank(1, out), signal.SIGKILL)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "error: rank 0: lost the connection" in text
+    assert "no word from rank 1: killed" in text
+
+    step = load(find(out / "checkpoints")[0])["step"]
+    more = run(*common, "--epochs", 500, "--max-steps", step + 1, "--out", out)  # now with one process
+    assert more.returncode == 0, more.stderr
+    assert "2 processes before, 1 now" in more.stdout
+    assert "4 images per batch before, 2 now" in more.stdout
+    assert [line["step"] for line in lines(out) if "loss" in line] == list(range(1, step + 2))
+
+
+def test_torchrun_restarts_what_was_killed(coco, tmp_path, launch):
+    out = tmp_path / "run"
+    common = ("--data.root", coco, "--pictures", 0, "--checkpoint.every", 1, "--eval-every", 999, "--timeout", 60)
+    line = command(
+        *common, "--epochs", 4, "--out", out, processes=2, launcher=("--standalone", "--max-restarts=3")
+    )
+    process = launch(line)
+    wait_for_step(out, 2, process)
+    os.kill(pid_of_rank(1, out), signal.SIGKILL)
+    text, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, text
+    assert "going on after step" in text
+    assert [line["step"] for line in lines(out) if "loss" in line] == list(range(1, 9))
+
+
+def test_sigterm_to_torchrun_writes_a_checkpoint(coco, tmp_path, launch):
+    out = tmp_path / "run"
+    common = ("--data.root", coco, "--pictures", 0, "--checkpoint.every", 0, "--eval-every", 999, "--epochs", 500)
+    process = launch(command(*common, "--out", out, "--data.limit", 4, processes=2))
+    wait_for_step(out, 2, process)
+    before = len(find(out / "checkpoints"))
+    process.terminate()
+    text, _ = process.communicate(timeout=120)
+    assert "stopped by SIGTERM after step" in text
+    assert load(find(out / "checkpoints")[0])["step"] >= 2
+    assert before <= 3
+
+
+def test_two_machines_meet(coco, tmp_path, launch):
+    common = ("--data.root", coco, "--pictures", 0, "--out", tmp_path / "run", "--max-steps", 2)
+    endpoint = f"--rdzv-endpoint=localhost:{free_port()}"
+    meeting = ("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=test", endpoint)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", *meeting]
+    agents = [launch([*launcher, *command(*common)[1:]]) for _ in range(2)]
+    texts = [agent.communicate(timeout=200)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], texts
+    assert sum("2 x cpu" in text for text in texts) == 1
+    assert len(lines(tmp_path / "run")) == 3
+
+
+def start_rank(launch, port, rank, size, *arguments):
+    env = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
+    return launch(command(*arguments), LOCAL_RANK=str(rank), **env)
+
+
+def test_missing_rank_is_named(coco, tmp_path, launch):
+    arguments = ("--data.root", coco, "--out", tmp_path / "run", "--timeout", 15)
+    port = free_port()
+    first, second = (start_rank(launch, port, rank, 3, *arguments) for rank in (0, 1))
+    text, _ = first.communicate(timeout=120)
+    assert first.returncode == 1
+    assert "rank 2 did not come within 15 s" in text
+    assert second.wait(timeout=120) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_taken_port_is_named(coco, tmp_path, launch):
+    with socket.socket() as server:
+        server.bind(("", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        process = start_rank(launch, port, 0, 2, "--data.root", coco, "--out", tmp_path / "run", "--timeout", 5)
+        text, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert f"localhost:{port}" in text
+    assert "address already in use" in text
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        pytest.param({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 but WORLD_SIZE only 2", id="rank"),
+        pytest.param({"RANK": "0"}, "only one is set", id="half"),
+        pytest.param({"RANK": "a", "WORLD_SIZE": "2"}, "RANK must be a number", id="word"),
+        pytest.param({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_PORT is not", id="port"),
+    ],
+)
+def test_wrong_variables(monkeypatch, variables, message):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        train_distributed().join("cpu", 1.0)
+
+
+def train_distributed():
+    import train.distributed
+
+    return train.distributed
+
+
+def test_dead_loader_is_one_line(coco, tmp_path, launch):
+    out = tmp_path / "run"
+    common = ("--data.root", coco, "--pictures", 0, "--eval-every", 999, "--epochs", 500, "--data.workers", 1)
+    process = launch(command(*common, "--out", out))
+    wait_for_step(out, 2, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    end = time.monotonic() + 30
+    while not (pids := children.read_text().split()) and time.monotonic() < end:
+        time.sleep(0.01)
+    os.kill(int(pids[0]), signal.SIGKILL)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: lost a process that loads images" in text
+    assert "Traceback" not in text
+
+
+def test_kill_in_the_middle_of_an_epoch_changes_nothing(coco, tmp_path, launch):
+    common = ("--data.root", coco, "--pictures", 0, "--checkpoint.every", 1, "--eval-every", 999, "--epochs", 3)
+    process = launch(command(*common, "--out", tmp_path / "killed"))
+    wait_for_step(tmp_path / "killed", 6, process)
+    process.kill()
+    process.wait()
+    texts = [run(*common, "--out", tmp_path / name) for name in ("killed", "whole")]
+    assert [text.returncode for text in texts] == [0, 0], texts
+    losses = [[line["loss"] for line in lines(tmp_path / name) if "loss" in line] for name in ("killed", "whole")]
+    assert len(losses[0]) == 12
+    assert losses[0] == losses[1]
+    weights = [load(find(tmp_path / name / "checkpoints")[0])["model"] for name in ("killed", "whole")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_full_disk_is_one_line_and_spares_what_is_there(coco, tmp_path, launch):
+    out = tmp_path / "run"
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000)); "
+    line = command("--data.root", coco, "--pictures", 0, "--checkpoint.every", 1, "--out", out)
+    process = launch([sys.executable, "-c", f"{limit}sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')", str(MAIN), *line[2:]])
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert f"error: cannot write a checkpoint into {out / 'checkpoints'}: File too large" in text
+    assert list((out / "checkpoints").iterdir()) == []

@@ -1,0 +1,187 @@
+"""The training script from start to end, in one process."""
+
+import json
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import detector
+import train.main
+from tests.train.conftest import MAIN, lines
+from tests.train.test_coco_data import edit
+from train.checkpoint import find, load
+from train.config import PRESETS
+
+
+@pytest.fixture
+def start(monkeypatch, capsys):
+    """Function: command line -> (exit status, stdout, stderr) of the script, run in this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments):
+        fixed = [str(MAIN), "--preset", "tiny", "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", [*fixed, *map(str, arguments)])
+        status = train.main.main()
+        return status, *capsys.readouterr()
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def weights(out: Path) -> dict:
+    return load(find(out / "checkpoints")[0])["model"]
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """Compare the losses of every step, the last evaluation and every bit of the weights."""
+    keys = ("step", "epoch", "lr", "loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss", "AP")
+    columns = [[[line.get(key) for key in keys] for line in lines(out) if "loss" in line] for out in (one, two)]
+    assert columns[0] == columns[1]
+    assert lines(one)[-1]["AP"] == lines(two)[-1]["AP"]
+    first, second = weights(one), weights(two)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_leaves_what_people_and_programs_need(start, coco, tmp_path):
+    out = tmp_path / "run"
+    status, stdout, stderr = start("--data.root", coco, "--out", out)
+    assert status == 0
+    assert "epoch 1: AP" in stderr
+    for text in ("DCNv2 in c3, c4, c5", "linear in the batch", "best checkpoint", "AR100", "red", "blue"):
+        assert text in stdout
+    names = {path.name for path in out.iterdir()}
+    assert {"config.json", "metrics.jsonl", "checkpoints", "detections.json", "pictures"} <= names
+    assert any(name.startswith("events.out") for name in names)
+    assert len(list((out / "pictures").iterdir())) == 2
+    *steps, evaluation = lines(out)
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert {"epoch", "lr", "loss", "seconds", "images_per_second", "loss_rpn_cls", "loss_bbox"} <= set(steps[0])
+    assert {"epoch", "AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"} <= set(evaluation)
+    for row in json.loads((out / "detections.json").read_text()):
+        assert set(row) == {"image_id", "category_id", "bbox", "score"}
+        assert row["category_id"] in (3, 7)
+    model, classes = detector.load(out / "checkpoints" / "best.pt", "cpu")
+    assert classes == ["red", "blue"]
+    assert model.config == replace(PRESETS["tiny"].model, num_classes=2)
+    record = json.loads((out / "config.json").read_text())
+    assert record["model"]["num_classes"] == 2
+
+    status, stdout, _ = start("--data.root", coco, "--out", out)  # there is nothing left to do but tell
+    assert status == 0
+    assert "going on after step 4" in stdout
+    assert "AR100" in stdout
+    assert len(lines(out)) == 5
+
+    status, stdout, _ = start("--data.root", coco, "--out", out, "--eval-only")
+    assert status == 0
+    again = lines(out)[-1]
+    assert [again[name] for name in ("AP", "AR100")] == [evaluation[name] for name in ("AP", "AR100")]
+
+
+def test_interrupted_run_equals_a_whole_one(start, coco, tmp_path):
+    common = ("--data.root", coco, "--epochs", 2, "--optim.ema", 0.9, "--data.workers", 1, "--optim.accumulate", 2)
+    common += ("--pictures", 0, "--checkpoint.every", 1)
+    assert start(*common, "--out", tmp_path / "whole", "--max-steps", 3)[0] == 0
+    assert start(*common, "--out", tmp_path / "parts", "--max-steps", 1)[0] == 0
+    newest = find(tmp_path / "parts" / "checkpoints")[0]
+    status, stdout, _ = start(*common, "--out", tmp_path / "parts", "--max-steps", 3)
+    assert status == 0
+    assert "going on after step 1, epoch 1, batch 2 of 4" in stdout
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert newest.name.startswith("step-00000001")
+
+
+def test_damaged_checkpoint_falls_back(start, coco, tmp_path):
+    common = ("--data.root", coco, "--pictures", 0, "--checkpoint.every", 1, "--eval-every", 9)
+    assert start(*common, "--out", tmp_path / "a", "--max-steps", 3)[0] == 0
+    assert start(*common, "--out", tmp_path / "b", "--max-steps", 2)[0] == 0
+    newest = find(tmp_path / "b" / "checkpoints")[0]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    status, stdout, _ = start(*common, "--out", tmp_path / "b", "--max-steps", 3)
+    assert status == 0
+    assert f"{newest} is damaged" in stdout
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_nan_stops_and_spares_the_checkpoint(start, coco, tmp_path):
+    common = ("--data.root", coco, "--out", tmp_path / "run", "--checkpoint.every", 1, "--pictures", 0)
+    status, _, stderr = start(*common, "--optim.lr", 1e12, "--optim.clip-grad", 0, "--optim.warmup", 0)
+    assert status == 1
+    message = stderr.splitlines()[-1]
+    assert message.startswith("error: loss_")
+    assert "images 10" in message
+    assert "Traceback" not in stderr
+    step = int(message.split("at step ")[1].split()[0])
+    assert load(find(tmp_path / "run" / "checkpoints")[0])["step"] == step - 1
+    assert "FloatingPointError" in (tmp_path / "run" / "error-rank0.txt").read_text()
+
+
+def test_empty_validation_split(start, coco, tmp_path):
+    edit(coco, lambda content: (content["images"].clear(), content["annotations"].clear()), "val2017")
+    status, _, _ = start("--data.root", coco, "--out", tmp_path / "run", "--max-steps", 1)
+    assert status == 0
+    assert lines(tmp_path / "run")[-1]["AP"] == -1
+
+
+def test_starts_from_weights_of_other_classes(start, coco, tmp_path):
+    common = ("--data.root", coco, "--max-steps", 1, "--pictures", 0)
+    assert start(*common, "--out", tmp_path / "a")[0] == 0
+    best = tmp_path / "a" / "checkpoints" / "best.pt"
+    for split in ("train2017", "val2017"):
+        edit(coco, lambda content: content["categories"].append({"id": 1, "name": "green"}), split)
+    status, stdout, _ = start(*common, "--out", tmp_path / "b", "--weights", best)
+    assert status == 0
+    assert "4 skipped" in stdout
+    status, _, _ = start(*common, "--out", tmp_path / "c", "--weights", best, "--eval-only")
+    assert status == 0  # it looks for the two classes that it knows
+
+
+def test_test_set_without_annotations_gives_detections(start, coco, tmp_path):
+    common = ("--data.root", coco, "--max-steps", 1, "--pictures", 0)
+    edit(coco, lambda content: content.pop("annotations"), "val2017")
+    status, _, _ = start(*common, "--out", tmp_path / "a")
+    assert status == 0
+    assert json.loads((tmp_path / "a" / "detections.json").read_text())
+    status, stdout, _ = start(*common, "--out", tmp_path / "a", "--eval-only")
+    assert status == 0
+    assert "detections only" in stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["--data.root", "/nowhere"], "--data.root /nowhere is not a folder", id="no-data"),
+        pytest.param(["--out", "/proc/nowhere"], "cannot write into --out /proc/nowhere", id="read-only"),
+        pytest.param(["--weights", "/nowhere.pt"], "/nowhere.pt", id="no-weights"),
+        pytest.param(["--eval-only"], "--eval-only needs --weights", id="nothing-to-evaluate"),
+        pytest.param(["--data.batch", "0"], "--data.batch must be at least 1", id="value"),
+    ],
+)
+def test_user_errors_are_one_line(start, coco, tmp_path, arguments, message):
+    status, _, stderr = start("--data.root", coco, "--out", tmp_path / "run", *arguments)
+    assert status == 1
+    (line,) = stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_signal_writes_a_checkpoint_first(start, coco, tmp_path, monkeypatch):
+    def interrupt(state, config):
+        if state.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return state.epoch >= config.epochs
+
+    common = ("--data.root", coco, "--checkpoint.every", 0, "--pictures", 0)
+    monkeypatch.setattr(train.main, "_is_finished", interrupt)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    status, _, stderr = start(*common, "--out", tmp_path / "run")
+    assert status == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM after step 3" in stderr
+    assert load(find(tmp_path / "run" / "checkpoints")[0])["step"] == 3
