@@ -88,6 +88,7 @@ def _cases() -> dict[str, list[Case]]:
             Case("small-c5", 8, 512, 512, 8, 8),
         ],
         "micro": [Case("micro-64", 2, 64, 64, 64, 64), Case("micro-32", 8, 32, 32, 64, 64)],
+        "dry": [Case("dry", 1, 16, 16, 6, 8)],  # for the interpreter
         "odd": [
             Case("odd-channels", 2, 80, 48, 33, 57),
             Case("odd-kernel", 1, 64, 64, 40, 60, (5, 3), (2, 1), (4, 1), (2, 1)),

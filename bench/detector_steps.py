@@ -33,7 +33,7 @@ from train.config import PRESETS
 try:
     from torchvision.models.detection import FasterRCNN as PeerFasterRCNN
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-except ImportError:
+except (ImportError, RuntimeError):  # RuntimeError: a build for another torch
     PeerFasterRCNN = None
 
 OPTIONS = ("channels_last", "bf16", "tf32", "compile", "graph")

@@ -120,7 +120,7 @@ def available(names: list[str] | None, device: torch.device) -> tuple[dict[str, 
         raise ValueError(f"unknown provider {sorted(unknown)[0]!r}, expected one of {', '.join(FACTORIES)}")
     found, missing = {}, {}
     for name in names or [name for name in FACTORIES if name != "reference"]:
-        if name == "triton" and device.type == "cpu":
+        if name == "triton" and device.type == "cpu" and not names:
             missing[name] = "needs a GPU; its interpreter on a CPU says nothing about speed"
             continue
         try:

@@ -1,0 +1,30 @@
+"""The command for a GPU works the first time: its dry run, and what it says without a GPU."""
+
+import pytest
+import torch
+
+from bench import gpu
+
+
+def test_dry_run_writes_tables_and_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled here, not interpreted")
+    assert gpu.main(["--dry-run", "--out", str(tmp_path), "--only", "stages-n16", "train-step"]) == 0
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {
+        "dry-run-stages-n16.csv", "dry-run-stages-n16.png", "dry-run-stages-n16-roofline.png", "dry-run-train-step.csv",
+    }  # fmt: skip
+    assert "| dry both" in capsys.readouterr().out
+
+
+def test_failed_and_late_parts_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert gpu.main(["--dry-run", "--out", str(tmp_path), "--minutes", "-1", "--only", "stages-n2"]) == 1
+    assert "no time left for stages-n2" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu():
+    with pytest.raises(SystemExit, match="no CUDA GPU"):
+        gpu.main([])
