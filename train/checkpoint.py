@@ -10,6 +10,7 @@ generator has to be kept, and the number of processes may change between two sta
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -132,6 +133,23 @@ def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
     if paths:
         raise ValueError(f"all {len(paths)} checkpoints in {folder} are damaged; delete the folder to start again")
     return None
+
+
+def load_newest(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """Return the content of the newest whole checkpoint, or None if there is none; set damaged newer ones aside.
+
+    Args:
+        folder, say: see `newest`.
+
+    Raises:
+        ValueError: there are checkpoints, and all are damaged.
+    """
+    path = newest(folder, say)
+    if path is None:
+        return None
+    for damaged in itertools.takewhile(lambda other: other != path, find(folder)):
+        damaged.rename(damaged.with_suffix(".damaged"))
+    return load(path)
 
 
 def load(path: Path) -> dict[str, Any]:

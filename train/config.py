@@ -126,18 +126,20 @@ class Config:
 
 
 _SCRATCH = FasterRCNNConfig(
-    depth=18, norm="gn", norm_eval=False, frozen_stages=-1, fpn_channels=128, fc_channels=256, num_classes=5,
-    rpn_candidates=(500, 500), rpn_proposals=300, rcnn_samples=128, image_scale=(256, 256),
+    depth=18, base_channels=32, norm="gn", norm_eval=False, frozen_stages=-1, fpn_channels=64, fc_channels=256,
+    rpn_samples=128, rpn_candidates=(500, 300), rpn_proposals=200, rcnn_samples=64, image_scale=(256, 256),
 )  # fmt: skip
 
 PRESETS: dict[str, Config] = {
     "coco-1x": Config(),
     "small": Config(
         preset="small",
+        epochs=10,
+        eval_every=2,
         log_every=1,
-        data=DataConfig(batch=8, workers=2),
+        data=DataConfig(batch=4, workers=1),
         model=_SCRATCH,
-        optim=OptimConfig(lr=0.04, warmup=100, clip_grad=10.0),
+        optim=OptimConfig(name="adamw", lr=4e-3, weight_decay=0.05, warmup=50, schedule="cosine", clip_grad=5.0),
         checkpoint=CheckpointConfig(every=100),
     ),
     "tiny": Config(
@@ -146,7 +148,7 @@ PRESETS: dict[str, Config] = {
         log_every=1,
         pictures=2,
         data=DataConfig(batch=2, workers=0, limit=8),
-        model=replace(_SCRATCH, fpn_channels=32, fc_channels=64, rcnn_samples=32, image_scale=(96, 96)),
+        model=replace(_SCRATCH, base_channels=16, fpn_channels=32, fc_channels=64, image_scale=(96, 96)),
         optim=OptimConfig(lr=0.02, warmup=4, clip_grad=10.0),
         checkpoint=CheckpointConfig(every=2),
     ),

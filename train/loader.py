@@ -17,6 +17,7 @@ from train.coco_data import BrokenImage, CocoDetection
 from train.transforms import Sample
 
 PAD = 32  # sides of a batch are multiples of this
+ATTEMPTS = 5  # images tried in the place of one
 Key = tuple[int, int]  # (epoch, index): what a data set is asked for
 
 
@@ -106,7 +107,8 @@ def collate(samples: Sequence[Sample | BrokenImage]) -> Loaded:
 class Readable:
     """A data set whose unreadable images are replaced by the next readable one, so that batches stay full.
 
-    What replaces an image depends on its index alone. Items are a list: the images that failed, then the sample.
+    What replaces an image depends on its index alone. Items are a list: the images that failed, then the sample, if one
+    was found soon.
     """
 
     def __init__(self, dataset: CocoDetection):
@@ -115,7 +117,7 @@ class Readable:
     def __getitem__(self, key: Key) -> list[Sample | BrokenImage]:
         epoch, index = key
         found: list[Sample | BrokenImage] = []
-        for step in range(len(self.dataset)):
+        for step in range(min(ATTEMPTS, len(self.dataset))):
             found.append(self.dataset[epoch, (index + step) % len(self.dataset)])
             if isinstance(found[-1], Sample):
                 break

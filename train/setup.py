@@ -38,6 +38,8 @@ def open_split(
 ) -> CocoDetection:
     """Open the training or the validation images of the run's data set; make the generated one if none is named.
 
+    Only the first process parses the annotations; the others are given the arrays.
+
     Args:
         split: "train" or "val".
         scale: bounds of the sides after resizing.
@@ -48,19 +50,21 @@ def open_split(
     """
     data, training = config.data, split == "train"
     root = data.root or ensure_generated(GENERATED, progress=world.local_rank == 0)
-    if not root.is_dir():
-        raise FileNotFoundError(f"--data.root {root} is not a folder")
     if training:
         annotations, images = data.train_annotations, data.train_images
         transform = Transform(scale, data.flip, config.seed, data.short_sides)
     else:
         annotations, images, transform = data.val_annotations, data.val_images, Transform(scale)
-    dataset = CocoDetection(
-        root / annotations, root / images, transform, training=training, classes=classes, limit=data.limit
-    )
-    if training and not len(dataset):
-        raise ValueError(f"{dataset.annotations} has no image to train on: none with an annotation of its classes")
-    return dataset
+    dataset = None
+    if world.first:
+        if not root.is_dir():
+            raise FileNotFoundError(f"--data.root {root} is not a folder")
+        dataset = CocoDetection(
+            root / annotations, root / images, transform, training=training, classes=classes, limit=data.limit
+        )
+        if training and not len(dataset):
+            raise ValueError(f"{dataset.annotations} has no image to train on: none with an annotation of its classes")
+    return world.from_first(dataset)
 
 
 def build(config: Config, world: World) -> tuple[State, Any]:
@@ -113,8 +117,7 @@ def resume(
         ValueError: every checkpoint is damaged.
     """
     notes: list[str] = []
-    path = checkpoint.newest(run.checkpoints, notes.append) if world.first else None
-    content = world.from_first(checkpoint.load(path) if path else None)
+    content = world.from_first(checkpoint.load_newest(run.checkpoints, notes.append) if world.first else None)
     if content is None:
         if world.first:
             run.rewind(0)

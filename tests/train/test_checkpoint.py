@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import train.checkpoint
-from train.checkpoint import State, find, load, mark_best, newest, pack, restore, save
+from train.checkpoint import State, find, load, load_newest, mark_best, newest, pack, restore, save
 from train.config import OptimConfig
 from train.schedule import make_optimizer
 
@@ -87,6 +87,18 @@ def test_damaged_newest_falls_back(tmp_path, how):
     damage(find(tmp_path)[1], how)
     with pytest.raises(ValueError, match="all 2 checkpoints"):
         newest(tmp_path, said.append)
+
+
+def test_damaged_newer_ones_are_set_aside(tmp_path):
+    state = make_state()
+    for _ in range(3):
+        take_step(state)
+        save(tmp_path, pack(state, {}), keep=3)
+    for path in find(tmp_path)[:2]:
+        damage(path, "cut")
+    assert load_newest(tmp_path, lambda _: None)["step"] == 1
+    assert len(find(tmp_path)) == 1
+    assert len(list(tmp_path.glob("*.damaged"))) == 2
 
 
 def test_no_checkpoint_is_none(tmp_path):

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.train.conftest import MAIN, command, environment, lines, run
+from tests.train.conftest import command, environment, lines, run
 from train.checkpoint import find, load
+from train.distributed import join
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
 LOSSES = ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss")
@@ -62,9 +63,10 @@ def pid_of_rank(rank: int, out: Path) -> int:
     """Return the process id of a rank of the run in `out`."""
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if folder.name.isdigit() and str(out) in (folder / "cmdline").read_text().split("\0"):
-                if f"RANK={rank}" in (folder / "environ").read_text().split("\0"):
-                    return int(folder.name)
+            if not folder.name.isdigit() or str(out) not in (folder / "cmdline").read_text().split("\0"):
+                continue
+            if f"RANK={rank}" in (folder / "environ").read_text().split("\0"):
+                return int(folder.name)
     raise AssertionError(f"no process of rank {rank}")
 
 
@@ -108,9 +110,7 @@ def test_killed_rank_is_named_and_the_run_goes_on_elsewhere(coco, tmp_path, laun
 def test_torchrun_restarts_what_was_killed(coco, tmp_path, launch):
     out = tmp_path / "run"
     common = ("--data.root", coco, "--pictures", 0, "--checkpoint.every", 1, "--eval-every", 999, "--timeout", 60)
-    line = command(
-        *common, "--epochs", 4, "--out", out, processes=2, launcher=("--standalone", "--max-restarts=3")
-    )
+    line = command(*common, "--epochs", 4, "--out", out, processes=2, launcher=("--standalone", "--max-restarts=3"))
     process = launch(line)
     wait_for_step(out, 2, process)
     os.kill(pid_of_rank(1, out), signal.SIGKILL)
@@ -188,13 +188,7 @@ def test_wrong_variables(monkeypatch, variables, message):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
-        train_distributed().join("cpu", 1.0)
-
-
-def train_distributed():
-    import train.distributed
-
-    return train.distributed
+        join("cpu", 1.0)
 
 
 def test_dead_loader_is_one_line(coco, tmp_path, launch):
@@ -230,9 +224,8 @@ def test_kill_in_the_middle_of_an_epoch_changes_nothing(coco, tmp_path, launch):
 
 def test_full_disk_is_one_line_and_spares_what_is_there(coco, tmp_path, launch):
     out = tmp_path / "run"
-    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000)); "
     line = command("--data.root", coco, "--pictures", 0, "--checkpoint.every", 1, "--out", out)
-    process = launch([sys.executable, "-c", f"{limit}sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')", str(MAIN), *line[2:]])
+    process = launch(["bash", "-c", 'ulimit -f 4000; exec "$@"', "bash", *line])  # no file above 4 MB
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     assert f"error: cannot write a checkpoint into {out / 'checkpoints'}: File too large" in text

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import detector
+import train.loop
 import train.main
 from tests.train.conftest import MAIN, lines
 from tests.train.test_coco_data import edit
@@ -173,15 +174,16 @@ def test_user_errors_are_one_line(start, coco, tmp_path, arguments, message):
 
 
 def test_signal_writes_a_checkpoint_first(start, coco, tmp_path, monkeypatch):
-    def interrupt(state, config):
-        if state.step == 2:
-            signal.raise_signal(signal.SIGTERM)
-        return state.epoch >= config.epochs
+    update, sent = train.loop._update, []
 
+    def update_and_signal(state, *rest):
+        update(state, *rest)
+        if state.step == 2 and not sent:
+            sent.append(signal.raise_signal(signal.SIGTERM))
+
+    monkeypatch.setattr(train.loop, "_update", update_and_signal)
     common = ("--data.root", coco, "--checkpoint.every", 0, "--pictures", 0)
-    monkeypatch.setattr(train.main, "_is_finished", interrupt)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     status, _, stderr = start(*common, "--out", tmp_path / "run")
     assert status == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM after step 3" in stderr
-    assert load(find(tmp_path / "run" / "checkpoints")[0])["step"] == 3
+    assert "stopped by SIGTERM after step 2" in stderr
+    assert load(find(tmp_path / "run" / "checkpoints")[0])["step"] == 2

@@ -33,6 +33,11 @@ class Painting:
     gloss: float
 
 
+def around(rng: Generator, hue: float) -> float:
+    """Draw a hue near the usual one of a kind."""
+    return (hue + rng.normal(0.0, 0.06)) % 1.0
+
+
 def palette(rng: Generator, hue: float | None = None, vivid: float = 0.85) -> tuple[ndarray, ndarray, ndarray]:
     """Draw a base, an accent and a dark colour, float32 RGB in [0, 1].
 
@@ -42,7 +47,7 @@ def palette(rng: Generator, hue: float | None = None, vivid: float = 0.85) -> tu
     """
     hue = rng.uniform() if hue is None else hue
     draws = (
-        (hue, rng.beta(1.5, 2.0), rng.uniform(0.4, 0.95)),
+        (hue, rng.beta(2.5, 1.5), rng.uniform(0.4, 0.95)),
         (hue + rng.normal(0.0, 0.15), rng.beta(1.5, 1.5), rng.uniform(0.25, 1.0)),
         (hue + rng.normal(0.0, 0.05), rng.uniform(0.1, 0.6), rng.uniform(0.05, 0.25)),
     )

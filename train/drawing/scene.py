@@ -13,7 +13,7 @@ from train.drawing.backgrounds import background
 from train.drawing.paint import Painting, noise
 from train.drawing.shapes import KINDS, litter
 
-EMPTY, CROWDED, TINY = 0.04, 0.06, 0.06  # share of photographs without objects, with a crowd; share of tiny objects
+EMPTY, CROWDED, TINY = 0.03, 0.05, 0.05  # share of photographs without objects, with a crowd; share of tiny objects
 MIN_PIXELS, MIN_VISIBLE, MIN_INSIDE = 24, 0.5, 0.65  # what every object keeps: pixels, share unhidden, share in frame
 NOTHING = -1  # owner of a pixel of the background or of litter
 
@@ -261,11 +261,11 @@ def photograph(rng: Generator) -> tuple[ndarray, list[Thing]]:
     height, width = int(rng.integers(224, 273)), int(rng.integers(288, 353))
     canvas = Canvas(background(rng, height, width), random_light(rng))
     empty, crowded = rng.uniform() < EMPTY, rng.uniform() < CROWDED
-    objects = 0 if empty else 1 + rng.poisson(4.0)
-    labels = rng.integers(len(KINDS), size=objects).tolist() + [NOTHING] * rng.poisson(2.5)
+    objects = 0 if empty else 1 + rng.poisson(3.0)
+    labels = rng.integers(len(KINDS), size=objects).tolist() + [NOTHING] * rng.poisson(1.5)
     if crowded and not empty:
         crowd(rng, canvas, int(rng.integers(len(KINDS))))
     for label in rng.permutation(labels):
         tiny = rng.uniform() < TINY
-        scatter(rng, canvas, int(label), rng.uniform(12, 24) if tiny else np.exp(rng.uniform(np.log(32), np.log(150))))
+        scatter(rng, canvas, int(label), rng.uniform(12, 24) if tiny else np.exp(rng.uniform(np.log(48), np.log(160))))
     return develop(rng, canvas.image), canvas.things()

@@ -1,7 +1,7 @@
-"""Six kinds of objects, and litter, painted flat and upright from a few curves and random colours.
+"""Five kinds of objects, and litter, painted flat and upright from a few curves and random colours.
 
-`scene` bends, lights and places the paintings. Every kind takes its colours and surface from the same distribution,
-so that outline and markings tell the kinds apart, and colour does not.
+`scene` bends, lights and places the paintings. Kinds have usual hues that overlap, as in nature; mugs and litter have
+any. Outline and markings tell the kinds apart, colour helps.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-from train.drawing.paint import Painting, blend, ellipse, fill, markings, noise, palette, stroke, swell
+from train.drawing.paint import Painting, around, blend, ellipse, fill, markings, noise, palette, stroke, swell
 
 
 def leaf(rng: Generator, size: int) -> Painting:
     """A blade with serrated or lobed edge, a stalk, and a midrib with side veins."""
-    base, accent, dark = palette(rng)
+    base, accent, dark = palette(rng, around(rng, 0.28))
     t = np.linspace(0, 1, 121)
     teeth, depth = (rng.integers(3, 6), rng.uniform(0.1, 0.3)) if rng.uniform() < 0.4 else (rng.integers(9, 18), 0.06)
     profile = np.sin(np.pi * t ** rng.uniform(0.6, 1.1)) ** rng.uniform(0.7, 1.1) * rng.uniform(0.38, 0.6)
@@ -48,7 +48,7 @@ def leaf(rng: Generator, size: int) -> Painting:
 
 def fish(rng: Generator, size: int) -> Painting:
     """A body with tail and fins, scales, a gill cover, and an eye."""
-    base, accent, dark = palette(rng)
+    base, accent, dark = palette(rng, around(rng, 0.58))
     girth, fork = rng.uniform(0.26, 0.44), rng.uniform(0.0, 0.2)
     t = np.linspace(0, 1, 61)
     half = girth * np.sin(np.pi * t**0.75) ** 0.8 + 0.04 * t
@@ -77,7 +77,7 @@ def fish(rng: Generator, size: int) -> Painting:
 
 def starfish(rng: Generator, size: int) -> Painting:
     """Five unequal arms with a row of bumps along each."""
-    base, accent, dark = palette(rng)
+    base, accent, dark = palette(rng, around(rng, 0.03))
     angle = np.linspace(0, 2 * np.pi, 240, endpoint=False)
     arms = 2 * np.pi * np.arange(5) / 5 + rng.normal(0, 0.09, 5)
     gap = np.abs((angle[:, None] - arms + np.pi) % (2 * np.pi) - np.pi)
@@ -93,33 +93,6 @@ def starfish(rng: Generator, size: int) -> Painting:
     color = blend(markings(rng, size, base, accent), dark if rng.uniform() < 0.4 else accent * 0.3 + 0.7, bumps * 0.7)
     relief = swell(star, 0.26) + 0.05 * cv2.GaussianBlur(bumps, (0, 0), 0.008 * size + 0.4)
     return Painting(color, star, relief, rng.uniform(0.0, 0.3))
-
-
-def key(rng: Generator, size: int) -> Painting:
-    """A bow with a hole, a shaft, and a bit with two to four teeth."""
-    base, accent, _ = palette(rng)
-    bow, hole = rng.uniform(0.26, 0.34), rng.uniform(0.4, 0.65)
-    corners = rng.uniform(2.0, 4.5)  # exponent of the bow's superellipse: round to square
-    angle = np.linspace(0, 2 * np.pi, 64)
-    ring = [np.sign(wave) * np.abs(wave) ** (2 / corners) for wave in (np.cos(angle), np.sin(angle))]
-    ring = np.stack(ring, 1) * bow
-    center = np.array([-0.92 + bow, 0.0])
-    thin = rng.uniform(0.055, 0.085)
-    neck = center[0] + 0.5 * bow
-    shaft = np.array([[neck, -thin], [0.92, -thin], [0.96, 0.0], [0.92, thin], [neck, thin]])
-    count = rng.integers(2, 5)
-    edges = np.linspace(0.3, 0.9, 2 * count)
-    teeth = []
-    for left, right in edges.reshape(-1, 2):
-        drop = thin + rng.uniform(0.12, 0.3)
-        teeth.append(np.array([[left, 0.0], [right, 0.0], [right, drop], [left, drop]]))
-    metal = fill(size, center + ring, shaft, *teeth) * (1 - fill(size, center + ring * hole))
-    brushed = 1 + 0.06 * noise(rng, size, size, (60, 3), 2)
-    blank = base * np.float32(0.9) + accent * np.float32(rng.uniform(0, 0.1))
-    color = blend(blank, markings(rng, size, base, accent), fill(size, center + ring * 1.02)) * brushed
-    groove = stroke(size, 0.03, np.array([[center[0] + bow, -0.2 * thin], [0.85, -0.2 * thin]]))
-    relief = 0.6 * swell(metal, 0.07) - 0.03 * groove
-    return Painting(color.astype(np.float32), metal, relief, rng.uniform(0.5, 1.2))
 
 
 def mug(rng: Generator, size: int) -> Painting:
@@ -152,7 +125,7 @@ def mug(rng: Generator, size: int) -> Painting:
 
 def butterfly(rng: Generator, size: int) -> Painting:
     """Two pairs of mirrored wings with dark rims and eyespots, a body, and feelers."""
-    base, accent, dark = palette(rng)
+    base, accent, dark = palette(rng, around(rng, 0.8))
     wings = []
     for x, y, rx, ry, turn in (
         (0.45, -0.32, rng.uniform(0.4, 0.52), rng.uniform(0.26, 0.36), rng.uniform(-0.9, -0.5)),
@@ -202,7 +175,6 @@ KINDS: dict[str, tuple[Callable[[Generator, int], Painting], float]] = {
     "leaf": (leaf, 180.0),
     "fish": (fish, 60.0),
     "starfish": (starfish, 180.0),
-    "key": (key, 180.0),
     "mug": (mug, 40.0),
     "butterfly": (butterfly, 180.0),
 }

@@ -1,0 +1,35 @@
+import numpy as np
+
+from detector.image import read_image
+from tests.train.test_coco_data import open_coco
+from train.coco_metrics import Found
+from train.pictures import draw_pictures
+
+
+def test_draws_images_spread_over_the_set(coco, tmp_path):
+    dataset = open_coco(coco)
+    dataset.path(4).unlink()
+    ids = np.repeat(dataset.image_ids, np.diff(dataset.starts))
+    found = Found(ids, dataset.boxes, np.full(len(ids), 0.9, np.float32), dataset.labels)
+    drawn = list(draw_pictures(dataset, found, tmp_path / "pictures", 3))
+    assert [path.name for path, _ in drawn] == ["000100.png", "000107.png"]  # the middle one is gone
+    for path, picture in drawn:
+        assert (read_image(path) == picture).all()
+
+
+def test_weak_detections_are_left_out(coco, tmp_path):
+    dataset = open_coco(coco, limit=1)
+    boxes = np.array([[5, 5, 60, 60]], np.float32)
+    pictures = [
+        next(draw_pictures(dataset, Found(dataset.image_ids, boxes, np.array([score], np.float32), np.array([0])),
+                           tmp_path, 1))[1]
+        for score in (0.1, 0.2, 0.8)
+    ]  # fmt: skip
+    assert (pictures[0] == pictures[1]).all()
+    assert pictures[0].shape != pictures[2].shape or (pictures[0] != pictures[2]).any()
+
+
+def test_empty_set_has_no_pictures(coco, tmp_path):
+    dataset = open_coco(coco, limit=1)
+    dataset._select(np.zeros(0, np.int64))
+    assert list(draw_pictures(dataset, Found.join([]), tmp_path, 3)) == []

@@ -1,0 +1,30 @@
+import pytest
+
+from detector.image import read_image
+from train.plot import main
+from train.rundir import RunFolder
+
+
+def make_run(path, steps):
+    path.mkdir()
+    run = RunFolder(path)
+    for step in range(1, steps + 1):
+        run.append({"step": step, "lr": 0.1, "loss": 1 / step, "loss_cls": 0.5 / step})
+    run.append({"step": steps, "AP": 0.3, "AP50": 0.5})
+    return path
+
+
+def test_draws_several_runs(tmp_path, capsys):
+    runs = [make_run(tmp_path / "a", 3), make_run(tmp_path / "b", 700)]
+    assert main([*map(str, runs), "--out", str(tmp_path / "c.png")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "c.png")
+    picture = read_image(tmp_path / "c.png")
+    assert picture.shape[0] > 500
+    assert len({tuple(colour) for colour in picture.reshape(-1, 3)[::7].tolist()}) > 20
+
+
+@pytest.mark.parametrize("out", ["c.png", "c.nonsense"])
+def test_errors_are_one_line(tmp_path, capsys, out):
+    run = tmp_path / "empty" if out == "c.png" else make_run(tmp_path / "a", 3)
+    assert main([str(run), "--out", str(tmp_path / out)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
