@@ -2,8 +2,9 @@
 
     python -m bench.static [--arch sm90 ...] [--stage forward ...] [--first] [--json FILE]
 
-Compiles ahead of time and reads the machine code: thread registers, spills, shared memory, width of the loads, tensor-core
-instructions, atomics. These are facts about the code and no measure of speed. The numbers to hold are in the tile table.
+Compiles ahead of time and reads the machine code: thread registers, spills, shared memory, width of the loads,
+tensor-core instructions, atomics. These are facts about the code and no measure of speed. The numbers to hold are in
+the tile table.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The tile table: which kernel form and which block sizes run where. Plain data.
 
-Rows are looked up by stage, architecture, arithmetic and number of channels; the first that fits is taken. A stage without a
-row that fits takes the general way: columns and a library product.
+Rows are looked up by stage, architecture, arithmetic and number of channels; the first that fits is taken. Where no row
+of "forward" or "grad_sample_fused" fits, the general way is taken: columns and a library product.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ TABLE: tuple[Row, ...] = (
     Row("t_columns", "t_columns", GPUS, "half", 128, Tile(64, 128, 0, 8), (154, 127, 217, 110), 32 << 10),
     Row("t_columns", "t_columns", GPUS, "half", ANY, Tile(32, 256, 0, 8), (213, 196, 174, 122), 32 << 10),
     Row("t_columns", "t_columns", GPUS, "any", ANY, Tile(32, 64, 0, 8), (170, 119, 178, 56), 32 << 10),
-    Row("g_form", "g_form", GPUS, "half", ANY, Tile(64, 0, 64, 8), (99, 99, 203, 68), 24 << 10),
+    Row("g_form", "g_form", GPUS, "half", 64, Tile(64, 0, 64, 8), (99, 99, 203, 68), 24 << 10),
+    Row("g_form", "g_form", GPUS, "half", ANY, Tile(64, 0, 128, 8), (128, 128, 217, 114), 32 << 10),
     Row("g_form", "g_form", GPUS, "any", ANY, Tile(32, 0, 64, 8), (170, 120, 175, 58), 32 << 10),
     Row("sampling", "sampling", HOST, "any", ANY, Tile(4096)),
     Row("bins", "bins", HOST, "any", ANY, Tile(4096)),
@@ -131,7 +132,10 @@ def arithmetic(tensor: Tensor) -> str:
     """Return how products of `tensor` are computed: "half", "tf32" where the user allows it, or "float32"."""
     if tensor.dtype in (torch.float16, torch.bfloat16):
         return "half"
-    return "tf32" if tensor.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "float32"
+    matmul = torch.backends.cuda.matmul
+    # the setting was renamed in torch 2.9, where to read the old name after the new one was set is an error
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if tensor.is_cuda and allowed else "float32"
 
 
 def precision(arch: str, kind: str) -> str:

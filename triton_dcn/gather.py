@@ -67,7 +67,7 @@ def backward(
     weight: Tensor,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `forward`; columns are sampled again where the gradient of the weight needs them.
+    """Compute the gradients of `forward`; columns are sampled again where the gradient of the weight needs them.
 
     Args:
         geom, input, offset, mask, weight: as in `forward`.
@@ -135,9 +135,8 @@ def _columns(geom: ConvGeometry, table: Tensor, samples: Samples) -> Tensor:
     """Sample: (G, n * p, K * C / G)."""
     rows = samples.rows.flatten()
     starts = torch.arange(0, len(rows), 4, dtype=rows.dtype, device=rows.device)
-    sampled, *_ = torch.embedding_bag(
-        sliced(geom, table), rows, starts, per_sample_weights=samples.weights.flatten()
-    )  # fmt: skip
+    weights = samples.weights.flatten()
+    sampled, *_ = torch.embedding_bag(sliced(geom, table), rows, starts, per_sample_weights=weights)
     return sampled.view(geom.groups, -1, geom.taps * geom.in_channels // geom.groups)
 
 
@@ -182,14 +181,14 @@ def _dots(geom: ConvGeometry, table: Tensor, grad_columns: Tensor, samples: Samp
     """Inner products of the gradient of each sample with the four rows that it read: (G, n, p, K, J, 4)."""
     rows = samples.rows.flatten()
     table, grads = sliced(geom, table), sliced(geom, grad_columns)
-    if not rows.is_cpu:
-        return torch.stack([(table[corner] * grads).sum(-1) for corner in rows.view(-1, 4).unbind(1)], 1).view(
-            samples.rows.shape
-        )
-    starts = torch.arange(0, len(rows) + 1, 4, dtype=rows.dtype)
-    zeros = table.new_zeros(len(rows))
-    pattern = torch.sparse_csr_tensor(starts, rows, zeros, size=(len(grads), len(table)), check_invariants=False)
-    return torch.sparse.sampled_addmm(pattern, grads, table.t(), beta=0).values().view(samples.rows.shape)
+    if rows.is_cpu:  # entries of grads @ table.T, a row per sample
+        starts = torch.arange(0, len(rows) + 1, 4, dtype=rows.dtype)
+        zeros = table.new_zeros(len(rows))
+        entries = torch.sparse_csr_tensor(starts, rows, zeros, size=(len(grads), len(table)), check_invariants=False)
+        dots = torch.sparse.sampled_addmm(entries, grads, table.t(), beta=0).values()
+    else:
+        dots = torch.stack([(table[corner] * grads).sum(-1) for corner in rows.view(-1, 4).unbind(1)], 1)
+    return dots.view(samples.rows.shape)
 
 
 def _slopes(dots: Tensor, samples: Samples) -> Tensor:

@@ -1,7 +1,7 @@
-"""From tensors to kernels: layouts, slices, chunks, and the order of the stages. Two entry points, `forward`, `backward`.
+"""From tensors to kernels: layouts, slices, chunks, the order of the stages. Entry points: `forward` and `backward`.
 
-Everything inside is channels-last: input (B, H, W, C), weight (O, K, C/G), output (B, Ho, Wo, O). Work is cut into slices of
-images so that indices fit, and the large buffers into chunks of bounded size. Nothing waits for the device.
+Everything inside is channels-last: input (B, H, W, C), weight (O, K, C/G), output (B, Ho, Wo, O). Work is cut into
+slices of images so that indices fit, and the large buffers into chunks of bounded size. Nothing waits for the device.
 
 Letters: see `triton_dcn.kernels.sampling`.
 """
@@ -52,8 +52,7 @@ def forward(
     Args:
         geom: from `ConvGeometry.of` for these tensors.
         input, offset, mask, weight, bias: as in `triton_dcn.deform_conv2d`; float16, bfloat16 or float32, any strides.
-        mask_logits: `offset` is the raw map (B, 3*D*K, Ho, Wo) of a module that predicts both, `mask` None: the first
-            2*D*K channels are the offset, the sigmoid of the rest is the mask.
+        mask_logits: the mask is the sigmoid of `mask`.
         relu: clamp the output at zero.
 
     Raises:
@@ -61,7 +60,6 @@ def forward(
     """
     x, w = input.permute(0, 2, 3, 1).contiguous(), _taps_last(weight)
     bias = None if bias is None else bias.contiguous()
-    offset, mask = _split(geom, offset, mask, mask_logits)
     output = x.new_empty(geom.batch * geom.positions, geom.out_channels)  # written in full
     row = stages.row_for("forward", geom, x)
     with _on(x.device):
@@ -93,8 +91,7 @@ def backward(
         geom, input, offset, mask, weight, mask_logits: as given to `forward`.
 
     Returns:
-        Gradients in the shapes and dtypes of their tensors, that of the input stored channels-last; with `mask_logits`
-        that of the raw map in place of the offset's, and None for the mask.
+        Gradients in the shapes and dtypes of their tensors, that of the input stored channels-last.
 
     Raises:
         ValueError: one image has 2**27 pixels, or 2**29 samples, or more.
@@ -103,12 +100,10 @@ def backward(
     grad = grad_output.permute(0, 2, 3, 1).contiguous().view(-1, geom.out_channels)
     by_t = needs[0] and geom.offset_groups == 1  # T gives the gradient of the weight, too
     weight_like = _rows_of_weight(geom, w) if by_t else _columns_of_weight(geom, w)
-    grad_offset = torch.empty_like(offset, memory_format=torch.contiguous_format) if needs[1] else None
-    grad_mask = torch.empty_like(mask, memory_format=torch.contiguous_format) if needs[2] else None
-    offset, mask = _split(geom, offset, mask, mask_logits)
     grads = Gradients(
         torch.empty_like(x) if needs[0] else None,
-        *(_split(geom, grad_offset, grad_mask, mask_logits) if needs[1] else (None, grad_mask)),
+        torch.empty_like(offset, memory_format=torch.contiguous_format) if needs[1] else None,
+        torch.empty_like(mask, memory_format=torch.contiguous_format) if needs[2] else None,
         torch.zeros_like(weight_like, dtype=torch.float32) if needs[3] else None,
     )  # all but the weight's are written in full
     with _on(x.device):
@@ -119,7 +114,7 @@ def backward(
             step(part, rows, x[images], samples, w, grads.images(images), mask_logits)
     grad_input = None if grads.input is None else grads.input.permute(0, 3, 1, 2)
     grad_weight = None if grads.weight is None else _finish_weight(geom, grads.weight, by_t).to(weight.dtype)
-    return grad_input, grad_offset, grad_mask, grad_weight
+    return grad_input, grads.offset, grads.mask, grad_weight
 
 
 def _forward_columns(
@@ -180,19 +175,6 @@ def _sample_gradients(
     for first, rows in _chunks(geom, x):
         grad_columns = _grad_columns(geom, grad[first : first + rows], w)
         stages.grad_sample(geom, grad_columns, x, samples, first, grads.offset, grads.mask, mask_logits)
-
-
-def _split(geom: ConvGeometry, offset: Tensor, mask: Tensor | None, mask_logits: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the offset and mask parts of a raw map as views, or the two tensors as they are."""
-    if not mask_logits:
-        return offset, mask
-    channels = geom.offset_groups * geom.taps
-    if mask is not None or offset.shape[1] != 3 * channels:
-        raise ValueError(
-            f"offset has {offset.shape[1]} channels and mask is {'None' if mask is None else 'given'}, expected a raw map "
-            f"of 3 * {channels} channels and no mask"
-        )
-    return offset[:, : 2 * channels], offset[:, 2 * channels :]
 
 
 def _on(device: torch.device) -> AbstractContextManager:

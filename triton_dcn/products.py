@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+HAS_OUT_DTYPE = "dtype" in torch.ops.aten.bmm.overloads()
+
 
 def multiply(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
     """Write left @ right + bias to `out`, the groups side by side.
@@ -38,7 +40,8 @@ def multiply_groups(left: Tensor, right: Tensor) -> Tensor:
 def accumulate(out: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left (G, m, rows) @ right (G, rows, n) to `out` (G, m, n), float32."""
     if left.is_cuda and left.dtype != torch.float32:
-        out += torch.bmm(left, right, out_dtype=torch.float32)
+        # before torch 2.8 the product of a chunk is rounded to half precision; the sum of the chunks never is
+        out += torch.bmm(left, right, out_dtype=torch.float32) if HAS_OUT_DTYPE else torch.bmm(left, right)
     else:
         out.baddbmm_(_wide(left), _wide(right))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton_dcn.geometry import ConvGeometry
 
 CHUNK_BYTES = 16 << 20
-"""Size of the columns of one piece; backward holds them and their gradient."""
+"""Size of the columns and indices of one piece; the backward pass holds a few such buffers."""
 
 
 class Samples(NamedTuple):

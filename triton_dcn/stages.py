@@ -51,7 +51,8 @@ def sample(geom: ConvGeometry, offset: Tensor, mask: Tensor | None, mask_logits:
         offset, any_mask, *samples, count * positions, positions, geom.out_height, geom.out_width,
         geom.height, geom.width, geom.kernel[1], *offset.stride(), *any_mask.stride(),
         *geom.stride, *geom.padding, *geom.dilation,
-        TAPS=geom.taps, HAS_MASK=mask is not None, MASK_LOGITS=mask_logits, BLOCK=tile.block_p, num_warps=tile.num_warps,
+        TAPS=geom.taps, HAS_MASK=mask is not None, MASK_LOGITS=mask_logits,
+        BLOCK=tile.block_p, num_warps=tile.num_warps,
     )  # fmt: skip
     return samples
 

@@ -113,8 +113,9 @@ def batched_nms(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: flo
     boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
     blocks = triton.cdiv(size, BLOCK.value)
     words = torch.empty(groups, blocks, blocks * BLOCK.value, dtype=torch.int64, device=boxes.device)
-    nms_overlap_kernel[(groups * blocks, blocks)](
-        words, boxes, counts, size, blocks, THRESHOLD=iou_threshold, num_warps=8, enable_fp_fusion=False
-    )
-    nms_sweep_kernel[(groups,)](keep, words, live.to(torch.int8), counts, size, blocks, num_warps=4)
+    with torch.cuda.device_of(boxes):
+        nms_overlap_kernel[(groups * blocks, blocks)](
+            words, boxes, counts, size, blocks, THRESHOLD=iou_threshold, num_warps=8, enable_fp_fusion=False
+        )
+        nms_sweep_kernel[(groups,)](keep, words, live.to(torch.int8), counts, size, blocks, num_warps=4)
     return torch.zeros_like(live).scatter_(1, order, keep.bool())

@@ -176,11 +176,13 @@ def forward(geometry: PoolGeometry, features: list[Tensor], rois: Tensor, levels
     features = [feature.permute(0, 2, 3, 1).contiguous() for feature in features]
     channels = features[0].shape[3]
     bins = geometry.bins
-    out = features[0].new_empty(len(rois), bins, bins, channels)
-    if out.numel():
-        rois, levels = rois.float().contiguous(), levels.contiguous()
+    out = features[0].new_empty(len(rois), bins, bins, channels)  # written in full
+    if out.numel() == 0 or geometry.batch == 0:
+        return out.zero_().permute(0, 3, 1, 2)
+    rois, levels = rois.float().contiguous(), levels.contiguous()
+    block_c = min(triton.next_power_of_2(channels), MAX_BLOCK_C)
+    with torch.cuda.device_of(out):
         weights, bounds, _ = merge(geometry, rois, levels)
-        block_c = min(triton.next_power_of_2(channels), MAX_BLOCK_C)
         roi_align_forward_kernel[(len(rois) * bins**2, triton.cdiv(channels, block_c))](
             out,
             tuple(features),
@@ -204,38 +206,39 @@ def backward(geometry: PoolGeometry, grad: Tensor, rois: Tensor, levels: Tensor)
     """Return the gradient of all levels as one (N, C) table in the dtype of `grad` (R, C, S, S)."""
     grad = grad.permute(0, 2, 3, 1).contiguous()
     channels = grad.shape[3]
-    out = grad.new_empty(geometry.starts[-1], channels)
-    if len(rois) == 0 or len(out) == 0:
+    out = grad.new_empty(geometry.starts[-1], channels)  # written in full
+    if len(rois) == 0 or out.numel() == 0:
         return out.zero_()
     rois, levels = rois.float().contiguous(), levels.contiguous()
-    weights, bounds, hulls = merge(geometry, rois, levels)
     order, begins = _sort(geometry, rois, levels)
     tiles = sum(
         geometry.batch * triton.cdiv(height, TILE[0]) * triton.cdiv(width, TILE[1])
         for height, width in zip(geometry.heights, geometry.widths, strict=True)
     )
     block_c = min(triton.next_power_of_2(channels), MAX_BLOCK_C)
-    roi_align_backward_kernel[(tiles, triton.cdiv(channels, block_c))](
-        out,
-        grad,
-        *extents(geometry),
-        weights,
-        bounds,
-        hulls,
-        order,
-        begins,
-        geometry.batch,
-        channels,
-        weights.shape[2],
-        LEVELS=len(geometry.heights),
-        BINS=geometry.bins,
-        TILE_H=TILE[0],
-        TILE_W=TILE[1],
-        BLOCK_C=block_c,
-        BLOCK_S=triton.next_power_of_2(geometry.bins),
-        num_warps=1,
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(out):
+        weights, bounds, hulls = merge(geometry, rois, levels)
+        roi_align_backward_kernel[(tiles, triton.cdiv(channels, block_c))](
+            out,
+            grad,
+            *extents(geometry),
+            weights,
+            bounds,
+            hulls,
+            order,
+            begins,
+            geometry.batch,
+            channels,
+            weights.shape[2],
+            LEVELS=len(geometry.heights),
+            BINS=geometry.bins,
+            TILE_H=TILE[0],
+            TILE_W=TILE[1],
+            BLOCK_C=block_c,
+            BLOCK_S=triton.next_power_of_2(geometry.bins),
+            num_warps=1,
+            enable_fp_fusion=True,
+        )
     return out
 
 

@@ -131,7 +131,8 @@ def test_roi_align_graph():
     pytest.importorskip("onnxscript")
     special = [
         [0, 0, 0, 64, 48], [1, -40, -30, 20, 10], [0, 100, 100, 120, 110], [0, 5, 5, 5, 5], [1, 30, 20, 10, 5],
-        [-1, 3, 3, 30, 30], [2, 3, 3, 30, 30], [0, float("nan"), 0, 9, 9], [0, 0, 0, float("inf"), 9], [1, 0, 0, 1e3, 1e3],
+        [-1, 3, 3, 30, 30], [2, 3, 3, 30, 30], [0, float("nan"), 0, 9, 9], [0, 0, 0, float("inf"), 9],
+        [1, 0, 0, 1e3, 1e3],
     ]  # fmt: skip
     corner = torch.rand(30, 2) * 50
     boxes = torch.cat([torch.randint(0, 2, (30, 1)), corner, corner + torch.rand(30, 2) * 40], 1)

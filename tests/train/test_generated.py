@@ -80,7 +80,7 @@ def test_annotations_agree_with_their_masks(root):
 
 
 def test_photographs_vary():
-    things = [photograph(np.random.default_rng([0, n]))[1] for n in range(60)]
+    things = [photograph(np.random.default_rng([0, n]))[1] for n in range(150)]
     found = [thing for picture in things for thing in picture]
     areas = np.array([thing.mask.sum() for thing in found])
     assert {thing.label for thing in found} == set(range(len(KINDS)))

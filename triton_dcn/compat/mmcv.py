@@ -10,6 +10,8 @@ Results and gradients agree. Any batch size works, whatever `im2col_step`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from triton_dcn.compat.swap import Patch, convert_layers, import_library, revert_layers
@@ -80,7 +82,7 @@ def deform_conv2d_v2(
     return deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
 
 
-FUNCTIONS = {
+FUNCTIONS: dict[tuple[str, str], Callable[..., Tensor]] = {
     ("deform_conv", "deform_conv2d"): deform_conv2d_v1,
     ("modulated_deform_conv", "modulated_deform_conv2d"): deform_conv2d_v2,
 }

@@ -4,9 +4,9 @@ A bin is one (image, offset group, tile, tap), numbered in that order, and lists
 enters every tile that owns one of its corners, one to four, so that the gradient of a tile needs its own bins alone.
 Lists are allocated at the bound of four entries per sample: their lengths never travel to the host.
 
-Two ways to the same bins. Keys and a stable sort: the order inside a bin is that of the samples, and what is summed along a
-bin is bitwise reproducible. Counting with integer atomics, a cumulative sum, and filling by rank: less traffic, the order
-inside a bin left to the hardware.
+Two ways to the same bins. Keys and a stable sort: the order inside a bin is that of the samples, and what is summed
+along a bin is bitwise reproducible. Counting with integer atomics, a cumulative sum, and filling by rank: less traffic,
+the order inside a bin left to the hardware.
 
 Letters and sample arrays: see `sampling`.
 """
@@ -67,7 +67,7 @@ def bin_kernel(
     Grid: (ceil(D*K*M / BLOCK),); a program owns BLOCK samples.
     Reads: cell (D*K, M); when filling, start (bins + 1,).
     Writes: keys: key (D*K, M, 4), the bin of every possible entry or `bins` for none, in full. count: count (bins,) by
-        integer atomics. fill: entry (4*D*K*M,) at start + rank, the rank by integer atomics on a count that starts at 0.
+        integer atomics. fill: entry (4*D*K*M,) at start + rank, the rank by integer atomics on counts that start at 0.
     """
     sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live_sample = sample < samples

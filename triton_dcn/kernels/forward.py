@@ -3,8 +3,8 @@
 Two forms of the same product, chosen by the tile table. `prefetch` carries the raw corner pixels of the next step
 across the loop, so that their latency hides behind the blend and the product; it is portable. `transposed` computes the
 transposed product with the gathered tile as right operand, which on sm_90 saves the register-to-register layout change
-of every blended tile. Both leave `num_stages` at 1: a pipelined gather would bypass the L1 cache, where neighbouring samples
-meet.
+of every blended tile. Both leave `num_stages` at 1: a pipelined gather would bypass the L1 cache, where neighbouring
+samples meet.
 
 Letters and sample arrays: see `sampling`. One channel group (G = 1); C/D and O are multiples of the blocks.
 """
@@ -55,7 +55,7 @@ def forward_prefetch_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Compute the output by one flat loop over (offset group, tap, channel block), gathering one step ahead.
+    """Compute an output tile, gathering one channel block ahead of the product, across taps, too.
 
     Grid: (ceil(M / BLOCK_P) * O / BLOCK_O,); a program owns a (BLOCK_P, BLOCK_O) tile.
     Reads: input (B, H, W, C), weight (O, K, C), bias (O,), the sample arrays.

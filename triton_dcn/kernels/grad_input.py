@@ -4,8 +4,8 @@ The gradient of pixel q is the sum over samples s of hat(q, s) * grad_column(s),
 
     hat(q, s) = scale(s) * max(0, 1 - |p_y(s) - q_y|) * max(0, 1 - |p_x(s) - q_x|),
 
-non-zero at the four corners of s only. A tile of pixels times the entries of its bin is a small dense matrix, and the sum a
-tensor-core product. No atomics, nothing zeroed beforehand, results written once in their own dtype.
+non-zero at the four corners of s only. A tile of pixels times the entries of its bin is a small dense matrix, and the
+sum a tensor-core product. No atomics, nothing zeroed beforehand, results written once in their own dtype.
 
 T-columns put hat between grad_output and weight: with T(q, k) = sum_s hat(q, s) * grad_output(s) over the bin of tap k,
 
@@ -28,7 +28,7 @@ from triton_dcn.kernels.sampling import column_offset
 def hat_matrix(
     cell_ptr, ly_ptr, lx_ptr, scale_ptr, at, live, y, x, height, width
 ):  # fmt: skip
-    """Return hat(q, s), float32 (pixels, samples), of pixels y, x (pixels, 1) and the samples `at`; zero where not `live`."""
+    """Return hat(q, s), float32 (pixels, samples), of pixels y, x (pixels, 1) and samples `at`; zero if not `live`."""
     cell = tl.load(cell_ptr + at, mask=live, other=0)
     ly = tl.load(ly_ptr + at, mask=live, other=0.0)[None, :]
     lx = tl.load(lx_ptr + at, mask=live, other=0.0)[None, :]
@@ -76,6 +76,7 @@ def t_columns_kernel(
     Reads: grad_output (M, O), the sample arrays, start (bins + 1,), entry.
     Writes: T (G, rows, K, O/G) for the `rows` pixels from `first_pixel` on, in full.
     """
+    EVEN: tl.constexpr = OUT_CHANNELS % BLOCK_O == 0
     BLOCKS_O: tl.constexpr = (OUT_CHANNELS + BLOCK_O - 1) // BLOCK_O
     o = tl.program_id(0) % BLOCKS_O * BLOCK_O + tl.arange(0, BLOCK_O)
     tap = tl.program_id(0) // BLOCKS_O % TAPS
@@ -96,11 +97,9 @@ def t_columns_kernel(
         live = e < end
         entry = tl.load(entry_ptr + e, mask=live, other=tap * positions)
         hat = hat_matrix(cell_ptr, ly_ptr, lx_ptr, scale_ptr, entry, live, y[:, None], x[:, None], height, width)
-        from_row = (entry - tap * positions).to(tl.int64)[:, None] * OUT_CHANNELS + o[None, :]
-        if OUT_CHANNELS % BLOCK_O == 0:
-            grad = tl.load(grad_output_ptr + from_row)  # (BLOCK_S, BLOCK_O)
-        else:
-            grad = tl.load(grad_output_ptr + from_row, mask=live_o, other=0.0)
+        row = (entry - tap * positions).to(tl.int64)[:, None]
+        from_ptr = grad_output_ptr + row * OUT_CHANNELS + o[None, :]
+        grad = tl.load(from_ptr) if EVEN else tl.load(from_ptr, mask=live_o, other=0.0)  # (BLOCK_S, BLOCK_O)
         acc = contract(narrow(hat, grad.dtype), grad, acc, PRECISION)
     row = (b * height + y) * width + x - first_pixel
     to = column_offset(row[:, None], tap, o[None, :], rows, OUT_CHANNELS, GROUPS, TAPS)
@@ -134,11 +133,12 @@ def g_form_kernel(
 ):
     """Compute grad_input from the column gradients of all positions.
 
-    Grid: (B * D * tiles_y * tiles_x * ceil(C/D / BLOCK_C),); a program owns a tile and BLOCK_C channels of an offset group.
+    Grid: (B * D * tiles_y * tiles_x * ceil(C/D / BLOCK_C),); a program owns a tile and BLOCK_C channels of a group.
     Reads: grad_column (G, M, K, C/G), the sample arrays, start (bins + 1,), entry.
     Writes: grad_input (B, H, W, C), in full.
     """
     PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
+    EVEN: tl.constexpr = PER_OFFSET % BLOCK_C == 0
     BLOCKS_C: tl.constexpr = (PER_OFFSET + BLOCK_C - 1) // BLOCK_C
     local = tl.program_id(0) % BLOCKS_C * BLOCK_C + tl.arange(0, BLOCK_C)
     bins = tl.program_id(0) // BLOCKS_C  # (image, offset group, tile); its taps follow each other
@@ -164,11 +164,8 @@ def g_form_kernel(
         )
         tap = (entry // positions)[:, None]
         row = (entry % positions)[:, None]
-        grad_at = grad_column_ptr + column_offset(row, tap, c[None, :], positions, CHANNELS, GROUPS, TAPS)
-        if PER_OFFSET % BLOCK_C == 0:
-            grad = tl.load(grad_at)  # (BLOCK_S, BLOCK_C)
-        else:
-            grad = tl.load(grad_at, mask=live_c, other=0.0)
+        from_ptr = grad_column_ptr + column_offset(row, tap, c[None, :], positions, CHANNELS, GROUPS, TAPS)
+        grad = tl.load(from_ptr) if EVEN else tl.load(from_ptr, mask=live_c, other=0.0)  # (BLOCK_S, BLOCK_C)
         acc = contract(narrow(hat, grad.dtype), grad, acc, PRECISION)
     to = ((b * height + y) * width + x).to(tl.int64)[:, None] * CHANNELS + c[None, :]
     tl.store(

@@ -1,7 +1,7 @@
 """Gradients of offset and mask: four dot products per sample.
 
-With g the gradient of a column (a sample over its channels) and x_j the four corner pixels, d_j = <g, x_j> is all that the
-channels contribute. The rest are scalars of the sample, zero for corners outside the image:
+With g the gradient of a column (a sample over its channels) and x_j the four corner pixels, d_j = <g, x_j> is all that
+the channels contribute. The rest are scalars of the sample, zero for corners outside the image:
 
     grad_mask = sum_j d_j * bilinear_j        grad_y = scale * ((1 - lx) * (d10 - d00) + lx * (d11 - d01))
                                               grad_x = scale * ((1 - ly) * (d01 - d00) + ly * (d11 - d10))
@@ -102,7 +102,7 @@ def grad_sample_fused_kernel(
 
     Grid: (ceil(M / BLOCK_P) * D*K,); a program owns BLOCK_P positions of one (offset group, tap).
     Reads: grad_output (M, O), input (B, H, W, C), weight (O, K, C), the sample arrays.
-    Writes: grad_offset (B, 2*D*K, Ho, Wo) and grad_mask (B, D*K, Ho, Wo), batch strides given, otherwise contiguous, in full.
+    Writes: grad_offset (B, 2*D*K, Ho, Wo) and grad_mask (B, D*K, Ho, Wo), in full; only batch strides may vary.
     Assumes: one channel group, BLOCK_C divides C/D, BLOCK_O divides O.
     """
     PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
@@ -137,7 +137,8 @@ def grad_sample_fused_kernel(
         d10 += partial_dot(grad, x10, BLOCK_P, BLOCK_C)
         d11 += partial_dot(grad, x11, BLOCK_P, BLOCK_C)
     store_gradients(
-        tl.sum(d00, 1), tl.sum(d01, 1), tl.sum(d10, 1), tl.sum(d11, 1), cell, tl.load(ly_ptr + at), tl.load(lx_ptr + at), tl.load(scale_ptr + at),
+        tl.sum(d00, 1), tl.sum(d01, 1), tl.sum(d10, 1), tl.sum(d11, 1),
+        cell, tl.load(ly_ptr + at), tl.load(lx_ptr + at), tl.load(scale_ptr + at),
         grad_offset_ptr, grad_mask_ptr, stride_ob, stride_mb, p, out_height * out_width, pid_s, live,
         WANT_OFFSET, WANT_MASK, MASK_LOGITS,
     )  # fmt: skip
@@ -194,19 +195,16 @@ def grad_sample_kernel(
         live_c = (local < PER_OFFSET)[None, :]
         c = (pid_s // TAPS * PER_OFFSET + local)[None, :]
         grad_at = grad_column_ptr + column_offset(row[:, None], pid_s % TAPS, c, rows, CHANNELS, GROUPS, TAPS)
-        if MASKED:
-            grad = tl.load(grad_at, mask=live_c, other=0.0).to(tl.float32)  # (BLOCK_P, BLOCK_C)
-        else:
-            grad = tl.load(grad_at).to(tl.float32)
-        x00, x01, x10, x11 = load_corners(
-            input_ptr, row00, row01, row10, row11, c, live_c, MASKED
-        )  # fmt: skip
+        grad = tl.load(grad_at, mask=live_c, other=0.0) if MASKED else tl.load(grad_at)  # (BLOCK_P, BLOCK_C)
+        grad = grad.to(tl.float32)
+        x00, x01, x10, x11 = load_corners(input_ptr, row00, row01, row10, row11, c, live_c, MASKED)
         d00 += partial_dot(grad, x00, BLOCK_P, BLOCK_C)
         d01 += partial_dot(grad, x01, BLOCK_P, BLOCK_C)
         d10 += partial_dot(grad, x10, BLOCK_P, BLOCK_C)
         d11 += partial_dot(grad, x11, BLOCK_P, BLOCK_C)
     store_gradients(
-        tl.sum(d00, 1), tl.sum(d01, 1), tl.sum(d10, 1), tl.sum(d11, 1), cell, tl.load(ly_ptr + at), tl.load(lx_ptr + at), tl.load(scale_ptr + at),
+        tl.sum(d00, 1), tl.sum(d01, 1), tl.sum(d10, 1), tl.sum(d11, 1),
+        cell, tl.load(ly_ptr + at), tl.load(lx_ptr + at), tl.load(scale_ptr + at),
         grad_offset_ptr, grad_mask_ptr, stride_ob, stride_mb, first + row, spatial, pid_s, live,
         WANT_OFFSET, WANT_MASK, MASK_LOGITS,
     )  # fmt: skip

@@ -8,9 +8,9 @@ of the images at hand (B * Ho * Wo). A sample is one (offset group, tap, positio
     scale  float32  the mask, 1 without one, 0 for a sample outside the image
 
 The cell of a sample is the square of the four pixels around it. The flags say which of its rows and columns are inside
-the image; `pixel` = (b * H + y) * W + x is the first corner that is. A sample outside the image has no flags. Where only
-one of two rows exists both are read from it, with weight zero on the missing one: gathers need no mask, and `input`
-must be finite. `scale` is what the sample is multiplied by.
+the image; `pixel` = (b * H + y) * W + x is the first corner that is. A sample outside the image has no flags. Where one
+of two rows is missing both are read from the other, the missing one with weight zero: gathers need no mask. An infinite
+or NaN pixel of the input may reach samples that do not touch it, as may one of grad_output.
 """
 
 import triton
@@ -55,11 +55,11 @@ def sampling_kernel(
 ):
     """Compute the sample arrays from offset and mask.
 
-    The offset is split before the grid is added, p = (grid + floor(offset)) + (offset - floor(offset)): the cell is exact
-    and `ly`, `lx` have the rounding of the offset alone, however large the image.
+    The offset is split before the grid is added, p = (grid + floor(offset)) + (offset - floor(offset)): the cell is
+    exact and `ly`, `lx` have the rounding of the offset alone, however large the image.
 
     Grid: (ceil(D*K*M / BLOCK),); a program owns BLOCK samples.
-    Reads: offset (B, 2*D*K, Ho, Wo) and mask (B, D*K, Ho, Wo), any strides. MASK_LOGITS: the mask is sigmoid of what is read.
+    Reads: offset (B, 2*D*K, Ho, Wo) and mask (B, D*K, Ho, Wo), any strides. MASK_LOGITS: the sigmoid of mask counts.
     Writes: cell, ly, lx, scale, each (D*K, M), in full.
     Assumes: B*H*W < 2**27, D*K*M < 2**29.
     """
@@ -109,7 +109,7 @@ def sampling_kernel(
 
 @triton.jit
 def corner_rows(cell, width, CHANNELS: tl.constexpr):
-    """Return the element offsets, int64, of the four corner pixels in a channels-last input: top left, top right, ..."""
+    """Return the element offsets, int64, of the four corner pixels in a channels-last input, row by row."""
     row = (cell >> 4).to(tl.int64) * CHANNELS
     right = (cell >> 1 & cell & 1) * CHANNELS
     below = (cell >> 3 & cell >> 2 & 1).to(tl.int64) * (width * CHANNELS)
@@ -128,7 +128,7 @@ def corner_weights(cell, ly, lx, scale):
 
 @triton.jit
 def load_corners(input_ptr, row00, row01, row10, row11, c, live_c, MASKED: tl.constexpr):
-    """Load channels `c` (1, BLOCK_C) of the corner rows (BLOCK_P, 1): four (BLOCK_P, BLOCK_C), zero where not `live_c`."""
+    """Load channels `c` (1, BLOCK_C) of the corner rows (BLOCK_P, 1): four (BLOCK_P, BLOCK_C), zero if not `live_c`."""
     if MASKED:
         x00 = tl.load(input_ptr + row00 + c, mask=live_c, other=0.0)
         x01 = tl.load(input_ptr + row01 + c, mask=live_c, other=0.0)
@@ -153,8 +153,8 @@ def blend(w00, w01, w10, w11, x00, x01, x10, x11):
 def strip_order(index, out_height, out_width, STRIP: tl.constexpr):
     """Map running numbers to output positions so that neighbours in number are neighbours in both directions.
 
-    Positions run row by row inside strips of STRIP columns, the strips from left to right, the images one after another.
-    STRIP = 0 is row-major order. Programs on consecutive numbers then read input pixels that overlap.
+    Positions run row by row inside strips of STRIP columns, strips from left to right, images one after another. Then
+    the programs of consecutive numbers read input pixels that overlap. STRIP = 0 is row-major order.
     """
     if STRIP == 0:
         return index
