@@ -30,10 +30,10 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
         (..., N, M); the union is clamped to at least 1e-6, so two empty boxes give 0.
     """
     a, b = a[..., :, None, :], b[..., None, :, :]
-    width = (torch.minimum(a[..., 2], b[..., 2]) - torch.maximum(a[..., 0], b[..., 0])).clamp(min=0)
-    height = (torch.minimum(a[..., 3], b[..., 3]) - torch.maximum(a[..., 1], b[..., 1])).clamp(min=0)
-    overlap = width * height
-    return overlap / (area(a) + area(b) - overlap).clamp(min=1e-6)
+    width = torch.minimum(a[..., 2], b[..., 2]).sub_(torch.maximum(a[..., 0], b[..., 0])).clamp_(min=0)
+    height = torch.minimum(a[..., 3], b[..., 3]).sub_(torch.maximum(a[..., 1], b[..., 1])).clamp_(min=0)
+    overlap = width.mul_(height)
+    return overlap / (area(a) + area(b)).sub_(overlap).clamp_(min=1e-6)
 
 
 def clip(boxes: Tensor, sizes: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class Matcher:
         if self.low_quality is not None and boxes.shape[1]:
             best_of_target = overlap.amax(2)  # (B, G)
             taken = (overlap == best_of_target[:, :, None]) & (best_of_target >= self.low_quality)[:, :, None]
-            number = torch.arange(1, overlap.shape[1] + 1, device=boxes.device)[None, :, None]
+            number = torch.arange(1, overlap.shape[1] + 1, dtype=torch.int32, device=boxes.device)[None, :, None]
             last = torch.where(taken, number, 0).amax(1)
             assigned = torch.where(last > 0, last, assigned)
         return torch.where(valid, assigned, -1)

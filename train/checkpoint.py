@@ -9,7 +9,9 @@ generator has to be kept, and the number of processes may change between two sta
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import itertools
 import os
 import re
@@ -87,20 +89,23 @@ def save(folder: Path, content: dict[str, Any], keep: int) -> Path:
     Raises:
         OSError: the disk is full or the folder cannot be written; what was there before is untouched.
     """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path = folder / f"step-{content['step']:08d}-{_digest(buffer.getbuffer())}.pt"
     partial = folder / f".partial-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
-            torch.save(content, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        path = folder / f"step-{content['step']:08d}-{_digest(partial)}.pt"
         partial.replace(path)
         _sync_folder(folder)
     except OSError as error:
         raise OSError(f"cannot write a checkpoint into {folder}: {error.strerror or error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
     for old in find(folder)[keep:]:
         if old != path:
             old.unlink(missing_ok=True)
@@ -127,7 +132,7 @@ def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
     """
     paths = find(folder)
     for path in paths:
-        if _digest(path) == _NAME.fullmatch(path.name)[2]:
+        if _digest(path.read_bytes()) == _NAME.fullmatch(path.name)[2]:
             return path
         say(f"checkpoint {path} is damaged ({path.stat().st_size} bytes do not match its hash): taking the one before")
     if paths:
@@ -170,12 +175,8 @@ def mark_best(path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _digest(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()[:16]
+def _digest(content: bytes | memoryview) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _sync_folder(folder: Path) -> None:

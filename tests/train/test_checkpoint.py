@@ -113,11 +113,10 @@ def test_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     take_step(state)
     before = save(tmp_path, pack(state, {}), keep=1)
 
-    def full(content, file):
-        file.write(b"half")
+    def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train.checkpoint.torch, "save", full)
+    monkeypatch.setattr(train.checkpoint.os, "fsync", full)
     take_step(state)
     with pytest.raises(OSError, match="No space left on device") as caught:
         save(tmp_path, pack(state, {}), keep=1)

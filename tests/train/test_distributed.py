@@ -80,7 +80,8 @@ def test_two_processes_equal_one_with_the_doubled_batch(coco, tmp_path):
     for line, other in zip(first, second, strict=True):
         if "loss" in line:
             assert line["lr"] == other["lr"]
-            np.testing.assert_allclose([line[name] for name in LOSSES], [other[name] for name in LOSSES], rtol=1e-3)
+            # each process divides by the number of its own regions, as the reference does: not all images have equally many
+            np.testing.assert_allclose([line[name] for name in LOSSES], [other[name] for name in LOSSES], rtol=1e-2)
         else:
             assert line["AP"] == pytest.approx(other["AP"], abs=1e-3)
     weights = [load(find(tmp_path / name / "checkpoints")[0])["model"] for name in ("one", "two")]
