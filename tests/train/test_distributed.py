@@ -80,13 +80,17 @@ def test_two_processes_equal_one_with_the_doubled_batch(coco, tmp_path):
     for line, other in zip(first, second, strict=True):
         if "loss" in line:
             assert line["lr"] == other["lr"]
-            # each process divides by the number of its own regions, as the reference does: not all images have equally many
-            np.testing.assert_allclose([line[name] for name in LOSSES], [other[name] for name in LOSSES], rtol=1e-2)
+            # Each process divides by the number of its own regions, as the reference does, and rounding may change which
+            # regions there are; before the first update neither can happen.
+            tolerance = 1e-5 if line["step"] == 1 else 1e-2
+            np.testing.assert_allclose(
+                [line[name] for name in LOSSES], [other[name] for name in LOSSES], rtol=tolerance
+            )
         else:
-            assert line["AP"] == pytest.approx(other["AP"], abs=1e-3)
+            assert line["AP"] == pytest.approx(other["AP"], abs=1e-2)
     weights = [load(find(tmp_path / name / "checkpoints")[0])["model"] for name in ("one", "two")]
-    for name, value in weights[0].items():
-        assert (value - weights[1][name]).norm() <= 1e-3 * value.norm() + 1e-5, name
+    one, two = (torch.cat([value.flatten() for value in each.values()]) for each in weights)
+    assert (one - two).norm() <= 1e-4 * one.norm()
 
 
 def test_killed_rank_is_named_and_the_run_goes_on_elsewhere(coco, tmp_path, launch):
