@@ -125,19 +125,21 @@ class Sampler:
         """Positives per image, at most; they stand in the first columns of the samples."""
         return int(self.count * self.positive_fraction)
 
-    def __call__(self, assigned: Tensor, seeds: Tensor) -> Samples:
+    def __call__(self, assigned: Tensor, seeds: Tensor, ahead: int = 0) -> Samples:
         """Sample.
 
         Args:
             assigned: (B, N) int64 of `Matcher`.
             seeds: (B,) int64, used by the random rule: equal seeds choose equally.
+            ahead: this many boxes stand in front whose number depends on the batch (padded ground truths); they are
+                counted last, so that the draw of the others does not depend on it.
 
         Source:
             MMDetection's RandomSampler: the same distribution, drawn as the smallest of random keys.
         """
         number = assigned.shape[1]
         positive, negative = assigned > 0, assigned == 0
-        keys = random_keys(seeds, number) if self.rule == "random" else None
+        keys = random_keys(seeds, number).roll(ahead, 1) if self.rule == "random" else None
         most = self.most_positives
         limit = positive.sum(1).clamp(max=most)
         chosen = self._choose(positive, limit, min(most, number), keys)

@@ -139,7 +139,7 @@ class RoIHead(nn.Module):
         assigned = self.matcher(targets, proposals, valid)
         own = torch.arange(1, targets.valid.shape[1] + 1, device=valid.device)
         assigned = torch.cat([torch.where(targets.valid, own, -1), assigned], 1)
-        samples = self.sampler(assigned, seeds)
+        samples = self.sampler(assigned, seeds, ahead=targets.valid.shape[1])
         boxes = torch.cat([targets.boxes, proposals], 1)
         return boxes.gather(1, samples.index[:, :, None].expand(-1, -1, 4)), samples
 

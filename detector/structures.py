@@ -49,7 +49,7 @@ class Batch:
         sizes: (B, 2) int64, height and width of each image before padding.
         targets: one `Target` per image, or None when there is no ground truth.
         seeds: (B,) int64 or None. Seeds of the random samplers, one per image: equal seeds give equal samples whatever
-            the batch around the image. None draws them from torch's global generator.
+            images are beside it, at the same padded size. None draws them from torch's global generator.
     """
 
     images: Tensor

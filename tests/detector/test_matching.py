@@ -85,6 +85,16 @@ def test_random_rule_counts_and_independence():
     assert not torch.equal(samples.index[0], sampler(assigned, torch.tensor([50, 6, 7])).index[0])
 
 
+def test_random_rule_ignores_padding_ahead():
+    """The same proposals are drawn behind 2 ground truths and behind 5 with padding."""
+    proposals = torch.randint(-1, 3, (3, 200))
+    seeds, sampler = torch.tensor([5, 6, 7]), Sampler(64, 0.25)
+    few = sampler(torch.cat([torch.tensor([[1, 2]]).expand(3, -1), proposals], 1), seeds, ahead=2)
+    many = sampler(torch.cat([torch.tensor([[1, 2, -1, -1, -1]]).expand(3, -1), proposals], 1), seeds, ahead=5)
+    for image in range(3):
+        assert few.index[image].tolist() == [i if i < 2 else i - 3 for i in many.index[image].tolist()]
+
+
 def test_random_rule_is_uniform():
     """Each of 50 candidates is among 10 of them equally often over 4000 seeds: within 5 standard deviations."""
     samples = Sampler(10, 0.0)(torch.zeros(4000, 50, dtype=torch.int64), torch.arange(4000) * 1009 - 3)

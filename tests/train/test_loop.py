@@ -96,6 +96,7 @@ def test_training_equals_mmdetection(golden, tmp_path, variant, count):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("variant", ["warmup500", "short", "zero_offset"])
 def test_whole_training_equals_mmdetection(golden, tmp_path, variant):
     check_golden_training(golden, tmp_path, variant, golden("train")[1]["iters"])
