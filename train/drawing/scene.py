@@ -13,6 +13,7 @@ from train.drawing.backgrounds import background
 from train.drawing.paint import Painting, noise
 from train.drawing.shapes import KINDS, litter
 
+SIZE = 240, 320  # height and width of a photograph; at 256 pixels wide both sides are multiples of 32: no padding
 EMPTY, CROWDED, TINY = 0.03, 0.05, 0.05  # share of photographs without objects, with a crowd; share of tiny objects
 MIN_PIXELS, MIN_VISIBLE, MIN_INSIDE = 24, 0.5, 0.65  # what every object keeps: pixels, share unhidden, share in frame
 NOTHING = -1  # owner of a pixel of the background or of litter
@@ -253,12 +254,12 @@ def develop(rng: Generator, image: ndarray) -> ndarray:
 
 
 def photograph(rng: Generator) -> tuple[ndarray, list[Thing]]:
-    """Take one photograph, about 256 x 320 pixels and never higher than wide.
+    """Take one photograph of `SIZE` pixels.
 
     Returns:
         (H, W, 3) uint8 RGB, and what is to be found on it, the last one uppermost.
     """
-    height, width = int(rng.integers(224, 273)), int(rng.integers(288, 353))
+    height, width = SIZE
     canvas = Canvas(background(rng, height, width), random_light(rng))
     empty, crowded = rng.uniform() < EMPTY, rng.uniform() < CROWDED
     objects = 0 if empty else 1 + rng.poisson(3.0)
