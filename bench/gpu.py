@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from bench import deform_conv, inference, report, train_step
+from bench import deform_conv, inference, report, train_step, tune
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -73,6 +73,11 @@ PLAN = (
         "odd-shapes", deform_conv.main,
         ("--cases", "odd", "r50-down", "--modes", "fwd", "both", "--dtypes", "bfloat16"),
         (*DRY_CASE, "--modes", "both"),
+    ),
+    Part(
+        "tune", tune.main,
+        ("--cases", "r50-c4", "--dtypes", "bfloat16", "--most", "6"),
+        ("--dry-run",),
     ),
 )  # fmt: skip
 

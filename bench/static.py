@@ -4,7 +4,10 @@
 
 Compiles ahead of time and reads the machine code: thread registers, spills, shared memory, width of the loads,
 tensor-core instructions, atomics. These are facts about the code and no measure of speed. The numbers to hold are in
-the tile table.
+the tile table. On another Triton than the installed one:
+
+    pip install --no-deps --target .venv/triton-3.6 triton==3.6.0
+    PYTHONPATH=.venv/triton-3.6 python -m bench.static
 """
 
 from __future__ import annotations
@@ -96,7 +99,7 @@ def constants(row: Row, arch: str, offset_groups: int = 1) -> dict[str, int | bo
     tile = row.tile
     return {
         "CHANNELS": size * offset_groups, "OUT_CHANNELS": size, "GROUPS": 1, "OFFSET_GROUPS": offset_groups, "TAPS": 9,
-        "HAS_BIAS": True, "RELU": False, "HAS_MASK": True, "MASK_LOGITS": False, "WANT_OFFSET": True, "WANT_MASK": True,
+        "HAS_BIAS": True, "HAS_MASK": True, "MASK_LOGITS": False, "WANT_OFFSET": True, "WANT_MASK": True,
         "STRIP": configs.STRIP, "TILE_H": configs.TILE_H, "TILE_W": configs.TILE_W, "PASS": "fill",
         "PRECISION": configs.precision(arch, "float32" if row.arithmetic == "any" else row.arithmetic),
         "BLOCK": tile.block_p, "BLOCK_P": tile.block_p, "BLOCK_S": tile.block_p, "BLOCK_O": tile.block_o,

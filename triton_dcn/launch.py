@@ -45,7 +45,6 @@ def forward(
     bias: Tensor | None,
     *,
     mask_logits: bool = False,
-    relu: bool = False,
 ) -> Tensor:
     """Compute the output, (B, O, Ho, Wo), dtype of `input`, stored channels-last.
 
@@ -53,7 +52,6 @@ def forward(
         geom: from `ConvGeometry.of` for these tensors.
         input, offset, mask, weight, bias: as in `triton_dcn.deform_conv2d`; float16, bfloat16 or float32, any strides.
         mask_logits: the mask is the sigmoid of `mask`.
-        relu: clamp the output at zero.
 
     Raises:
         ValueError: one image has 2**27 pixels, or 2**29 samples, or more.
@@ -67,9 +65,9 @@ def forward(
             rows = output[images.start * geom.positions : images.stop * geom.positions]
             samples = stages.sample(part, offset[images], None if mask is None else mask[images], mask_logits)
             if row is not None:
-                stages.forward_fused(part, row, x[images], samples, w, bias, rows, relu)
+                stages.forward_fused(part, row, x[images], samples, w, bias, rows)
             else:
-                _forward_columns(part, x[images], samples, w, bias, rows, relu)
+                _forward_columns(part, x[images], samples, w, bias, rows)
     return output.view(geom.batch, geom.out_height, geom.out_width, geom.out_channels).permute(0, 3, 1, 2)
 
 
@@ -118,14 +116,12 @@ def backward(
 
 
 def _forward_columns(
-    geom: ConvGeometry, x: Tensor, samples: Samples, w: Tensor, bias: Tensor | None, output: Tensor, relu: bool
+    geom: ConvGeometry, x: Tensor, samples: Samples, w: Tensor, bias: Tensor | None, output: Tensor
 ) -> None:
     """Fill `output` (M, O) by columns and a library product, chunk by chunk."""
     right = _columns_of_weight(geom, w).transpose(1, 2)
     for first, rows in _chunks(geom, x):
         multiply(output[first : first + rows], stages.columns(geom, x, samples, first, rows), right, bias)
-    if relu:
-        output.relu_()
 
 
 def _backward_by_t(

@@ -1,7 +1,8 @@
-"""Modules: one that is given its offsets, two that predict them."""
+"""Modules: one that is given its offsets, two that predict them. `fuse_batch_norm` for inference."""
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -173,3 +174,46 @@ class ModulatedDeformConv2dPack(DeformConv2dPack):
         predicted = self.conv_offset(input)
         logits = predicted.shape[1] // 3
         return self._convolve(input, *predicted.split([2 * logits, logits], 1))
+
+
+def fuse_batch_norm(layer: DeformConv2d | DeformConv2dPack, norm: nn.BatchNorm2d) -> DeformConv2d | DeformConv2dPack:
+    """Return a copy of `layer` that computes `norm(layer(...))`, for inference.
+
+    The normalisation is an affine map of each output channel, which goes into `weight` and `bias`; offsets and masks
+    are predicted as before.
+
+    Args:
+        layer: a `DeformConv2d` or one of the packs, any floating dtype; the copy has it, too.
+        norm: in evaluation mode, with running statistics, for the output channels of `layer`.
+
+    Raises:
+        TypeError: `layer` or `norm` is another module.
+        ValueError: `norm` is in training mode, keeps no statistics, or is for another number of channels.
+
+    Source:
+        Jacob et al., Quantization and Training of Neural Networks, CVPR 2018, section 3.2; interface of
+        torch.nn.utils.fusion.fuse_conv_bn_eval.
+    """
+    if not isinstance(layer, (DeformConv2d, DeformConv2dPack)):
+        raise TypeError(f"layer must be a DeformConv2d or a pack, got {type(layer).__name__}")
+    if not isinstance(norm, nn.BatchNorm2d):
+        raise TypeError(f"norm must be a BatchNorm2d, got {type(norm).__name__}")
+    if norm.training or norm.running_var is None:
+        raise ValueError("norm must be in evaluation mode and keep running statistics: call norm.eval() first")
+    if norm.num_features != layer.out_channels:
+        raise ValueError(f"norm has {norm.num_features} channels, expected {layer.out_channels} like the output")
+    wide = torch.promote_types(layer.weight.dtype, torch.float32)
+    scale = (norm.running_var.to(wide) + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().to(wide)
+    shift = -norm.running_mean.to(wide) * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach().to(wide)
+    if layer.bias is not None:
+        shift = shift + layer.bias.detach().to(wide) * scale
+    fused = copy.deepcopy(layer)
+    weight = layer.weight.detach().to(wide) * scale[:, None, None, None]
+    for name, value in (("weight", weight), ("bias", shift)):
+        value = value.to(layer.weight.dtype)
+        setattr(fused, name, nn.Parameter(value, requires_grad=layer.weight.requires_grad))
+    return fused

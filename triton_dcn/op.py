@@ -1,6 +1,6 @@
-"""The `torch.library` operators: choice of the backend, fake tensors, autograd.
+"""The `torch.library` operators: choice of the backend, fake tensors, autograd, vmap.
 
-Two operators, forward and backward, so that torch.compile, export and opcheck see plain functional operators. The
+Two operators, forward and backward, so that torch.compile, export, vmap and opcheck see plain functional operators. The
 backward operator returns an empty tensor in the place of a gradient that was not asked for.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -150,3 +151,53 @@ def _backward(ctx, grad_output):
 
 
 forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _vmap_forward(info, in_dims, *arguments):
+    """Take the images of all elements as one batch where they share weight and bias; else one after the other."""
+    tensors, settings, dims = arguments[:5], arguments[5:], in_dims[:5]
+    if dims[3] is None and dims[4] is None:
+        images = (_fold(tensor, dim, info.batch_size) for tensor, dim in zip(tensors[:3], dims[:3], strict=True))
+        output = forward_op(*images, *tensors[3:], *settings)
+        return _unfold(output, info.batch_size), 0
+    return torch.stack([forward_op(*own, *settings) for own in _elements(tensors, dims, info.batch_size)]), 0
+
+
+def _vmap_backward(info, in_dims, *arguments):
+    """As `_vmap_forward`; every element has a weight gradient of its own, so that one is taken element by element."""
+    tensors, settings, dims = arguments[:5], arguments[5:], in_dims[:5]
+    needs = settings[4]
+    if dims[4] is None and not needs[3]:
+        images = (_fold(tensor, dim, info.batch_size) for tensor, dim in zip(tensors[:4], dims[:4], strict=True))
+        grads = backward_op(*images, tensors[4], *settings)
+        grads = [_unfold(grad, info.batch_size) if need else grad for grad, need in zip(grads, needs, strict=True)]
+    else:
+        each = [backward_op(*own, *settings) for own in _elements(tensors, dims, info.batch_size)]
+        grads = [torch.stack(grad) if need else grad[0] for *grad, need in zip(*each, needs, strict=True)]
+    return tuple(grads), tuple(0 if need else None for need in needs)
+
+
+def _fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """Move the vmapped dimension into the batch; what is shared by all elements is repeated."""
+    if tensor is None:
+        return None
+    tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return tensor.flatten(0, 1)
+
+
+def _unfold(tensor: Tensor, size: int) -> Tensor:
+    return tensor.unflatten(0, (size, tensor.shape[0] // size))
+
+
+def _elements(
+    tensors: tuple[Tensor | None, ...], dims: tuple[int | None, ...], size: int
+) -> Iterator[list[Tensor | None]]:
+    """Yield the arguments of one element after the other."""
+    for index in range(size):
+        yield [
+            tensor if dim is None else tensor.select(dim, index) for tensor, dim in zip(tensors, dims, strict=True)
+        ]  # fmt: skip
+
+
+forward_op.register_vmap(_vmap_forward)
+backward_op.register_vmap(_vmap_backward)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -110,3 +113,15 @@ def relative(found: Tensor, expected: Tensor) -> float:
     expected = expected.double()
     norm = expected.norm().item()
     return (found.double() - expected).norm().item() / (norm or 1.0)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Ask for deterministic algorithms; torch then fills fresh memory with NaN and wants a setting of cuBLAS."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)

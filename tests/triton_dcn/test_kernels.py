@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tests.triton_dcn.cases import make_case, relative
+from tests.triton_dcn.cases import deterministic, make_case, relative
 from triton_dcn import configs, launch, reference, stages
 from triton_dcn.configs import ANY, Row, Tile
 from triton_dcn.geometry import ConvGeometry
@@ -80,15 +80,8 @@ def test_forward_forms(spec, kernel, dtype, monkeypatch):
     put(monkeypatch, Row("forward", kernel, (ARCH,), "any", ANY, Tile(64, 16, 16)))
     case = case_of(spec, dtype)
     wide = widen(case)
-    exact = reference.forward(wide.geom, *wide.tensors, wide.bias).relu()
-    assert relative(launch.forward(case.geom, *case.tensors, case.bias, relu=True), exact) <= FLOOR[dtype]
-
-
-def test_columns_with_relu():
-    case = case_of("two-blocks")
-    wide = widen(case)
-    exact = reference.forward(wide.geom, *wide.tensors, wide.bias).relu()
-    assert relative(launch.forward(case.geom, *case.tensors, case.bias, relu=True), exact) <= FLOOR[torch.float32]
+    exact = reference.forward(wide.geom, *wide.tensors, wide.bias)
+    assert relative(launch.forward(case.geom, *case.tensors, case.bias), exact) <= FLOOR[dtype]
 
 
 @pytest.mark.parametrize("spec", ["two-blocks", "offset-groups"])
@@ -132,11 +125,8 @@ def test_strips(monkeypatch):
 def test_deterministic_algorithms(spec):
     """Stable bins in place of atomic ranks. Here torch fills fresh memory with NaN: nothing may be left unwritten."""
     case = case_of(spec)
-    torch.use_deterministic_algorithms(True)
-    try:
+    with deterministic():
         first, second = run(case), run(case)
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert all(torch.equal(first[name], second[name]) for name in QUANTITIES)
     agree(first, run(widen(case), backend=reference), FLOOR[torch.float32])
 
@@ -147,11 +137,8 @@ def test_bins_hold_the_samples_of_their_tile():
     geom, (_, offset, mask, _) = case.geom, case.tensors
     samples = stages.sample(geom, offset, mask, False)
     ranked = stages.bin_samples(geom, samples)
-    torch.use_deterministic_algorithms(True)
-    try:
+    with deterministic():
         stable = stages.bin_samples(geom, samples)
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert torch.equal(ranked.start, stable.start)
     rows, columns = stages.input_tiles(geom)
     inside = int((samples.cell & 15).ne(0).sum())

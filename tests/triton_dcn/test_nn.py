@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.triton_dcn.cases import CASES, make_case, relative
-from triton_dcn import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack
+from triton_dcn import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack, fuse_batch_norm
 from triton_dcn.functional import convolve
 
 PACKS = [f"p{i:02d}" for i in range(20)]
@@ -95,3 +95,50 @@ def test_sigmoid_of_the_mask_inside_the_operator(backend):
         results.append((output, grad))
     for found, expected in zip(*results, strict=True):
         assert relative(found, expected) < 1e-6
+
+
+def norm_of(channels, **arguments):
+    """A BatchNorm2d in evaluation mode that does something."""
+    norm = torch.nn.BatchNorm2d(channels, **arguments).double().eval()
+    for name, value in norm.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(torch.rand_like(value) + (0.5 if name == "running_var" else -0.5))
+    return norm
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack])
+def test_fused_batch_norm(kind, bias):
+    layer = kind(4, 6, 3, stride=2, padding=1, groups=2, bias=bias).double()
+    torch.nn.init.normal_(layer.weight)
+    x = torch.randn(2, 4, 9, 7).double()
+    inputs = [x]
+    if kind is DeformConv2d:
+        inputs += [torch.randn(2, 18, 5, 4).double(), torch.rand(2, 9, 5, 4).double()]
+    else:
+        torch.nn.init.normal_(layer.conv_offset.weight)
+    for affine in (True, False):
+        norm, before = norm_of(6, affine=affine), layer.weight.clone()
+        fused = fuse_batch_norm(layer, norm)
+        torch.testing.assert_close(fused(*inputs), norm(layer(*inputs)))
+        assert type(fused) is kind
+        assert fused.bias.dtype == fused.weight.dtype == torch.float64
+        assert torch.equal(layer.weight, before)
+        assert (layer.bias is not None) == bias
+    half = fuse_batch_norm(kind(4, 6, 3).bfloat16(), norm)
+    assert half.weight.dtype == half.bias.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("layer", "norm", "error", "words"),
+    [
+        (torch.nn.Conv2d(4, 6, 3), norm_of(6), TypeError, "layer must be.*Conv2d"),
+        (DeformConv2d(4, 6, 3), torch.nn.GroupNorm(2, 6), TypeError, "norm must be.*GroupNorm"),
+        (DeformConv2d(4, 6, 3), norm_of(6).train(), ValueError, "evaluation mode"),
+        (DeformConv2d(4, 6, 3), norm_of(6, track_running_stats=False), ValueError, "statistics"),
+        (DeformConv2d(4, 6, 3), norm_of(5), ValueError, "5 channels, expected 6"),
+    ],
+)
+def test_errors_of_fusing(layer, norm, error, words):
+    with pytest.raises(error, match=words):
+        fuse_batch_norm(layer, norm)

@@ -1,0 +1,89 @@
+"""What `bench.tune` tries for a stage: the table as it is, tiles around its row, the other way to the same result."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils import deterministic
+
+from bench.cases import Case, Inputs
+from triton_dcn import configs, stages
+from triton_dcn.configs import Row, Tile
+
+GENERAL_OF = {"columns": "forward", "grad_sample": "grad_sample_fused"}
+"""Stage -> the fused one in whose absence it is used."""
+FORMS = {"forward": ("forward_prefetch", "forward_transposed")}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a stage is timed with.
+
+    Attributes:
+        label: what it is called where it is printed.
+        table: in place of that of `configs`.
+        row: the one to judge, None where it is not about a row.
+        strip_min: the narrowest map that is numbered in strips.
+        deterministic: whether the bins come from the stable sort.
+    """
+
+    label: str
+    table: tuple[Row, ...]
+    row: Row | None = None
+    strip_min: int = configs.STRIP_MIN_WIDTH
+    deterministic: bool = False
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Let the launcher use it inside the block."""
+        before = configs.TABLE, configs.STRIP_MIN_WIDTH, deterministic.fill_uninitialized_memory
+        was_deterministic = torch.are_deterministic_algorithms_enabled()
+        configs.TABLE, configs.STRIP_MIN_WIDTH, deterministic.fill_uninitialized_memory = (
+            self.table, self.strip_min, False
+        )  # fmt: skip
+        torch.use_deterministic_algorithms(self.deterministic)
+        try:
+            yield
+        finally:
+            configs.TABLE, configs.STRIP_MIN_WIDTH, deterministic.fill_uninitialized_memory = before
+            torch.use_deterministic_algorithms(was_deterministic)
+
+
+def choices(stage: str, inputs: Inputs, most: int) -> list[Choice]:
+    """Return what to time for a stage: the table first, then other ways, then at most `most` tiles of each form."""
+    general = tuple(row for row in configs.TABLE if row.stage != GENERAL_OF.get(stage))
+    without = tuple(row for row in general if row.stage != stage)
+    kind, arch = configs.arithmetic(inputs.input), configs.architecture(inputs.input.device)
+    known = stages.row_for(stage, inputs.geometry, inputs.input)
+    found = [Choice("table", general, known)]
+    if stage in configs.EXACT_STAGES:
+        found += [Choice("general way", without), Choice("rows", general, strip_min=1 << 30)]
+        found += [Choice("strips", general, strip_min=1)]
+        known = known or Row(stage, stage, (arch,), kind, configs.ANY, Tile(64, 64, 32, 4))
+    if stage in ("t_columns", "g_form"):
+        found += [Choice("stable sort", general, deterministic=True)]
+    size = inputs.case.out_channels if stage == "t_columns" else inputs.case.channels // inputs.case.offset_groups
+    for kernel in FORMS.get(stage, (known.kernel,)):
+        for tile in itertools.islice(tiles(known.tile, stage, inputs.case), most):
+            row = Row(stage, kernel, (arch,), kind, size, tile)
+            if (kernel, tile) == (known.kernel, known.tile):
+                continue
+            label = f"{kernel} {tile.block_p}x{tile.block_o}x{tile.block_c} {tile.num_warps}w"
+            found.append(Choice(label, (row, *general), row))
+    return found
+
+
+def tiles(tile: Tile, stage: str, case: Case) -> Iterator[Tile]:
+    """Yield tiles around one: each block halved or doubled, each with 4 and 8 warps."""
+    names = ("block_p", "block_o", "block_c")
+    blocks = [{}, *({name: getattr(tile, name) * by // 2} for name in names if getattr(tile, name) for by in (1, 4))]
+    for change, warps in itertools.product(blocks, (4, 8)):
+        new = replace(tile, **change, num_warps=warps)
+        sizes = (case.channels // case.offset_groups, new.block_c), (case.out_channels, new.block_o)
+        divides = stage not in configs.EXACT_STAGES or not any(size % block for size, block in sizes)
+        if divides and all(16 <= block <= 256 for block in (new.block_p, new.block_o, new.block_c) if block):
+            yield new

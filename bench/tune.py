@@ -1,0 +1,127 @@
+"""Search the tiles of the table on this GPU: `python -m bench.tune --cases r50-c4 --dtypes bfloat16`.
+
+Every stage is timed through the call that uses it, with the table as it is, with tiles around its row, and with the
+other way to the same result: columns for the fused forms, the stable sort for atomic ranks, rows for strips. What
+disagrees with the float64 reference is not timed. Ends with rows for `triton_dcn/configs.py`. `--dry-run` makes the
+same calls on a CPU, in Triton's interpreter (TRITON_INTERPRET=1), and finds out nothing about speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench import static
+from bench.cases import Case, Inputs, make_inputs, select
+from bench.choices import Choice, choices
+from bench.deform_conv import COLUMNS, DTYPES, environment, write_csv
+from bench.measure import TOLERANCE, Timing, check_inputs, exact, interleave
+from triton_dcn import launch
+from triton_dcn.configs import Row
+
+NEEDS = {
+    "forward": None, "columns": None, "grad_sample_fused": (False, True, True, False),
+    "grad_sample": (False, True, True, False), "t_columns": (True, False, False, True),
+    "g_form": (True, False, False, False),
+}  # fmt: skip
+"""Stage -> the gradients whose computation it is part of; None: the output."""
+GAIN = 1.03
+"""How much faster than the table a new row must be."""
+
+
+def function(stage: str, inputs: Inputs, choice: Choice) -> Callable[[], list[Tensor]]:
+    """Return the call to time: the output, or the gradients of `NEEDS`."""
+    tensors = tuple(leaf.detach() for leaf in inputs.leaves)
+
+    def call() -> list[Tensor]:
+        with choice.in_force():
+            if NEEDS[stage] is None:
+                return [launch.forward(inputs.geometry, *tensors, None)]
+            return [g for g in launch.backward(inputs.geometry, inputs.grad, *tensors, NEEDS[stage]) if g is not None]
+
+    return call
+
+
+def tune(stage: str, case: Case, dtype: str, device: torch.device, options: argparse.Namespace) -> dict[Choice, Timing]:
+    """Return the times of every choice that compiles and agrees with the reference, fastest first."""
+    small = check_inputs(case, DTYPES[dtype], device, 2.0)
+    truth = exact(small)
+    truth = truth[:1] if NEEDS[stage] is None else list(itertools.compress(truth[1:], NEEDS[stage]))
+    inputs, agreed = make_inputs(case, DTYPES[dtype], device, 2.0), {}
+    for choice in choices(stage, inputs, options.most):
+        try:
+            pairs = zip(function(stage, small, choice)(), truth, strict=True)
+            errors = [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
+        except Exception as error:  # whatever the compiler or the driver has against a tile
+            print(f"{stage} {case.name}: {choice.label} cannot: {str(error).splitlines()[:1]}", file=sys.stderr)
+            continue
+        if all(error < TOLERANCE[dtype] for error in errors):
+            agreed[choice.label] = choice
+        else:
+            print(f"{stage} {case.name}: {choice.label} disagrees by {errors}", file=sys.stderr)
+    timed = interleave({k: function(stage, inputs, v) for k, v in agreed.items()}, device, options.seconds)
+    return {agreed[label]: timed[label] for label in sorted(timed, key=lambda label: timed[label].p50)}
+
+
+def new_row(timed: dict[Choice, Timing]) -> Row | None:
+    """Return the fastest tile with what the compiler made of it, or None where it gains less than `GAIN`."""
+    table = next((timing.p50 for choice, timing in timed.items() if choice.label == "table"), float("inf"))
+    best = next((choice for choice in timed if choice.row), None)
+    if best is None or timed[best].p50 > table / GAIN:
+        return None
+    (arch,) = best.row.archs
+    if arch not in static.TARGETS:
+        return best.row
+    report = static.compile_row(best.row, arch)
+    return replace(best.row, registers=(report.registers,), shared=report.shared)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Time the stages, print their tables and the new rows, write the CSV."""
+    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", default=["r50"], help="sets or names of bench.cases")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "tf32", "float32"], choices=list(DTYPES))
+    parser.add_argument("--stages", nargs="+", default=list(NEEDS), choices=list(NEEDS))
+    parser.add_argument("--most", type=int, default=16, help="tiles of each form")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for the rounds of a stage, case and dtype")
+    parser.add_argument("--csv", type=Path, help="write the measurements here")
+    parser.add_argument("--dry-run", action="store_true", help="a tiny case on the CPU, kernels interpreted")
+    options = parser.parse_args(arguments)
+    if options.dry_run and os.environ.get("TRITON_INTERPRET") != "1":
+        sys.exit("bench: --dry-run needs TRITON_INTERPRET=1 in the environment")
+    if options.dry_run:
+        options.cases, options.dtypes, options.most, options.seconds = ["dry"], ["bfloat16"], 2, 0.0
+    elif not torch.cuda.is_available():
+        sys.exit("bench: no CUDA GPU here; --dry-run tries the command without one")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the stable sort is asked for by determinism
+    device = torch.device("cpu" if options.dry_run else "cuda")
+    lines, rows, where = [], [], environment(device)
+    for dtype, case, stage in itertools.product(options.dtypes, select(options.cases), options.stages):
+        torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+        case = replace(case, offset_groups=4) if stage == "g_form" else case
+        timed = tune(stage, case, dtype, device, options)
+        print(f"\n{stage}, {case.name} {case.shape}, {dtype}")
+        for choice, timing in timed.items():
+            print(f"    {timing.p50:9.4f} ms  {choice.label}")
+            numbers = (f"{value:.4f}" for value in (timing.p50, timing.p20, timing.p80))
+            peak = "" if timing.peak_mib is None else f"{timing.peak_mib:.1f}"
+            values = (choice.label, case.name, case.shape, dtype, stage, *numbers, peak, *where.values())
+            lines.append(dict(zip(COLUMNS, values, strict=True)))
+        rows += [row for row in (new_row(timed),) if row and row not in rows]
+    print("\nrows that beat the table:" if rows else "\nno row beats the table")
+    for row in rows:
+        print(f"    {row},")
+    if options.csv:
+        write_csv(options.csv, lines)
+
+
+if __name__ == "__main__":
+    main()

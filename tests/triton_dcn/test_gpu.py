@@ -1,0 +1,98 @@
+"""What only a GPU can show: graph capture, repeatability of compiled code, real tensors of more than 2^31 elements."""
+
+import pytest
+import torch
+
+from tests.triton_dcn.cases import deterministic, make_case, relative
+from triton_dcn import deform_conv2d, reference
+from triton_dcn.geometry import ConvGeometry
+
+pytestmark = pytest.mark.gpu
+FLOOR = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+DTYPES = pytest.mark.parametrize("dtype", list(FLOOR), ids=str)
+# batch, in, out, (H, W), kernel, stride, padding, dilation, groups, offset groups, mask, bias
+SPECS = {
+    "fused": (2, 64, 128, (40, 72), (3, 3), (1, 1), (1, 1), (1, 1), 1, 1, True, True),
+    "offset-groups": (2, 64, 64, (24, 40), (3, 3), (1, 1), (1, 1), (1, 1), 1, 4, True, True),
+    "any-channels": (2, 20, 36, (24, 40), (3, 3), (2, 1), (1, 1), (1, 1), 2, 1, True, True),
+}
+
+
+def step(case, leaves):
+    """Output and gradients of input, offset, mask and weight."""
+    x, offset, mask, weight = leaves
+    output = deform_conv2d(x, offset, weight, backend="triton", **(case.arguments | {"mask": mask}))
+    return output, *torch.autograd.grad(output, leaves, case.grad_output)
+
+
+@DTYPES
+@pytest.mark.parametrize("spec", SPECS)
+def test_graph_of_forward_and_backward(spec, dtype):
+    """Captured once, replayed on other numbers: nothing waits for the device, nothing depends on the data."""
+    case, other = (make_case(SPECS[spec], dtype, "cuda", seed=seed) for seed in range(2))
+    leaves = [tensor.clone().requires_grad_() for tensor in case.tensors]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step(case, leaves)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(case, leaves)
+    for given in (other, case):
+        with torch.no_grad():
+            for leaf, value in zip(leaves, given.tensors, strict=True):
+                leaf.copy_(value)
+        graph.replay()
+        expected = step(case, [tensor.clone().requires_grad_() for tensor in given.tensors])
+        for found, value in zip(captured, expected, strict=True):
+            assert relative(found, value) <= FLOOR[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("spec", SPECS)
+def test_repeats_bit_by_bit(spec, dtype):
+    case = make_case(SPECS[spec], dtype, "cuda")
+    leaves = [tensor.requires_grad_() for tensor in case.tensors]
+    with deterministic():
+        first = step(case, leaves)
+        for _ in range(10):
+            for value, again in zip(first, step(case, leaves), strict=True):
+                assert torch.equal(value, again)
+
+
+def test_more_than_2_to_the_31_elements():
+    """One image; its last rows against the reference on a crop of them."""
+    side, stride, rows = 2900, 2, 20  # pixels, and output rows of the crop
+    if torch.cuda.mem_get_info()[0] < 60 << 30:
+        pytest.skip("needs 60 GiB of free memory")
+    x = torch.randn(1, side, side, 256, dtype=torch.float16, device="cuda").permute(0, 3, 1, 2)
+    assert x.numel() > 1 << 31
+    check_last_rows(x, stride, rows)
+
+
+def check_last_rows(x, stride, rows):
+    """Offsets reach less than two pixels, so that all but the first output row of the crop read inside the crop."""
+    channels, extent = x.shape[1], (x.shape[2] - 1) // stride + 1
+    like = {"dtype": x.dtype, "device": x.device}
+    offset = torch.rand(1, 2, extent, extent, **like) * 3 - 1.5
+    weight = torch.randn(16, channels, 1, 1, **like) / channels**0.5
+    grad_output = torch.zeros(1, 16, extent, extent, **like)
+    grad_output[:, :, 1 - rows :].normal_()
+    leaves = [tensor.requires_grad_() for tensor in (x, offset, weight)]
+    output = deform_conv2d(*leaves, stride=stride, backend="triton")
+    grads = torch.autograd.grad(output, leaves, grad_output)
+
+    first = (extent - rows) * stride
+    crop, last = x.detach()[:, :, first:].double(), offset.detach()[:, :, -rows:].double()
+    wide = weight.detach().double()
+    geom = ConvGeometry.of(crop, last, wide, None, (stride, stride), (0, 0), (1, 1))
+    truth = reference.forward(geom, crop, last, None, wide, None)
+    assert relative(output.detach()[:, :, 1 - rows :], truth[:, :, 1:]) <= FLOOR[x.dtype]
+    needs = (True, True, False, True)
+    exact = reference.backward(geom, grad_output[:, :, -rows:].double(), crop, last, None, wide, needs)
+    assert relative(grads[0][:, :, first:], exact[0]) <= FLOOR[x.dtype]
+    assert relative(grads[1][:, :, -rows:], exact[1]) <= FLOOR[x.dtype]
+    assert relative(grads[2], exact[3]) <= FLOOR[x.dtype]
+    assert all(not part.any() for part in grads[0][:, :, :first].split(256, 2))
