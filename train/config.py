@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -38,7 +38,7 @@ class DataConfig:
     """Processes per training process that decode and resize; 0 does it in the training process."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
-    short_sides: tuple[int, ...] = ()
+    short_sides: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="(default: empty)")] = ()
     """Multi-scale training: the short side of an image is drawn from these; empty keeps model.image_scale."""
 
 
@@ -92,7 +92,7 @@ class Config:
     preset: PresetName = "coco-1x"
     """Values every other flag starts from: the published recipe, a run for a CPU, a smoke test."""
     out: Path | None = None
-    """Folder of the run; runs/PRESET without it."""
+    """Folder of the run; runs/PRESET without it. --eval-only of --weights needs one for its results."""
     epochs: int = 12
     """Passes over the training images."""
     max_steps: int = 0
@@ -102,7 +102,7 @@ class Config:
     weights: Path | None = None
     """Checkpoint to start from: ours, MMDetection's, or torchvision's ImageNet file for the backbone."""
     eval_only: bool = False
-    """Evaluate --weights, or the newest checkpoint of --out, and stop."""
+    """Evaluate --weights, or the newest checkpoint of --out, and stop; the results go to --out."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     log_every: int = 50
@@ -134,7 +134,7 @@ PRESETS: dict[str, Config] = {
     "coco-1x": Config(),
     "small": Config(
         preset="small",
-        epochs=10,
+        epochs=8,
         eval_every=2,
         log_every=1,
         data=DataConfig(batch=4, workers=1),
@@ -176,6 +176,8 @@ def parse(argv: Sequence[str], *, gpu: bool, quiet: bool = False) -> Config:
     default = PRESETS.get(name, PRESETS["small"])
     config = tyro.cli(Config, default=default, args=list(argv), prog="train/main.py", console_outputs=not quiet)
     if config.out is None:
+        if config.eval_only and config.weights:
+            raise ValueError("--eval-only with --weights needs --out, a folder for the results")
         config = replace(config, out=Path("runs") / config.preset)
     _check(config)
     return config
@@ -222,5 +224,7 @@ def _check(config: Config) -> None:
     for flag, value in {"data.flip": data.flip, "optim.ema": optim.ema, "optim.momentum": optim.momentum}.items():
         if not 0 <= value <= 1:
             raise ValueError(f"--{flag} must lie in 0..1, got {value}")
+    if config.model.mask:
+        raise ValueError("--model.mask cannot be trained here: the data sets are read without masks")
     if any(side < 32 for side in data.short_sides):
         raise ValueError(f"--data.short-sides must be at least 32, got {data.short_sides}")
