@@ -153,6 +153,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: str | Path, classes:
             program, dynamo=True, opset_version=OPSET, input_names=INPUTS, output_names=outputs, verbose=False,
             custom_translation_table=importlib.import_module("detector.onnx_ops").TRANSLATIONS,
         )  # fmt: skip
+    assert graph is not None  # it would be with an argument `f`
     graph.model.metadata_props["classes"] = json.dumps(list(classes))
     partial = path.with_name(f".{os.getpid()}.{path.name}")
     try:
@@ -205,7 +206,7 @@ def _example(options: Options, model: FasterRCNN) -> Batch:
         scale = model.config.image_scale
         if options.size is not None:  # the largest size that fits
             factor = min(side / own for side, own in zip(options.size, image.shape, strict=False))
-            scale = tuple(max(int(own * factor), 1) for own in image.shape[:2])
+            scale = max(int(image.shape[0] * factor), 1), max(int(image.shape[1] * factor), 1)
         images, sizes = stack_images([resize_keep_ratio(image, scale)[0]])
     else:
         sizes = torch.tensor([options.size or sorted(model.config.image_scale)])

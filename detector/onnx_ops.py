@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from onnxscript import ir
-from onnxscript import opset20 as op
 
 from triton_dcn.onnx import TRANSLATIONS as CONVOLUTIONS
-from triton_dcn.onnx import Value
+from triton_dcn.onnx import Value, op
 
 LOWEST = float(np.finfo(np.float32).min)
 
@@ -83,7 +82,8 @@ def sort_stable(values: Value, stable: bool, dim: int = -1, descending: bool = F
     """Write `aten.sort.stable` as a `TopK` of everything, which puts the lower index first among equals."""
     axis = dim % len(values.shape)
     count = op.Shape(values, start=axis, end=axis + 1)
-    return op.TopK(values, count, axis=axis, largest=int(descending), sorted=1)
+    ordered, index = op.TopK(values, count, axis=axis, largest=int(descending), sorted=1)
+    return ordered, index
 
 
 def _int(value: int) -> Value:

@@ -197,7 +197,7 @@ class RoIHead(nn.Module):
         boxes = box_ops.clip(boxes, sizes)  # (B, P, classes, 4)
         valid = valid[:, :, None] & (scores > self.score_threshold)
         groups = [x.transpose(1, 2).flatten(0, 1) for x in (boxes, scores, valid)]  # (B * classes, P, ...)
-        keep = batched_nms(*groups, self.nms_iou).unflatten(0, (len(boxes), -1)).transpose(1, 2)
+        keep = batched_nms(*groups, self.nms_iou).unflatten(0, (boxes.shape[0], -1)).transpose(1, 2)
         best, order = torch.where(keep, scores, -1).flatten(1).sort(dim=1, descending=True, stable=True)
         best, order = best[:, : self.detections], order[:, : self.detections]
         boxes = boxes.flatten(1, 2).gather(1, order[:, :, None].expand(-1, -1, 4))
@@ -206,5 +206,5 @@ class RoIHead(nn.Module):
 
 def _rois(boxes: Tensor, valid: Tensor) -> Tensor:
     """Return (B * R, 5) regions as `roi_align` takes them, batch index -1 where not valid."""
-    image = torch.arange(len(boxes), device=boxes.device)[:, None]
+    image = torch.arange(boxes.shape[0], device=boxes.device)[:, None]
     return torch.cat([torch.where(valid, image, -1)[:, :, None].to(boxes.dtype), boxes], 2).flatten(0, 1)

@@ -60,7 +60,7 @@ class RPN(nn.Module):
         for feature in features:
             hidden = F.relu(self.rpn_conv(feature), inplace=True)
             logits.append(self.rpn_cls(hidden).permute(0, 2, 3, 1).flatten(1))
-            deltas.append(self.rpn_reg(hidden).permute(0, 2, 3, 1).reshape(len(hidden), -1, 4))
+            deltas.append(self.rpn_reg(hidden).permute(0, 2, 3, 1).reshape(hidden.shape[0], -1, 4))
         return logits, deltas
 
     @torch.no_grad()

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from onnxscript import opset20 as op
+from onnxscript import opset20
 
+op: Any = opset20  # its annotations know arrays, not the values of a graph
 Value = Any
 """`onnxscript.ir.Value`, a tensor of the graph; torch reads the annotations and does not know that class."""
 
