@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class FasterRCNNConfig:
 
     Attributes:
         depth: ResNet depth, 18, 50 or 101.
-        num_classes: without background.
+        num_classes: without background; training takes the number of classes in its data instead.
         dcn: deformable convolutions in the backbone: None, "v1" or "v2".
         dcn_stages: which of the stages c2..c5 have them.
         deform_groups: groups of channels that share offsets.
@@ -35,36 +36,44 @@ class FasterRCNNConfig:
         norm: "bn" or, to train from scratch with small batches, "gn".
         norm_eval: batch norms keep their running statistics in training.
         base_channels: width of the ResNet's stem; 64 is the published network.
-        fpn_channels, fc_channels: width of the pyramid and of the box head.
+        fpn_channels: width of the pyramid.
+        fc_channels: width of the box head.
         anchor_scale: side of the square anchor in strides.
         anchor_ratios: height / width of the anchors.
         sampler: "random", or "deterministic", which compares runs with other programs.
-        rpn_positive_iou, rpn_negative_iou: thresholds of the anchors' labels.
-        rpn_samples, rpn_positive_fraction: anchors in the loss, per image.
+        rpn_positive_iou: from here on an anchor is positive.
+        rpn_negative_iou: below this an anchor is negative.
+        rpn_samples: anchors in the loss, per image.
+        rpn_positive_fraction: largest share of positive ones among them.
         rpn_candidates: boxes per level before suppression, in training and in evaluation.
-        rpn_nms_iou, rpn_proposals: suppression, and boxes per image after it.
+        rpn_nms_iou: a box that overlaps a better one by more is suppressed.
+        rpn_proposals: boxes per image after suppression.
         rcnn_iou: from here on a region is positive, below negative.
-        rcnn_samples, rcnn_positive_fraction: regions in the loss, per image.
-        score_threshold, nms_iou, detections: of the evaluation.
+        rcnn_samples: regions in the loss, per image.
+        rcnn_positive_fraction: largest share of positive ones among them.
+        score_threshold: detections below it are left out.
+        nms_iou: a detection that overlaps a better one of its class by more is suppressed.
+        detections: most detections per image.
         image_scale: images are resized to fit (long side, short side), ratio kept.
-        pixel_mean, pixel_std: of R, G, B in 0..255.
+        pixel_mean: of R, G, B in 0..255.
+        pixel_std: standard deviations, likewise.
     """
 
-    depth: int = 50
+    depth: Literal[18, 50, 101] = 50
     num_classes: int = 80
-    dcn: str | None = "v2"
+    dcn: Literal["v1", "v2"] | None = "v2"
     dcn_stages: tuple[bool, bool, bool, bool] = (False, True, True, True)
     deform_groups: int = 1
     mask: bool = False
     frozen_stages: int = 1
-    norm: str = "bn"
+    norm: Literal["bn", "gn"] = "bn"
     norm_eval: bool = True
     base_channels: int = 64
     fpn_channels: int = 256
     fc_channels: int = 1024
     anchor_scale: float = 8.0
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
-    sampler: str = "random"
+    sampler: Literal["random", "deterministic"] = "random"
     rpn_positive_iou: float = 0.7
     rpn_negative_iou: float = 0.3
     rpn_samples: int = 256

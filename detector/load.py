@@ -20,7 +20,7 @@ LAST_BLOCK = {(1, 2): 18, (5, 3): 50, (22, 3): 101}  # (last block of layer3, co
 def load(path: str | Path, device: torch.device | str | None = None) -> tuple[FasterRCNN, list[str]]:
     """Build the model that a checkpoint was written from, with its weights, ready to detect.
 
-        model, class_names = detector.load("best.pth")
+        model, class_names = detector.load("best.pt")
 
     Files of this project hold the configuration. For MMDetection's files of this architecture it is read off the shapes
     of the weights; the thresholds are then the defaults.
@@ -96,7 +96,10 @@ def _stored_config(checkpoint: Checkpoint) -> FasterRCNNConfig:
     known = {field.name for field in fields(FasterRCNNConfig)}
     unknown = sorted(set(stored) - known)
     if unknown:
-        raise ValueError(f"{checkpoint.path}: unknown fields in its configuration of the model: {', '.join(unknown)}")
+        raise ValueError(
+            f"{checkpoint.path}: unknown fields in its configuration of the model: {', '.join(unknown)}; "
+            "a newer version of this package wrote it"
+        )
     return FasterRCNNConfig(**{name: _tuples(value) for name, value in stored.items()})
 
 

@@ -33,9 +33,11 @@ RESULTS = "detections.json"
 class Options:
     """Detect objects in images.
 
-    Leaves one annotated picture per image in OUT and all detections in OUT/detections.json: COCO's results format,
-    boxes (x, y, width, height) and masks in the pixels of the image files. `category_id` counts the classes of the
-    checkpoint from 1, `image_id` the images from 1; their names stand beside them.
+    OUT gets one annotated picture per image, and detections.json.
+
+    The latter is in COCO's results format, in the pixels of the image files.
+
+    `category_id` counts the checkpoint's classes from 1, `image_id` the images.
     """
 
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES...")]
@@ -57,7 +59,7 @@ def predict_images(
 ) -> Iterator[Detections]:
     """Detect in images, a batch at a time; results come in the order of the images, while the next ones wait.
 
-        model, names = detector.load("best.pth")
+        model, names = detector.load("best.pt")
         for found in predict_images(model, ["a.jpg", "b.jpg"], score=0.5): ...
 
     Args:

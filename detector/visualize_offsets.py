@@ -27,10 +27,11 @@ RED = (255, 40, 40)
 
 @dataclass(frozen=True)
 class Options:
-    """Draw, for one point of a photograph, the positions that the deformable layers of each stage read for it.
+    """Draw the positions that deformable layers read for one point of a photograph.
 
-    The last layer of a stage reads 9 positions for the point, the layer before reads 9 for each of these, and so on.
-    The more a position counts, the more opaque it is drawn; the cross is the point.
+    In each stage the last layer reads 9 positions, the one before 9 for each.
+
+    The more a position counts, the more opaque it is; the cross is the point.
     """
 
     image: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]

@@ -7,7 +7,7 @@ processes that are forked for decoding share one copy: no reference count is wri
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,9 +106,8 @@ class CocoDetection:
             self._take_categories(content.get("categories", []), classes)
             self._take_images(content["images"])
             kept = self._take_boxes(content.get("annotations", []), training)
-        except (KeyError, TypeError, ValueError) as error:
-            detail = f"no {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{self.annotations} is not a COCO file: {detail}") from error
+        except ValueError as error:
+            raise ValueError(f"{self.annotations}: {error}") from error
         self.annotated = "annotations" in content
         self._select(np.flatnonzero(kept)[: limit or None])
 
@@ -135,7 +134,8 @@ class CocoDetection:
         return self.boxes[mine], self.labels[mine]
 
     def _take_categories(self, categories: list[dict], classes: Sequence[str] | None) -> None:
-        ids = {str(category["name"]): int(category["id"]) for category in categories}
+        names, numbers = (_column(categories, "categories", *field) for field in (("name", _NAME), ("id", _WHOLE)))
+        ids = dict(zip(map(str, names), map(int, numbers), strict=True))
         if len(ids) != len(categories) or len(set(ids.values())) != len(categories):
             raise ValueError("two categories have the same name or the same id")
         missing = [name for name in classes or () if name not in ids]
@@ -145,22 +145,20 @@ class CocoDetection:
         self.category_ids = np.array([ids[name] for name in self.classes], np.int64)
 
     def _take_images(self, images: list[dict]) -> None:
-        self.image_ids = np.array([image["id"] for image in images], np.int64)
-        self.widths = np.array([image["width"] for image in images], np.int64)
-        self.heights = np.array([image["height"] for image in images], np.int64)
-        self.file_names = np.array([image["file_name"] for image in images], np.str_)
+        self.image_ids = np.array(_column(images, "images", "id", _WHOLE), np.int64)
+        self.widths = np.array(_column(images, "images", "width", _WHOLE), np.int64)
+        self.heights = np.array(_column(images, "images", "height", _WHOLE), np.int64)
+        self.file_names = np.array(_column(images, "images", "file_name", _TEXT), np.str_)
         ids, times = np.unique(self.image_ids, return_counts=True)
         if len(ids) != len(images):
             raise ValueError(f"two images have the id {ids[times > 1][0]}")
 
     def _take_boxes(self, annotations: list[dict], training: bool) -> np.ndarray:
         """Fill boxes, labels and starts; return which images (N,) bool stay."""
-        box = np.array([annotation["bbox"] for annotation in annotations], np.float64).reshape(-1, 4)
-        if len(box) != len(annotations):
-            raise ValueError("a bbox does not hold 4 numbers")
-        image_id = np.array([annotation["image_id"] for annotation in annotations], np.int64)
-        category = np.array([annotation["category_id"] for annotation in annotations], np.int64)
-        area = np.array([annotation["area"] for annotation in annotations], np.float64)
+        box = np.array(_column(annotations, "annotations", "bbox", _BOX), np.float64).reshape(-1, 4)
+        image_id = np.array(_column(annotations, "annotations", "image_id", _WHOLE), np.int64)
+        category = np.array(_column(annotations, "annotations", "category_id", _WHOLE), np.int64)
+        area = np.array(_column(annotations, "annotations", "area", _NUMBER), np.float64)
         crowd = np.array([bool(annotation.get("iscrowd", 0)) for annotation in annotations], bool)
         ignored = np.array([bool(annotation.get("ignore", 0)) for annotation in annotations], bool)
 
@@ -203,6 +201,46 @@ class CocoDetection:
         self.widths, self.heights = self.widths[kept], self.heights[kept]
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _is_box(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+
+
+_Kind = tuple[Callable[[Any], bool], str]  # test of a value, and what passes it
+_TEXT: _Kind = (lambda value: isinstance(value, str), "a string")
+_NAME: _Kind = (lambda value: isinstance(value, (str, int)), "a name")
+_WHOLE: _Kind = (_is_whole, "a whole number")
+_NUMBER: _Kind = (_is_number, "a number")
+_BOX: _Kind = (_is_box, "4 numbers")
+
+
+def _column(entries: list[Any], name: str, key: str, kind: _Kind) -> list[Any]:
+    """Return one field of all entries of the list `name` of a file.
+
+    Raises:
+        ValueError: an entry lacks the field, or it is of another kind; the message names the entry.
+    """
+    passes, expected = kind
+    values = []
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise ValueError(f"{name}[{number}] is not an object with fields: {entry!r:.60}")
+        value = entry.get(key)
+        if not passes(value):
+            which = f"{name}[{number}]" + (f" (id {entry['id']})" if "id" in entry else "")
+            found = f"{key!r} is not {expected}: {value!r:.60}" if key in entry else f"no {key!r}"
+            raise ValueError(f"{which}: {found}")
+        values.append(value)
+    return values
+
+
 def _lookup(values: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the position of every value in `ids` (0 where absent) and whether it is there."""
     if len(ids) == 0:
@@ -220,6 +258,9 @@ def _load_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise ValueError(f"{path} is not a COCO file: it has no list 'images'")
+    for name in ("annotations", "categories"):
+        if not isinstance(content.get(name, []), list):
+            raise ValueError(f"{path} is not a COCO file: {name!r} is not a list")
     return content
 
 

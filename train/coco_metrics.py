@@ -113,9 +113,12 @@ def measure(rows: list[dict], dataset: CocoDetection) -> Metrics | None:
     if not dataset.annotated:
         return None
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(dataset.annotations))
-        for annotation in truth.dataset["annotations"]:
+        truth = COCO()
+        truth.dataset = json.loads(dataset.annotations.read_bytes())
+        for number, annotation in enumerate(truth.dataset["annotations"], 1):
+            annotation["id"] = number  # some files have none; pycocotools wants each once, and takes 0 for no match
             annotation.setdefault("iscrowd", 0)
+        truth.createIndex()
         if rows:
             found = truth.loadRes(rows)
         else:  # which loadRes does not take

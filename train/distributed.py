@@ -256,6 +256,8 @@ def _device(name: str, local_rank: int) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count()
+    if count == 0:
+        raise ValueError("--device cuda: PyTorch finds no GPU on this machine")
     if local_rank >= count:
         raise ValueError(f"process {local_rank} of this machine needs a GPU of its own, but there are {count}")
     torch.cuda.set_device(local_rank)

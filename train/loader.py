@@ -150,10 +150,9 @@ def _worker_options(workers: int, pin: bool) -> dict:
 
 
 def _start_worker(_: int) -> None:
-    """Leave signals to the training process, and one core to each worker."""
-    for name in (signal.SIGINT, signal.SIGUSR1):
+    """Leave signals to the training process, with which a worker ends, and one core to each worker."""
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     cv2.setNumThreads(0)
 
 

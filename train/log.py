@@ -39,8 +39,9 @@ class TrainLog:
         self._file = path.open("a") if world.first else None
         self._events = SummaryWriter(str(events), purge_step=step + 1) if world.first else None
         self._bar = tqdm(
-            total=steps, initial=step, disable=not world.first, mininterval=pause(), dynamic_ncols=True, unit="step",
-            bar_format="{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {elapsed}<{remaining} {postfix}",
+            desc="starting", total=steps, initial=step, disable=not world.first, mininterval=pause(),
+            ncols=80, dynamic_ncols=sys.stderr.isatty(),
+            bar_format="{desc} {n_fmt}/{total_fmt} {elapsed}<{remaining} |{bar}|",
         )  # fmt: skip
         self._names: list[str] = []
         self._steps: list[dict[str, Any]] = []
@@ -168,12 +169,9 @@ class TrainLog:
             self._events.add_scalar(f"loss/{name}", value, about["step"])
         for name, value in {"lr": about["lr"], **speed}.items():
             self._events.add_scalar(f"run/{name}", value, about["step"])
-        named = zip(self._names, losses, strict=True)
-        parts = " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in named)
-        self._bar.set_description_str(f"epoch {about['epoch']}", refresh=False)
-        self._bar.set_postfix_str(
-            f"lr {about['lr']:.2g} loss {sum(losses):.3f} ({parts}) {speed['images_per_second']:.1f} img/s "
-            f"data {speed['data_wait']:.0%} {speed['memory_mib'] / 1024:.1f} GiB",
+        self._bar.set_description_str(
+            f"epoch {about['epoch']} loss {sum(losses):.3f} lr {about['lr']:.2g} "
+            f"{speed['images_per_second']:.1f} img/s data {speed['data_wait']:.0%}",
             refresh=False,
         )
 

@@ -28,7 +28,7 @@ from train.log import TrainLog
 from train.loop import train_one_epoch
 from train.rundir import RunFolder, provenance
 from train.schedule import Schedule
-from train.setup import build, open_split, resume
+from train.setup import build, check_weights, open_split, resume
 from train.validation import validate
 
 
@@ -106,6 +106,8 @@ def train(config: Config, world: World) -> None:
 def evaluate_only(config: Config, world: World) -> None:
     """Evaluate --weights, or the newest checkpoint of --out."""
     begin, run = time.monotonic(), RunFolder(config.out)
+    if config.weights:
+        check_weights(config.weights)
     path = config.weights or world.from_first(newest(run.checkpoints, print) if world.first else None)
     if path is None:
         raise ValueError(f"--eval-only needs --weights, or a checkpoint in {run.checkpoints}")
@@ -145,11 +147,12 @@ def _evaluate(
     )  # fmt: skip
     if not world.first:
         return
-    best = max((before["AP"] for before in run.evaluations()), default=-2.0)
+    best = max((before["AP"] for before in run.evaluations() if "AP" in before), default=-2.0)
     run.append({"step": state.step, "epoch": epoch, **line})
     if "AP" in line:
         log.evaluation(state.step, line)
-        log.say(f"epoch {epoch}: AP {line['AP']:.3f}  AP50 {line['AP50']:.3f}  ({line['evaluation_seconds']:.0f} s)")
+        ap, ap50 = report.score(line["AP"]), report.score(line["AP50"])
+        log.say(f"epoch {epoch}: AP {ap}  AP50 {ap50}  ({line['evaluation_seconds']:.0f} s)")
         if line["AP"] > best:
             mark_best(find(run.checkpoints)[0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from train.config import BASE_BATCH, Config
 from train.distributed import World
 from train.rundir import RunFolder
 from train.schedule import Schedule
+
+WIDTH = 80  # columns
 
 
 def before(
@@ -41,6 +44,7 @@ def before(
     optim, images = config.optim, schedule.images
     steps = -(-batches_per_epoch // optim.accumulate)
     dcn = f"DCN{config.model.dcn} in {_stages(config)}" if config.model.dcn else "plain convolutions"
+    processes = "process" if world.size == 1 else "processes"
     shape = "cosine to 0"
     if optim.schedule == "steps":
         shape = f"x{optim.gamma:g} after epoch {', '.join(map(str, optim.milestones))}"
@@ -48,30 +52,29 @@ def before(
         "run": f"{config.out} (preset {config.preset}, seed {config.seed})",
         "training": f"{len(train)} images, {len(train.boxes)} boxes ({train.annotations}: {train.counts})",
         "validation": f"{len(val)} images, {len(val.boxes)} boxes ({val.annotations}: {val.counts})",
-        "classes": f"{len(train.classes)}: {_shorten(train.classes)}",
+        "classes": f"{len(train.classes)} in the data: {_shorten(train.classes)}",
         "model": f"Faster R-CNN R{config.model.depth}-FPN, {dcn}, norm {config.model.norm}, "
         f"images within {config.model.image_scale[0]} x {config.model.image_scale[1]}",
         "parameters": f"{trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen",
         "device": f"{world.size} x {world.device.type}, amp {config.amp}",
-        "batch": f"{images} = {config.data.batch} images x {world.size} processes x {optim.accumulate} accumulated",
+        "batch": f"{images} = {config.data.batch} images x {world.size} {processes} x {optim.accumulate} accumulated",
         "learning rate": f"{schedule.peak:g} = {optim.lr:g} x {images} / {BASE_BATCH} (linear in the batch), "
         f"{optim.name}, warm-up {optim.warmup} steps, {shape}",
         "length": f"{config.epochs} epochs of {steps} steps"
         + (f", at most {config.max_steps} steps" if config.max_steps else "")
         + "; the progress line tells the time left",
     }
-    lines = [f"{name:<14} {text}" for name, text in rows.items()]
-    return "\n".join(lines + [f"{'note':<14} {note}" for note in notes])
+    return "\n".join(_row(name, text) for name, text in [*rows.items(), *(("note", note) for note in notes)])
 
 
 def after(run: RunFolder, seconds: float) -> str:
     """Return the last evaluation as tables, the best checkpoint, the time, and where everything is."""
-    lines, evaluations = [], run.evaluations()
-    if evaluations:
-        best = max(evaluations, key=lambda line: line["AP"])
-        lines += [evaluation(evaluations[-1]), ""]
+    evaluations = run.evaluations()
+    lines = [evaluation(evaluations[-1]), ""] if evaluations else []
+    best = max((line for line in evaluations if "AP" in line), key=lambda line: line["AP"], default=None)
+    if best:
         lines.append(f"best checkpoint  {run.checkpoints / 'best.pt'}")
-        lines.append(f"                 (epoch {best['epoch']}: AP {best['AP']:.3f}, AP50 {best['AP50']:.3f})")
+        lines.append(f"                 (epoch {best['epoch']}: AP {score(best['AP'])}, AP50 {score(best['AP50'])})")
     return "\n".join([*lines, f"this start took  {duration(seconds)}", places(run)])
 
 
@@ -79,12 +82,17 @@ def evaluation(line: dict[str, Any]) -> str:
     """Return an evaluation line of metrics.jsonl as two small tables: COCO's numbers, then the classes."""
     if "AP" not in line:
         return "no annotations to compare with: detections only"
-    lines = ["  ".join(f"{name:>6}" for name in NAMES), "  ".join(f"{line[name]:6.3f}" for name in NAMES)]
+    lines = ["  ".join(f"{name:>6}" for name in NAMES), "  ".join(f"{score(line[name]):>6}" for name in NAMES)]
     width = max([len(name) for name in line["classes"]] + [5])
     lines += ["", f"{'class':<{width}}      AP    AP50   boxes"]
     for name, (ap, ap50, count) in line["classes"].items():
-        lines.append(f"{name:<{width}}  {ap:6.3f}  {ap50:6.3f}  {count:6d}")
+        lines.append(f"{name:<{width}}  {score(ap):>6}  {score(ap50):>6}  {count:6d}")
     return "\n".join(lines)
+
+
+def score(value: float) -> str:
+    """Return an AP or AR with three digits, a dash where there was no ground truth to count (-1)."""
+    return "-" if value < 0 else f"{value:.3f}"
 
 
 def places(run: RunFolder) -> str:
@@ -93,7 +101,9 @@ def places(run: RunFolder) -> str:
         [
             f"detections       {run.detections}",
             f"pictures         {run.pictures}/",
-            f"curves           {run.metrics}; python train/plot.py {run.path}; tensorboard --logdir {run.path}",
+            f"curves           {run.metrics}",
+            f"                 python train/plot.py {run.path}",
+            f"                 tensorboard --logdir {run.path}",
         ]
     )
 
@@ -102,6 +112,13 @@ def duration(seconds: float) -> str:
     """Return seconds as h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _row(name: str, text: str) -> str:
+    """Return a row of the table in lines of at most `WIDTH` columns; paths stay whole."""
+    return textwrap.fill(
+        f"{name:<14} {text}", WIDTH, subsequent_indent=" " * 15, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _stages(config: Config) -> str:

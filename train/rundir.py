@@ -72,7 +72,7 @@ class RunFolder:
 
         Raises:
             OSError: the folder cannot be written.
-            ValueError: the folder holds another run, or something that is no run.
+            ValueError: the folder holds another run that got as far as a step, or something that is no run.
         """
         record = self.path / "config.json"
         start = {"world_size": world_size, "time": time.strftime("%Y-%m-%d %H:%M:%S"), **provenance()}
@@ -85,14 +85,16 @@ class RunFolder:
                 write_json(record, {**as_dict(config), "starts": [start]})
                 return []
             before = json.loads(record.read_text())
-            notes = self._compare(before, config, world_size)
+            begun = any(self.checkpoints.glob("*.pt")) or bool(read_lines(self.metrics))
+            notes = self._compare(before, config, world_size) if begun else []  # a start that failed claims nothing
             write_json(record, {**as_dict(config), "starts": [*before["starts"], start]})
         except OSError as error:
             raise OSError(f"cannot write into --out {self.path}: {error.strerror or error}") from error
         return notes
 
     def _compare(self, before: dict[str, Any], config: Config, world_size: int) -> list[str]:
-        then, now = _flat(before), _flat(as_dict(config))
+        now = _flat(as_dict(config))
+        then = _flat(as_dict(Config())) | _flat(before)  # a field that is younger than the run had its default
         changed = {key: (then.get(key), value) for key, value in now.items() if then.get(key) != value}
         free = FREE - {"epochs"} if config.optim.schedule == "cosine" else FREE
         other = [f"{key} was {old}, is {new}" for key, (old, new) in changed.items() if key not in free]
@@ -102,7 +104,7 @@ class RunFolder:
                 "Choose another folder, delete this one, or repeat its command"
             )
         processes = before["starts"][-1]["world_size"]
-        return [f"{processes} processes before, {world_size} now"] if processes != world_size else []
+        return [f"number of processes: {processes} before, {world_size} now"] if processes != world_size else []
 
     def append(self, line: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
@@ -110,8 +112,8 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics.jsonl with the evaluations of this run's training."""
-        return [line for line in read_lines(self.metrics) if "AP" in line and "step" in line]
+        """Return the lines of metrics.jsonl with the evaluations of this run's training; AP needs annotations."""
+        return [line for line in read_lines(self.metrics) if "step" in line and "loss" not in line]
 
     def rewind(self, step: int) -> None:
         """Drop the lines of metrics.jsonl that lie after a step, because they will be written again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,6 +88,12 @@ def build(config: Config, world: World) -> tuple[State, Any]:
     return state, network
 
 
+def check_weights(path: Path) -> None:
+    """Raise FileNotFoundError, which names the flag, if --weights is not a file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--weights {path} is not a file")
+
+
 def begin(state: State, config: Config, world: World, classes: Sequence[str]) -> list[str]:
     """Load --weights into a new run; return what to tell about it.
 
@@ -96,6 +103,7 @@ def begin(state: State, config: Config, world: World, classes: Sequence[str]) ->
         frozen = config.model.frozen_stages >= 0 or (config.model.norm == "bn" and config.model.norm_eval)
         warning = "no --weights: the frozen layers stay random; the recipe starts from resnet50-0676ba61.pth"
         return [warning] if frozen else ["weights: random"]
+    check_weights(config.weights)
     file = read_checkpoint(config.weights)
     rows = len(file.state[CLASSIFIER]) - 1 if CLASSIFIER in file.state else None
     other = rows is not None and (rows != len(classes) or (file.classes or tuple(classes)) != tuple(classes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -54,7 +55,7 @@ def validate(
     shown = tqdm(loader, "evaluating", leave=False, disable=not world.first, mininterval=pause(), dynamic_ncols=True)
     found, broken = evaluate(model, shown, amp=config.amp, between=between)
     for image in broken:
-        tqdm.write(f"skipped validation image {image.image_id}: {image.reason}")
+        tqdm.write(f"skipped validation image {image.image_id}: {image.reason}", file=sys.stderr)
     failed = world.sum(len(broken))
     if failed > BROKEN_SHARE * len(dataset):
         share = f"more than {BROKEN_SHARE:.0%}"

@@ -78,10 +78,10 @@ def test_limit_counts_only_those_images(coco):
     assert metrics.values["AP"] == pytest.approx(1)
 
 
-def test_crowds_need_no_flag(coco):
+def test_annotations_need_neither_flag_nor_id(coco):
     def forget(content):
         for annotation in content["annotations"]:
-            del annotation["iscrowd"]
+            del annotation["iscrowd"], annotation["id"]
 
     edit(coco, forget, "val2017")
     dataset = open_coco(coco, "val2017")

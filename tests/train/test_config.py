@@ -1,5 +1,6 @@
 import json
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,28 @@ def test_quiet_says_nothing(capsys):
     with pytest.raises(SystemExit):
         parse(["--nonsense"], gpu=False, quiet=True)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("flags", ["--model.dcn none", "--model.depth 34", "--model.norm ln"])
+def test_unknown_choice_names_the_flag(flags, capsys):
+    with pytest.raises(SystemExit):
+        parse(flags.split(), gpu=False)
+    assert flags.split()[0] in capsys.readouterr().err
+
+
+def test_masks_are_refused():
+    with pytest.raises(ValueError, match=r"--model\.mask cannot be trained here"):
+        parse(["--model.mask"], gpu=False)
+
+
+def test_evaluation_of_a_file_does_not_write_into_another_run():
+    with pytest.raises(ValueError, match="--eval-only with --weights needs --out"):
+        parse(["--eval-only", "--weights", "w.pt"], gpu=False)
+
+
+def test_every_field_of_the_model_has_help():
+    described = re.findall(r"^ {8}(\w+): ", FasterRCNNConfig.__doc__, re.MULTILINE)
+    assert described == [field.name for field in fields(FasterRCNNConfig)]
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_killed_rank_is_named_and_the_run_goes_on_elsewhere(coco, tmp_path, laun
     step = load(find(out / "checkpoints")[0])["step"]
     more = run(*common, "--epochs", 500, "--max-steps", step + 1, "--out", out)  # now with one process
     assert more.returncode == 0, more.stderr
-    assert "2 processes before, 1 now" in more.stdout
+    assert "number of processes: 2 before, 1 now" in more.stdout
     assert "4 images per batch before, 2 now" in more.stdout
     assert [line["step"] for line in lines(out) if "loss" in line] == list(range(1, step + 2))
 

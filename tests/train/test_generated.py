@@ -22,6 +22,7 @@ from train.drawing.scene import MIN_PIXELS, NOTHING, Canvas, Light, Sprite, bend
 from train.drawing.shapes import KINDS, litter
 from train.generated import ensure_generated, outlines, run_lengths
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools.mask")
 COUNTS = {"train_images": 24, "val_images": 6}
 
 

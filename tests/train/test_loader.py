@@ -1,3 +1,7 @@
+import multiprocessing
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -70,6 +74,17 @@ def test_workers_change_nothing(coco):
         assert ids == other_ids
         assert torch.equal(images, other_images)
         assert torch.equal(seeds, other_seeds)
+
+
+def test_workers_survive_a_signal_to_the_whole_group(coco):
+    dataset = open_coco(coco)
+    batches = iter(training_loader(dataset, TrainingBatches(np.zeros(len(dataset), bool), 1), 2, False))
+    seen = [next(batches), next(batches)]  # one of each worker
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, number)
+    assert len(multiprocessing.active_children()) == 2
+    assert len([*seen, *batches]) == len(dataset)
 
 
 def test_unreadable_image_is_replaced_by_the_next(coco):

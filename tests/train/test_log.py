@@ -82,6 +82,16 @@ def test_broken_images_are_named_once_and_counted(make_log, capsys):
     take_step(log, 2)
 
 
+def test_progress_line_fits_a_terminal(make_log, capsys):
+    log = make_log()
+    take_step(log, 1, loss_cls=123.4, loss_mask=1e-7)
+    log.close()
+    last = capsys.readouterr().err.split("\r")[-1].rstrip("\n")
+    assert "epoch 1 loss 123.900 lr 0.01" in last
+    assert "1/10" in last
+    assert len(last) <= 80
+
+
 def test_more_than_one_percent_broken_stops(make_log):
     log = make_log(images=199)
     list(log.watch([broken(5, 6)]))

@@ -24,8 +24,9 @@ def test_claim_records_what_a_rerun_needs(tmp_path):
 def test_same_run_may_go_on_elsewhere(tmp_path):
     run = RunFolder(tmp_path)
     assert run.claim(CONFIG, 1) == []
+    run.append({"step": 1, "loss": 1.0})
     assert run.claim(replace(CONFIG, max_steps=9, epochs=5, eval_every=2), 1) == []
-    assert run.claim(CONFIG, 4) == ["1 processes before, 4 now"]
+    assert run.claim(CONFIG, 4) == ["number of processes: 1 before, 4 now"]
     assert len(json.loads((tmp_path / "config.json").read_text())["starts"]) == 3
 
 
@@ -39,6 +40,7 @@ def test_same_run_may_go_on_elsewhere(tmp_path):
 )
 def test_other_run_is_refused(tmp_path, change, flag):
     RunFolder(tmp_path).claim(CONFIG, 1)
+    RunFolder(tmp_path).append({"step": 1, "loss": 1.0})
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(ValueError, match="another run") as caught:
         RunFolder(tmp_path).claim(replace(CONFIG, **change), 1)
@@ -46,9 +48,32 @@ def test_other_run_is_refused(tmp_path, change, flag):
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+def test_start_that_failed_claims_nothing(tmp_path):
+    RunFolder(tmp_path).claim(replace(CONFIG, seed=5), 1)
+    (tmp_path / "error-rank0.txt").touch()
+    assert RunFolder(tmp_path).claim(CONFIG, 1) == []
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == CONFIG.seed
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best.pt").touch()
+    with pytest.raises(ValueError, match="seed was 0, is 5"):
+        RunFolder(tmp_path).claim(replace(CONFIG, seed=5), 1)
+
+
+def test_field_younger_than_the_run_has_its_default(tmp_path):
+    RunFolder(tmp_path).claim(CONFIG, 1)
+    RunFolder(tmp_path).append({"step": 1, "loss": 1.0})
+    record = json.loads((tmp_path / "config.json").read_text())
+    del record["amp"], record["model"]["mask"]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="amp was none, is bf16"):
+        RunFolder(tmp_path).claim(replace(CONFIG, amp="bf16"), 1)
+    assert RunFolder(tmp_path).claim(CONFIG, 1) == []
+
+
 def test_length_belongs_to_a_cosine_run(tmp_path):
     config = replace(CONFIG, optim=replace(CONFIG.optim, schedule="cosine"))
     RunFolder(tmp_path).claim(config, 1)
+    RunFolder(tmp_path).append({"step": 1, "loss": 1.0})
     with pytest.raises(ValueError, match="epochs was 1, is 2"):
         RunFolder(tmp_path).claim(replace(config, epochs=2), 1)
 
