@@ -15,8 +15,8 @@ PAD_SIZES = torch.tensor([[128, 160], [96, 160]])
 
 def head(candidates=(2000, 1000), proposals=1000, min_size=0.0):
     return RPN(
-        4, AnchorGrid((4, 8, 16, 32, 64), 8.0, (0.5, 1.0, 2.0)), Matcher(0.7, 0.3, 0.3), Sampler(256, 0.5, "spread"), 0.7,
-        candidates, proposals, min_size,
+        4, AnchorGrid((4, 8, 16, 32, 64), 8.0, (0.5, 1.0, 2.0)), Matcher(0.7, 0.3, 0.3), Sampler(256, 0.5, "spread"),
+        0.7, candidates, proposals, min_size,
     ).double()  # fmt: skip
 
 
