@@ -50,6 +50,8 @@ class OptimConfig:
     """Update rule."""
     lr: float = 0.02
     """Learning rate at 16 images per step; it is scaled linearly to the batch of the run."""
+    offset_lr: float = 1.0
+    """Learning rate of the layers that predict offsets and masks, as a share of lr; the recipe has 1."""
     momentum: float = 0.9
     """Momentum of sgd; first beta of adamw."""
     weight_decay: float = 1e-4
@@ -139,7 +141,9 @@ PRESETS: dict[str, Config] = {
         log_every=1,
         data=DataConfig(batch=4, workers=1),
         model=_SCRATCH,
-        optim=OptimConfig(name="adamw", lr=4e-3, weight_decay=0.05, warmup=50, schedule="cosine", clip_grad=5.0),
+        optim=OptimConfig(
+            name="adamw", lr=4e-3, offset_lr=0.1, weight_decay=0.05, warmup=50, schedule="cosine", clip_grad=5.0
+        ),
         checkpoint=CheckpointConfig(every=100),
     ),
     "tiny": Config(
@@ -221,7 +225,12 @@ def _check(config: Config) -> None:
     for flag, value in {"optim.lr": optim.lr, "timeout": config.timeout}.items():
         if not value > 0:
             raise ValueError(f"--{flag} must be above 0, got {value}")
-    for flag, value in {"data.flip": data.flip, "optim.ema": optim.ema, "optim.momentum": optim.momentum}.items():
+    for flag, value in {
+        "data.flip": data.flip,
+        "optim.ema": optim.ema,
+        "optim.momentum": optim.momentum,
+        "optim.offset-lr": optim.offset_lr,
+    }.items():
         if not 0 <= value <= 1:
             raise ValueError(f"--{flag} must lie in 0..1, got {value}")
     if config.model.mask:

@@ -51,13 +51,17 @@ class Schedule:
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> optim.Optimizer:
     """Make the optimiser of every parameter that is trained; weight decay applies to all of them."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [{"params": [parameter for name, parameter in trained if "conv_offset" not in name], "share": 1.0}]
+    offsets = [parameter for name, parameter in trained if "conv_offset" in name]
+    if offsets:
+        groups.append({"params": offsets, "share": config.offset_lr})
     if config.name == "adamw":
-        return optim.AdamW(parameters, config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay)
-    return optim.SGD(parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        return optim.AdamW(groups, config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay)
+    return optim.SGD(groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
 def set_rate(optimizer: optim.Optimizer, rate: float) -> None:
-    """Give every parameter group the learning rate `rate`."""
+    """Give every parameter group its share of the learning rate `rate`."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["share"]

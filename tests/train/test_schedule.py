@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from torch import nn
 
+from detector import FasterRCNN, FasterRCNNConfig
 from train.config import OptimConfig
 from train.schedule import Schedule, make_optimizer, set_rate
 
@@ -52,3 +53,14 @@ def test_optimizer_has_what_is_trained(name):
     assert group["weight_decay"] == 0.1
     set_rate(optimizer, 0.3)
     assert group["lr"] == 0.3
+
+
+def test_layers_that_predict_offsets_have_their_share():
+    model = FasterRCNN(FasterRCNNConfig(depth=18, base_channels=16, num_classes=2, fpn_channels=16, fc_channels=16))
+    optimizer = make_optimizer(model, OptimConfig(offset_lr=0.1))
+    set_rate(optimizer, 0.5)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(rates) == len(trained)
+    for name, parameter in trained.items():
+        assert rates[id(parameter)] == pytest.approx(0.05 if "conv_offset" in name else 0.5)
