@@ -1,6 +1,6 @@
 """Detectors that run without this package: `torch.export` programs and ONNX files.
 
-python -m detector.export --weights best.pth --out best.onnx
+python -m detector.export --weights best.pt --out best.onnx
 """
 
 from __future__ import annotations
