@@ -141,7 +141,9 @@ PRESETS: dict[str, Config] = {
         log_every=1,
         data=DataConfig(batch=4, workers=1),
         model=_SCRATCH,
-        optim=OptimConfig(name="adamw", lr=4e-3, weight_decay=0.05, warmup=50, schedule="cosine", clip_grad=5.0),
+        optim=OptimConfig(
+            name="adamw", lr=4e-3, offset_lr=0.1, weight_decay=0.05, warmup=50, schedule="cosine", clip_grad=5.0
+        ),
         checkpoint=CheckpointConfig(every=100),
     ),
     "tiny": Config(
