@@ -118,6 +118,7 @@ class _Placeholder:
 
 
 def _read_torch(path: Path) -> Any:
+    path.open("rb").close()  # a file that is missing or forbidden is told as such
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -125,9 +126,7 @@ def _read_torch(path: Path) -> Any:
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             with torch.serialization.safe_globals([(_Placeholder, name) for name in foreign]):
                 return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # bytes that are not a checkpoint make the readers fail in any way
+    except Exception as error:  # bytes that are not a checkpoint make the readers fail in any way, with OSError too
         raise ValueError(_unreadable(path, error)) from error
 
 

@@ -201,7 +201,7 @@ def test_shapes_must_agree_even_if_not_strict(tmp_path, source):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("keep", [0, 1, 10, 1000, 0.5, 0.999])
+@pytest.mark.parametrize("keep", [0, 1, 10, 1000, 5000, 0.5, 0.999])
 def test_cut_off_file_is_one_clear_error(tmp_path, source, suffix, keep):
     path = tmp_path / f"weights{suffix}"
     if suffix == ".pth":
