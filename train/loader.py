@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from detector import Batch, Target
+from detector.image import stack_images
 from train.coco_data import BrokenImage, CocoDetection
 from train.transforms import Sample
 
-PAD = 32  # sides of a batch are multiples of this
 ATTEMPTS = 5  # images tried in the place of one
 Key = tuple[int, int]  # (epoch, index): what a data set is asked for
 
@@ -92,12 +92,7 @@ def collate(samples: Sequence[Sample | BrokenImage]) -> Loaded:
     samples = [sample for sample in samples if isinstance(sample, Sample)]
     if not samples:
         return Loaded(None, [], [], broken)
-    sizes = torch.tensor([sample.image.shape[:2] for sample in samples])
-    height, width = (-(-int(side) // PAD) * PAD for side in sizes.amax(0))
-    images = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
-    for padded, sample in zip(images, samples, strict=True):
-        h, w = sample.image.shape[:2]
-        padded[:, :h, :w] = torch.from_numpy(sample.image).permute(2, 0, 1)
+    images, sizes = stack_images([sample.image for sample in samples])
     targets = [Target(torch.from_numpy(sample.boxes), torch.from_numpy(sample.labels)) for sample in samples]
     seeds = torch.tensor([sample.seed for sample in samples])
     ids, scales = [sample.image_id for sample in samples], [sample.scale for sample in samples]
