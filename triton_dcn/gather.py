@@ -49,7 +49,7 @@ def forward(
         table = make_table(geom, input[images], dtype)
         for positions in pieces:
             samples = make_samples(geom, offset, mask, images, positions, grid)
-            part = _contract(_columns(geom, table, samples), kernel)  # (G, n * p, O / G)
+            part = _matmul(_columns(geom, table, samples), kernel.mT)  # (G, n * p, O / G)
             if bias is not None:
                 part.add_(bias.view(geom.groups, 1, -1))
             target = rows_out[:, images, positions]
@@ -86,7 +86,7 @@ def backward(
     grad_input = torch.empty_like(input, memory_format=_format(input)) if need_input else None
     grad_offset = torch.empty_like(offset, memory_format=_format(offset)) if need_offset else None
     grad_mask = torch.empty_like(mask, memory_format=_format(mask)) if need_mask else None
-    grad_kernel = torch.zeros_like(kernel.mT, memory_format=torch.contiguous_format) if need_weight else None
+    grad_kernel = torch.zeros_like(kernel, memory_format=torch.contiguous_format) if need_weight else None
     rows_in = grad_output.flatten(2).unflatten(1, (geom.groups, -1)).permute(1, 0, 3, 2)  # (G, B, P, O / G)
     for images, pieces in cut(geom, dtype.itemsize):
         table = make_table(geom, input[images], dtype)
@@ -95,10 +95,10 @@ def backward(
             samples = make_samples(geom, offset, mask, images, positions, grid)
             grad = rows_in[:, images, positions].to(dtype).flatten(1, 2).contiguous()  # (G, n * p, O / G)
             if need_weight:
-                grad_kernel.baddbmm_(_columns(geom, table, samples).mT, grad)
+                grad_kernel.baddbmm_(grad.mT, _columns(geom, table, samples))
             if not (need_input or need_offset or need_mask):
                 continue
-            grad_columns = _spread(grad, kernel)
+            grad_columns = _matmul(grad, kernel)
             if need_input:
                 _scatter(geom, grad_columns, samples, grad_table)
             if need_offset or need_mask:
@@ -112,8 +112,8 @@ def backward(
             grad_input[images].copy_(pixels(geom, grad_table).permute(0, 3, 1, 2))
     grad_weight = None
     if need_weight:
-        by_tap = grad_kernel.view(geom.groups, geom.taps, -1, geom.out_channels // geom.groups)
-        grad_weight = by_tap.permute(0, 3, 2, 1).reshape(weight.shape).to(weight.dtype).contiguous()
+        by_tap = grad_kernel.view(geom.out_channels, geom.taps, -1)
+        grad_weight = by_tap.mT.reshape(weight.shape).to(weight.dtype).contiguous()
     return grad_input, grad_offset, grad_mask, grad_weight
 
 
@@ -140,18 +140,12 @@ def _columns(geom: ConvGeometry, table: Tensor, samples: Samples) -> Tensor:
     return sampled.view(geom.groups, -1, geom.taps * geom.in_channels // geom.groups)
 
 
-def _contract(columns: Tensor, kernel: Tensor) -> Tensor:
-    """(G, M, N) times (G, O, N) transposed: (G, M, O)."""
-    if _convolves(columns):
-        return F.conv2d(columns.mT[..., None], kernel[0, :, :, None, None])[..., 0].mT.contiguous()
-    return torch.bmm(columns, kernel.mT)
-
-
-def _spread(grad: Tensor, kernel: Tensor) -> Tensor:
-    """(G, M, O) times (G, O, N): (G, M, N)."""
-    if _convolves(grad):
-        return F.conv_transpose2d(grad.mT[..., None], kernel[0, :, :, None, None])[..., 0].mT.contiguous()
-    return torch.bmm(grad, kernel)
+def _matmul(rows: Tensor, matrix: Tensor) -> Tensor:
+    """(G, M, N) times (G, N, O): (G, M, O)."""
+    if not _convolves(rows):
+        return torch.bmm(rows, matrix)
+    image = rows.unsqueeze(2).permute(0, 3, 1, 2)  # (1, N, M, 1) with the strides of channels last: not copied
+    return F.conv2d(image, matrix[0].t()[:, :, None, None]).permute(0, 2, 3, 1).squeeze(2)
 
 
 def _convolves(rows: Tensor) -> bool:

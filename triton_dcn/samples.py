@@ -16,7 +16,7 @@ from torch import Tensor
 
 from triton_dcn.geometry import ConvGeometry
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 8 << 20
 """Size of the columns and indices of one piece; the backward pass holds a few such buffers."""
 
 
