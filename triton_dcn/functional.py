@@ -93,10 +93,11 @@ def convolve(
     ConvGeometry.of(input, offset, weight, mask, stride, padding, dilation)  # errors surface here, not inside the op
     if bias is not None and bias.shape != (weight.shape[0],):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
-    return forward_op(
+    output: Tensor = forward_op(
         input, offset, mask, weight, bias, list(stride), list(padding), list(dilation), choose_backend(backend, input),
         mask_logits,
     )  # fmt: skip
+    return output
 
 
 def _check_types(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> None:

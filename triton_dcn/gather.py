@@ -79,13 +79,12 @@ def backward(
         mask are 0 for samples at or beyond -1, H or W in either direction.
     """
     need_input, need_offset, need_mask, need_weight = needs
-    need_mask = need_mask and mask is not None
     dtype = _compute_dtype(input)
     kernel = _kernel(geom, weight.to(dtype))
     grid = tap_grid(geom, dtype, input.device)
     grad_input = torch.empty_like(input, memory_format=_format(input)) if need_input else None
     grad_offset = torch.empty_like(offset, memory_format=_format(offset)) if need_offset else None
-    grad_mask = torch.empty_like(mask, memory_format=_format(mask)) if need_mask else None
+    grad_mask = torch.empty_like(mask, memory_format=_format(mask)) if mask is not None and need_mask else None
     grad_kernel = torch.zeros_like(kernel, memory_format=torch.contiguous_format) if need_weight else None
     rows_in = grad_output.flatten(2).unflatten(1, (geom.groups, -1)).permute(1, 0, 3, 2)  # (G, B, P, O / G)
     for images, pieces in cut(geom, dtype.itemsize):
@@ -94,24 +93,24 @@ def backward(
         for positions in pieces:
             samples = make_samples(geom, offset, mask, images, positions, grid)
             grad = rows_in[:, images, positions].to(dtype).flatten(1, 2).contiguous()  # (G, n * p, O / G)
-            if need_weight:
+            if grad_kernel is not None:
                 grad_kernel.baddbmm_(grad.mT, _columns(geom, table, samples))
-            if not (need_input or need_offset or need_mask):
+            if grad_table is None and grad_offset is None and grad_mask is None:
                 continue
             grad_columns = _matmul(grad, kernel)
-            if need_input:
+            if grad_table is not None:
                 _scatter(geom, grad_columns, samples, grad_table)
-            if need_offset or need_mask:
+            if grad_offset is not None or grad_mask is not None:
                 slopes = _slopes(_dots(geom, table, grad_columns, samples), samples)
-                if need_mask:
+                if grad_mask is not None:
                     per_sample(geom, grad_mask, images, positions).copy_(slopes[0])
-                if need_offset:
-                    scaled = slopes[1:] if mask is None else slopes[1:].mul_(samples.mask)
+                if grad_offset is not None:
+                    scaled = slopes[1:] if samples.mask is None else slopes[1:].mul_(samples.mask)
                     per_sample(geom, grad_offset, images, positions).copy_(scaled)
-        if need_input:
+        if grad_input is not None and grad_table is not None:
             grad_input[images].copy_(pixels(geom, grad_table).permute(0, 3, 1, 2))
     grad_weight = None
-    if need_weight:
+    if grad_kernel is not None:
         by_tap = grad_kernel.view(geom.out_channels, geom.taps, -1)
         grad_weight = by_tap.mT.reshape(weight.shape).to(weight.dtype).contiguous()
     return grad_input, grad_offset, grad_mask, grad_weight
@@ -179,7 +178,7 @@ def _dots(geom: ConvGeometry, table: Tensor, grad_columns: Tensor, samples: Samp
         starts = torch.arange(0, len(rows) + 1, 4, dtype=rows.dtype)
         zeros = table.new_zeros(len(rows))
         entries = torch.sparse_csr_tensor(starts, rows, zeros, size=(len(grads), len(table)), check_invariants=False)
-        dots = torch.sparse.sampled_addmm(entries, grads, table.t(), beta=0).values()
+        dots: Tensor = torch.sparse.sampled_addmm(entries, grads, table.t(), beta=0).values()
     else:
         dots = torch.stack([(table[corner] * grads).sum(-1) for corner in rows.view(-1, 4).unbind(1)], 1)
     return dots.view(samples.rows.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -55,9 +56,9 @@ class ConvGeometry:
         offset: Tensor,
         weight: Tensor,
         mask: Tensor | None,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
     ) -> ConvGeometry:
         """Derive the geometry from the tensors and check that they agree.
 
@@ -78,8 +79,9 @@ class ConvGeometry:
             if min(pair) < least:
                 raise ValueError(f"{name} must be at least {least} in both directions, got {tuple(pair)}")
         batch, in_channels, height, width = input.shape
-        out_channels, group_channels, *kernel = weight.shape
-        taps = kernel[0] * kernel[1]
+        out_channels, group_channels, kernel_y, kernel_x = weight.shape
+        (stride_y, stride_x), (padding_y, padding_x), (dilation_y, dilation_x) = stride, padding, dilation
+        kernel, taps = (kernel_y, kernel_x), kernel_y * kernel_x
         if 0 in weight.shape:
             raise ValueError(f"weight must not be empty, got shape {tuple(weight.shape)}")
         if in_channels == 0 or in_channels % group_channels:
@@ -98,7 +100,7 @@ class ConvGeometry:
         ]
         if min(extent) <= 0:
             raise ValueError(
-                f"input of {height}x{width} with kernel {tuple(kernel)}, stride {tuple(stride)}, padding "
+                f"input of {height}x{width} with kernel {kernel}, stride {tuple(stride)}, padding "
                 f"{tuple(padding)}, dilation {tuple(dilation)} gives an output of {extent[0]}x{extent[1]}, "
                 "expected at least 1x1"
             )
@@ -116,6 +118,6 @@ class ConvGeometry:
             if tensor is not None and tuple(tensor.shape) != expected:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
         return ConvGeometry(
-            batch, in_channels, height, width, out_channels, tuple(kernel), tuple(stride), tuple(padding),
-            tuple(dilation), groups, offset_groups, *extent,
+            batch, in_channels, height, width, out_channels, kernel, (stride_y, stride_x), (padding_y, padding_x),
+            (dilation_y, dilation_x), groups, offset_groups, *extent,
         )  # fmt: skip

@@ -32,8 +32,8 @@ class Gradients:
 
     def images(self, images: slice) -> Gradients:
         """Return the views of some images."""
-        cut = (None if grad is None else grad[images] for grad in (self.input, self.offset, self.mask))
-        return Gradients(*cut, self.weight)
+        input, offset, mask = (None if grad is None else grad[images] for grad in (self.input, self.offset, self.mask))
+        return Gradients(input, offset, mask, self.weight)
 
 
 def forward(
@@ -101,7 +101,7 @@ def backward(
     grads = Gradients(
         torch.empty_like(x) if needs[0] else None,
         torch.empty_like(offset, memory_format=torch.contiguous_format) if needs[1] else None,
-        torch.empty_like(mask, memory_format=torch.contiguous_format) if needs[2] else None,
+        torch.empty_like(mask, memory_format=torch.contiguous_format) if mask is not None and needs[2] else None,
         torch.zeros_like(weight_like, dtype=torch.float32) if needs[3] else None,
     )  # all but the weight's are written in full
     with _on(x.device):
@@ -128,6 +128,7 @@ def _backward_by_t(
     geom: ConvGeometry, grad: Tensor, x: Tensor, samples: Samples, w: Tensor, grads: Gradients, mask_logits: bool
 ) -> None:
     """Fill the gradients of one slice of images; one offset group, gradient of the input needed."""
+    assert grads.input is not None
     _sample_gradients(geom, grad, x, samples, w, grads, mask_logits)
     bins = stages.bin_samples(geom, samples)
     right = _rows_of_weight(geom, w)
@@ -173,7 +174,7 @@ def _sample_gradients(
         stages.grad_sample(geom, grad_columns, x, samples, first, grads.offset, grads.mask, mask_logits)
 
 
-def _on(device: torch.device) -> AbstractContextManager:
+def _on(device: torch.device) -> AbstractContextManager[None]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

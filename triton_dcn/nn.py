@@ -198,7 +198,7 @@ def fuse_batch_norm(layer: DeformConv2d | DeformConv2dPack, norm: nn.BatchNorm2d
         raise TypeError(f"layer must be a DeformConv2d or a pack, got {type(layer).__name__}")
     if not isinstance(norm, nn.BatchNorm2d):
         raise TypeError(f"norm must be a BatchNorm2d, got {type(norm).__name__}")
-    if norm.training or norm.running_var is None:
+    if norm.training or norm.running_mean is None or norm.running_var is None:
         raise ValueError("norm must be in evaluation mode and keep running statistics: call norm.eval() first")
     if norm.num_features != layer.out_channels:
         raise ValueError(f"norm has {norm.num_features} channels, expected {layer.out_channels} like the output")

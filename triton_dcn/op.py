@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,19 +76,30 @@ def forward_op(
     mask_logits: bool = False,
 ) -> Tensor:
     """Run the forward pass of `backend`; see `triton_dcn.deform_conv2d`. `mask_logits`: the mask is sigmoid(mask)."""
-    geom = ConvGeometry.of(input, offset, weight, mask, tuple(stride), tuple(padding), tuple(dilation))
+    geom = ConvGeometry.of(input, offset, weight, mask, stride, padding, dilation)
     with torch.autocast(input.device.type, enabled=False):  # the caller has chosen the dtypes
         if backend == "triton":
-            output = _launch().forward(geom, input, offset, mask, weight, bias, mask_logits=mask_logits)
+            output: Tensor = _launch().forward(geom, input, offset, mask, weight, bias, mask_logits=mask_logits)
         else:
-            mask = mask.sigmoid() if mask_logits else mask
+            mask = mask.sigmoid() if mask is not None and mask_logits else mask
             output = PLAIN_BACKENDS[backend].forward(geom, input, offset, mask, weight, bias)
     return output.contiguous(memory_format=_memory_format(input))
 
 
 @forward_op.register_fake
-def _forward_fake(input, offset, mask, weight, bias, stride, padding, dilation, backend, mask_logits=False):
-    geom = ConvGeometry.of(input, offset, weight, mask, tuple(stride), tuple(padding), tuple(dilation))
+def _forward_fake(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    backend: str,
+    mask_logits: bool = False,
+) -> Tensor:
+    geom = ConvGeometry.of(input, offset, weight, mask, stride, padding, dilation)
     return input.new_empty(geom.output_shape).contiguous(memory_format=_memory_format(input))
 
 
@@ -106,46 +118,60 @@ def backward_op(
     mask_logits: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of input, offset, mask and weight; an empty tensor where `needs` is false."""
-    geom = ConvGeometry.of(input, offset, weight, mask, tuple(stride), tuple(padding), tuple(dilation))
+    geom = ConvGeometry.of(input, offset, weight, mask, stride, padding, dilation)
     with torch.autocast(input.device.type, enabled=False):
         if backend == "triton":
             grads = _launch().backward(
                 geom, grad_output, input, offset, mask, weight, tuple(needs), mask_logits=mask_logits
             )
         else:
-            value = mask.sigmoid() if mask_logits else mask
+            value = mask.sigmoid() if mask is not None and mask_logits else mask
             grads = PLAIN_BACKENDS[backend].backward(geom, grad_output, input, offset, value, weight, tuple(needs))
-            if mask_logits and needs[2]:
+            if value is not None and mask_logits and needs[2]:
                 grads = (*grads[:2], grads[2] * value * (1 - value), grads[3])
-    return tuple(
-        input.new_empty(0) if grad is None else grad.contiguous(memory_format=_memory_format(like))
-        for grad, like in zip(grads, (input, offset, mask, weight), strict=True)
-    )
+
+    def stored(grad: Tensor | None, like: Tensor | None) -> Tensor:
+        if grad is None or like is None:
+            return input.new_empty(0)
+        return grad.contiguous(memory_format=_memory_format(like))
+
+    grad_input, grad_offset, grad_mask, grad_weight = grads
+    return stored(grad_input, input), stored(grad_offset, offset), stored(grad_mask, mask), stored(grad_weight, weight)
 
 
 @backward_op.register_fake
 def _backward_fake(
-    grad_output, input, offset, mask, weight, stride, padding, dilation, backend, needs, mask_logits=False
-):
+    grad_output: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    backend: str,
+    needs: list[bool],
+    mask_logits: bool = False,
+) -> tuple[Tensor, ...]:
     return tuple(
-        torch.empty_like(like, memory_format=_memory_format(like)) if need else input.new_empty(0)
+        input.new_empty(0) if like is None or not need else torch.empty_like(like, memory_format=_memory_format(like))
         for like, need in zip((input, offset, mask, weight), needs, strict=True)
     )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, offset, mask, weight, bias, *ctx.settings, ctx.mask_logits = inputs
     ctx.save_for_backward(input, offset, mask, weight)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx, grad_output):
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, offset, mask, weight = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:4])
-    grads = (None,) * 4
+    grads: list[Tensor | None] = [None] * 4
     if any(needs):
-        grads = backward_op(grad_output, input, offset, mask, weight, *ctx.settings, needs, ctx.mask_logits)
-        grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        every = backward_op(grad_output, input, offset, mask, weight, *ctx.settings, needs, ctx.mask_logits)
+        grads = [grad if need else None for grad, need in zip(every, needs, strict=True)]
     grad_bias = grad_output.sum((0, 2, 3), dtype=ctx.bias_dtype) if ctx.needs_input_grad[4] else None
     return *grads, grad_bias, None, None, None, None, None
 
@@ -153,7 +179,7 @@ def _backward(ctx, grad_output):
 forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _vmap_forward(info, in_dims, *arguments):
+def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
     """Take the images of all elements as one batch where they share weight and bias; else one after the other."""
     tensors, settings, dims = arguments[:5], arguments[5:], in_dims[:5]
     if dims[3] is None and dims[4] is None:
@@ -163,7 +189,9 @@ def _vmap_forward(info, in_dims, *arguments):
     return torch.stack([forward_op(*own, *settings) for own in _elements(tensors, dims, info.batch_size)]), 0
 
 
-def _vmap_backward(info, in_dims, *arguments):
+def _vmap_backward(
+    info: Any, in_dims: tuple[Any, ...], *arguments: Any
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     """As `_vmap_forward`; every element has a weight gradient of its own, so that one is taken element by element."""
     tensors, settings, dims = arguments[:5], arguments[5:], in_dims[:5]
     needs = settings[4]
@@ -186,7 +214,7 @@ def _fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
 
 
 def _unfold(tensor: Tensor, size: int) -> Tensor:
-    return tensor.unflatten(0, (size, tensor.shape[0] // size))
+    return tensor.reshape(size, tensor.shape[0] // size, *tensor.shape[1:])
 
 
 def _elements(
@@ -195,7 +223,8 @@ def _elements(
     """Yield the arguments of one element after the other."""
     for index in range(size):
         yield [
-            tensor if dim is None else tensor.select(dim, index) for tensor, dim in zip(tensors, dims, strict=True)
+            tensor if tensor is None or dim is None else tensor.select(dim, index)
+            for tensor, dim in zip(tensors, dims, strict=True)
         ]  # fmt: skip
 
 

@@ -7,6 +7,8 @@ Letters: B batch, C input channels, O output channels, H W input, K taps, G grou
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,9 @@ def sampling_positions(geom: ConvGeometry, offset: Tensor) -> tuple[Tensor, Tens
     return tap_y + grid(geom.out_height, 0)[:, None] + dy, tap_x + grid(geom.out_width, 1) + dx
 
 
-def _corners(geom: ConvGeometry, input: Tensor, offset: Tensor):
+def _corners(
+    geom: ConvGeometry, input: Tensor, offset: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, int]]:
     """Yield the four neighbours of every sample.
 
     Each is (value, index of the pixel, whether it counts, weight in y, weight in x, and their derivatives, -1 or +1):
@@ -62,10 +66,11 @@ def _modulation(geom: ConvGeometry, mask: Tensor | None) -> Tensor | float:
 
 def columns(geom: ConvGeometry, input: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:
     """Return the modulated bilinear samples, (B, C, K, Ho, Wo), in float32 or better."""
-    total = sum(
+    parts = (
         value * torch.where(exists, weight_y * weight_x * _modulation(geom, mask), 0)[:, :, None]
         for value, _, exists, weight_y, weight_x, _, _ in _corners(geom, input, offset)
     )
+    total = sum(parts, input.new_zeros(()))
     return total.flatten(1, 2)
 
 
@@ -117,7 +122,7 @@ def backward(
     )
     scale = _modulation(geom, mask)
     grad_pixels = grad_column.new_zeros(geom.batch, geom.offset_groups, per_offset, geom.height * geom.width)
-    grad_y = grad_x = grad_scale = 0
+    grad_y = grad_x = grad_scale = grad_column.new_zeros(())
     for value, index, exists, weight_y, weight_x, slope_y, slope_x in _corners(geom, input, offset):
         dot = (grad_column * value).sum(2)  # (B, D, K, Ho, Wo)
         grad_y = grad_y + dot * slope_y * weight_x
@@ -131,7 +136,7 @@ def backward(
     return (
         grad_pixels.reshape(input.shape).to(input.dtype) if needs[0] else None,
         grad_offset.reshape(offset.shape).to(offset.dtype) if needs[1] else None,
-        grad_scale.reshape(mask.shape).to(mask.dtype) if needs[2] else None,
+        grad_scale.reshape(mask.shape).to(mask.dtype) if mask is not None and needs[2] else None,
         grad_weight,
     )
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from triton_dcn.geometry import ConvGeometry
@@ -84,8 +83,8 @@ def make_samples(
     """Compute which rows the samples of a piece read, and their weights."""
     place = per_sample(geom, offset, images, positions).to(grid.dtype) + grid[:, None, positions, :, None]
     place.nan_to_num_(nan=-2)
-    F.threshold_(place[0], -1, -2).clamp_(max=geom.height)
-    F.threshold_(place[1], -1, geom.width).clamp_(max=geom.width)
+    torch.threshold_(place[0], -1, -2).clamp_(max=geom.height)
+    torch.threshold_(place[1], -1, geom.width).clamp_(max=geom.width)
     cell = place.floor()
     fractions = place.sub_(cell)
     slices, pitch = slice_count(geom), geom.width + 2
@@ -102,7 +101,8 @@ def make_samples(
         upper = mask - lower
 
     def split(per_offset_group: Tensor) -> Tensor:  # (n, p, K, D) -> (n, p, K, G, J)
-        return per_offset_group.repeat_interleave(slices // geom.offset_groups, -1).unflatten(-1, (geom.groups, -1))
+        per_slice = per_offset_group.repeat_interleave(slices // geom.offset_groups, -1)
+        return per_slice.view(*per_slice.shape[:-1], geom.groups, slices // geom.groups)
 
     base, lower, upper, lx = (split(x) for x in (base, lower, upper, lx))
     base = base * slices + torch.arange(slices, dtype=base.dtype, device=base.device).view(geom.groups, -1)
@@ -120,7 +120,7 @@ def make_samples(
 
 def per_sample(geom: ConvGeometry, tensor: Tensor, images: slice, positions: slice) -> Tensor:
     """Offsets (B, 2*D*K, Ho, Wo) of a piece as (2, n, p, K, D), masks (B, D*K, Ho, Wo) as (n, p, K, D)."""
-    planes = tensor[images].flatten(2)[..., positions].unflatten(1, (geom.offset_groups, geom.taps, -1))
+    planes: Tensor = tensor[images].flatten(2)[..., positions].unflatten(1, (geom.offset_groups, geom.taps, -1))
     planes = planes.permute(3, 0, 4, 2, 1)
     return planes if len(planes) == 2 else planes[0]
 

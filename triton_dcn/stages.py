@@ -46,7 +46,7 @@ def sample(geom: ConvGeometry, offset: Tensor, mask: Tensor | None, mask_logits:
         offset.new_empty(count, positions, dtype=torch.int32),
         *(offset.new_empty(count, positions, dtype=torch.float32) for _ in range(3)),
     )
-    tile, any_mask = row_for("sampling", geom, offset).tile, offset if mask is None else mask
+    tile, any_mask = tile_for("sampling", geom, offset), offset if mask is None else mask
     sampling_kernel[(triton.cdiv(count * positions, tile.block_p),)](
         offset, any_mask, *samples, count * positions, positions, geom.out_height, geom.out_width,
         geom.height, geom.width, geom.kernel[1], *offset.stride(), *any_mask.stride(),
@@ -60,7 +60,7 @@ def sample(geom: ConvGeometry, offset: Tensor, mask: Tensor | None, mask_logits:
 def columns(geom: ConvGeometry, x: Tensor, samples: Samples, first: int, rows: int) -> Tensor:
     """Launch `columns_kernel` for `rows` positions from `first` on: (G, rows, K*C/G)."""
     buffer = x.new_empty(geom.groups, rows, geom.taps * geom.in_channels // geom.groups)
-    tile = row_for("columns", geom, x).tile
+    tile = tile_for("columns", geom, x)
     columns_kernel[(triton.cdiv(rows, tile.block_p) * geom.offset_groups * geom.taps,)](
         x, *samples, buffer, geom.batch * geom.positions, first, rows, geom.width,
         CHANNELS=geom.in_channels, GROUPS=geom.groups, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
@@ -122,7 +122,7 @@ def grad_sample(
     mask_logits: bool,
 ) -> None:
     """Launch `grad_sample_kernel`: grad_offset and grad_mask of the positions that `grad_columns` is for."""
-    rows, tile = grad_columns.shape[1], row_for("grad_sample", geom, x).tile
+    rows, tile = grad_columns.shape[1], tile_for("grad_sample", geom, x)
     grad_sample_kernel[(triton.cdiv(rows, tile.block_p) * geom.offset_groups * geom.taps,)](
         grad_columns, x, *samples, *_sample_outputs(samples, grad_offset, grad_mask), geom.batch * geom.positions,
         first, rows, geom.positions, geom.width, *_batch_strides(grad_offset, grad_mask),
@@ -134,7 +134,7 @@ def grad_sample(
 
 def bin_samples(geom: ConvGeometry, samples: Samples) -> Bins:
     """Sort the samples into bins: by a stable sort if determinism is asked for, else by integer atomics."""
-    positions, tile = geom.batch * geom.positions, row_for("bins", geom, samples.scale).tile
+    positions, tile = geom.batch * geom.positions, tile_for("bins", geom, samples.scale)
     tiles = input_tiles(geom)
     bins = geom.batch * geom.offset_groups * tiles[0] * tiles[1] * geom.taps
     cell = samples.cell
@@ -177,7 +177,7 @@ def t_columns(
         T (G, rows, K*O/G) and the first of the `rows` input pixels it is for.
     """
     tiles = input_tiles(geom)
-    tile = row_for("t_columns", geom, grad).tile
+    tile = tile_for("t_columns", geom, grad)
     first = (image * geom.height + tile_row * configs.TILE_H) * geom.width
     rows = images * geom.width * min(geom.height - tile_row * configs.TILE_H, tile_rows * configs.TILE_H)
     t = grad.new_empty(geom.groups, rows, geom.taps * geom.out_channels // geom.groups)
@@ -195,7 +195,7 @@ def t_columns(
 def g_form(geom: ConvGeometry, grad_columns: Tensor, samples: Samples, bins: Bins, grad_x: Tensor) -> None:
     """Launch `g_form_kernel`: fill grad_x (B, H, W, C) from the column gradients of all positions."""
     tiles = input_tiles(geom)
-    tile = row_for("g_form", geom, grad_x).tile
+    tile = tile_for("g_form", geom, grad_x)
     blocks = triton.cdiv(geom.in_channels // geom.offset_groups, tile.block_c)
     g_form_kernel[(geom.batch * geom.offset_groups * tiles[0] * tiles[1] * blocks,)](
         grad_columns, *samples, *bins, grad_x, geom.batch * geom.positions, geom.height, geom.width, *tiles,
@@ -216,6 +216,13 @@ def row_for(stage: str, geom: ConvGeometry, x: Tensor) -> configs.Row | None:
         return None
     arch, kind = configs.architecture(x.device), configs.arithmetic(x)
     return configs.choose(stage, arch, kind, geom.in_channels // geom.offset_groups, geom.out_channels)
+
+
+def tile_for(stage: str, geom: ConvGeometry, x: Tensor) -> configs.Tile:
+    """Return the tile for `stage`, one of those that have a kernel for all sizes."""
+    row = row_for(stage, geom, x)
+    assert row is not None, stage
+    return row.tile
 
 
 def _precision(x: Tensor) -> str:
