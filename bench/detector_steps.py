@@ -145,7 +145,7 @@ def build(config: FasterRCNNConfig, device: torch.device) -> FasterRCNN:
     """Build our detector with random weights, the same each time."""
     torch.manual_seed(0)
     model = FasterRCNN(config)
-    _spread_scores(model.roi_head.bbox_head.fc_cls)
+    _give_work(model.rpn_head.rpn_reg, model.roi_head.bbox_head.fc_cls)
     return model.to(device)
 
 
@@ -161,12 +161,16 @@ def build_peer(config: FasterRCNNConfig, size: tuple[int, int], device: torch.de
         rpn_post_nms_top_n_train=config.rpn_proposals, rpn_post_nms_top_n_test=config.rpn_proposals,
         rpn_batch_size_per_image=config.rpn_samples, box_batch_size_per_image=config.rcnn_samples,
     )  # fmt: skip
-    _spread_scores(model.roi_heads.box_predictor.cls_score)
+    _give_work(model.rpn.head.bbox_pred, model.roi_heads.box_predictor.cls_score)
     return model.to(device)
 
 
-def _spread_scores(classifier: nn.Linear) -> None:
-    """Make random weights find something, so that suppression and masks have work to do."""
+def _give_work(regressor: nn.Module, classifier: nn.Linear) -> None:
+    """Make random weights propose boxes near the anchors, of which suppression leaves as many as it may, and find some.
+
+    As torchvision initialises the two layers, it proposes 199 boxes where ours proposes 1000.
+    """
+    nn.init.normal_(regressor.weight, std=1e-3)
     nn.init.normal_(classifier.weight, std=0.1)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from triton_dcn.geometry import ConvGeometry
-from triton_dcn.op import choose_backend, forward_op
+from triton_dcn.op import choose_backend, forward_op, split_map
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -64,7 +64,7 @@ def deform_conv2d(
         Zhu et al., Deformable ConvNets v2, CVPR 2019, section 3; signature of torchvision.ops.deform_conv2d; gradient
         at the border from mmcv.
     """
-    return convolve(input, offset, weight, bias, stride, padding, dilation, mask, False, backend)
+    return convolve(input, offset, weight, bias, stride, padding, dilation, mask, backend=backend)
 
 
 def convolve(
@@ -76,10 +76,18 @@ def convolve(
     padding: int | tuple[int, int],
     dilation: int | tuple[int, int],
     mask: Tensor | None,
-    mask_logits: bool,
+    *,
+    packed: bool = False,
+    relu: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Check the arguments of `deform_conv2d` and run it; with `mask_logits` the sigmoid of `mask` is the mask."""
+    """Check the arguments of `deform_conv2d` and run it, with what its layers know beyond it.
+
+    Args:
+        packed: `offset` is (B, 3*D*K, Ho, Wo): offsets, then what the sigmoid turns into the mask; `mask` is None. The
+            map is read, and its gradient written, by the kernels as it is.
+        relu: negative outputs become 0, before they are written.
+    """
     for name, tensor in (("input", input), ("offset", offset), ("weight", weight), ("bias", bias), ("mask", mask)):
         if not isinstance(tensor, Tensor) and not (tensor is None and name in ("bias", "mask")):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -88,14 +96,15 @@ def convolve(
         dtype = torch.get_autocast_dtype(device)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    _check_types(input, offset, weight, bias, mask)
+    moves, scales = split_map(offset) if packed else (offset, mask)
+    _check_types(input, moves, weight, bias, scales)
     stride, padding, dilation = pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
-    ConvGeometry.of(input, offset, weight, mask, stride, padding, dilation)  # errors surface here, not inside the op
+    ConvGeometry.of(input, moves, weight, scales, stride, padding, dilation)  # errors surface here, not inside the op
     if bias is not None and bias.shape != (weight.shape[0],):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
     output: Tensor = forward_op(
         input, offset, mask, weight, bias, list(stride), list(padding), list(dilation), choose_backend(backend, input),
-        mask_logits,
+        packed, relu,
     )  # fmt: skip
     return output
 

@@ -45,6 +45,7 @@ def forward(
     bias: Tensor | None,
     *,
     mask_logits: bool = False,
+    relu: bool = False,
 ) -> Tensor:
     """Compute the output, (B, O, Ho, Wo), dtype of `input`, stored channels-last.
 
@@ -52,6 +53,7 @@ def forward(
         geom: from `ConvGeometry.of` for these tensors.
         input, offset, mask, weight, bias: as in `triton_dcn.deform_conv2d`; float16, bfloat16 or float32, any strides.
         mask_logits: the mask is the sigmoid of `mask`.
+        relu: negative outputs become 0.
 
     Raises:
         ValueError: one image has 2**27 pixels, or 2**29 samples, or more.
@@ -65,9 +67,11 @@ def forward(
             rows = output[images.start * geom.positions : images.stop * geom.positions]
             samples = stages.sample(part, offset[images], None if mask is None else mask[images], mask_logits)
             if row is not None:
-                stages.forward_fused(part, row, x[images], samples, w, bias, rows)
+                stages.forward_fused(part, row, x[images], samples, w, bias, rows, relu)
             else:
                 _forward_columns(part, x[images], samples, w, bias, rows)
+                if relu:
+                    rows.relu_()
     return output.view(geom.batch, geom.out_height, geom.out_width, geom.out_channels).permute(0, 3, 1, 2)
 
 
@@ -81,12 +85,14 @@ def backward(
     needs: tuple[bool, bool, bool, bool],
     *,
     mask_logits: bool = False,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Compute the gradients of input, offset, mask and weight, None where `needs` is false.
 
     Args:
         grad_output: (B, O, Ho, Wo), any strides.
         geom, input, offset, mask, weight, mask_logits: as given to `forward`.
+        into: where to write the gradients of offset and mask, as views of one map: contiguous but for the batch stride.
 
     Returns:
         Gradients in the shapes and dtypes of their tensors, that of the input stored channels-last.
@@ -98,10 +104,15 @@ def backward(
     grad = grad_output.permute(0, 2, 3, 1).contiguous().view(-1, geom.out_channels)
     by_t = needs[0] and geom.offset_groups == 1  # T gives the gradient of the weight, too
     weight_like = _rows_of_weight(geom, w) if by_t else _columns_of_weight(geom, w)
+    grad_offset, grad_mask = into or (None, None)
+    if into is None and needs[1]:
+        grad_offset = torch.empty_like(offset, memory_format=torch.contiguous_format)
+    if into is None and mask is not None and needs[2]:
+        grad_mask = torch.empty_like(mask, memory_format=torch.contiguous_format)
     grads = Gradients(
         torch.empty_like(x) if needs[0] else None,
-        torch.empty_like(offset, memory_format=torch.contiguous_format) if needs[1] else None,
-        torch.empty_like(mask, memory_format=torch.contiguous_format) if mask is not None and needs[2] else None,
+        grad_offset,
+        grad_mask,
         torch.zeros_like(weight_like, dtype=torch.float32) if needs[3] else None,
     )  # all but the weight's are written in full
     with _on(x.device):

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from triton_dcn.functional import convolve, deform_conv2d, pair
+from triton_dcn.functional import convolve, pair
 
 
 class DeformConv2d(nn.Module):
@@ -29,6 +29,8 @@ class DeformConv2d(nn.Module):
     Source:
         The interface of torchvision.ops.DeformConv2d; initialised like torch.nn.Conv2d.
     """
+
+    relu = False  # set by `fuse_batch_norm`
 
     def __init__(
         self,
@@ -63,8 +65,8 @@ class DeformConv2d(nn.Module):
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return (B, O, Ho, Wo); see `triton_dcn.deform_conv2d`."""
-        return deform_conv2d(
-            input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask
+        return convolve(
+            input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask, relu=self.relu
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -96,6 +98,7 @@ class DeformConv2dPack(nn.Module):
     """
 
     channels_per_tap = 2
+    relu = False  # set by `fuse_batch_norm`
 
     def __init__(
         self,
@@ -139,13 +142,10 @@ class DeformConv2dPack(nn.Module):
                 nn.init.zeros_(zero)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Predict the offsets and convolve with them."""
-        return self._convolve(input, self.conv_offset(input), None)
-
-    def _convolve(self, input: Tensor, offset: Tensor, logits: Tensor | None) -> Tensor:
-        """Convolve; the sigmoid of the mask is taken by the operator, which saves its tensor."""
+        """Predict the offsets, and the masks of version 2, and convolve with them; the operator reads the map as it is."""
         return convolve(
-            input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, logits, logits is not None
+            input, self.conv_offset(input), self.weight, self.bias, self.stride, self.padding, self.dilation, None,
+            packed=self.channels_per_tap == 3, relu=self.relu,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -169,14 +169,10 @@ class ModulatedDeformConv2dPack(DeformConv2dPack):
 
     channels_per_tap = 3
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Predict the offsets and masks and convolve with them."""
-        predicted = self.conv_offset(input)
-        logits = predicted.shape[1] // 3
-        return self._convolve(input, *predicted.split([2 * logits, logits], 1))
 
-
-def fuse_batch_norm(layer: DeformConv2d | DeformConv2dPack, norm: nn.BatchNorm2d) -> DeformConv2d | DeformConv2dPack:
+def fuse_batch_norm(
+    layer: DeformConv2d | DeformConv2dPack, norm: nn.BatchNorm2d, relu: bool = False
+) -> DeformConv2d | DeformConv2dPack:
     """Return a copy of `layer` that computes `norm(layer(...))`, for inference.
 
     The normalisation is an affine map of each output channel, which goes into `weight` and `bias`; offsets and masks
@@ -185,6 +181,7 @@ def fuse_batch_norm(layer: DeformConv2d | DeformConv2dPack, norm: nn.BatchNorm2d
     Args:
         layer: a `DeformConv2d` or one of the packs, any floating dtype; the copy has it, too.
         norm: in evaluation mode, with running statistics, for the output channels of `layer`.
+        relu: negative outputs become 0, before the kernel writes them.
 
     Raises:
         TypeError: `layer` or `norm` is another module.
@@ -212,6 +209,7 @@ def fuse_batch_norm(layer: DeformConv2d | DeformConv2dPack, norm: nn.BatchNorm2d
     if layer.bias is not None:
         shift = shift + layer.bias.detach().to(wide) * scale
     fused = copy.deepcopy(layer)
+    fused.relu = relu
     weight = layer.weight.detach().to(wide) * scale[:, None, None, None]
     for name, value in (("weight", weight), ("bias", shift)):
         value = value.to(layer.weight.dtype)

@@ -30,22 +30,28 @@ def deform_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     backend: str,
-    mask_logits: bool = False,
+    packed: bool = False,
+    relu: bool = False,
 ) -> Value:
     """Write the operator as one `DeformConv`: offsets and masks have the same channel order in both.
 
     Args:
         input, offset, mask, weight, bias, stride, padding, dilation: as in `triton_dcn.deform_conv2d`.
         backend: without meaning in the graph.
-        mask_logits: whether the mask is the sigmoid of `mask`.
+        packed: whether `offset` holds the offsets and, in its last third of channels, what the sigmoid makes the mask.
+        relu: whether negative outputs become 0.
     """
-    if mask is not None:
-        mask = _cast(op.Sigmoid(mask) if mask_logits else mask, input)
+    moves = _sizes("offset", offset)[1]
+    offset, mask = _cast(offset, input), None if mask is None else _cast(mask, input)
+    if packed:
+        moves = moves // 3 * 2
+        zero, border, end, axis = (op.Constant(value_ints=[value]) for value in (0, moves, moves + moves // 2, 1))
+        offset, mask = op.Slice(offset, zero, border, axis), op.Sigmoid(op.Slice(offset, border, end, axis))
     (_, channels, *_), (_, group_channels, *kernel) = _sizes("input", input), _sizes("weight", weight)
-    return op.DeformConv(
+    output = op.DeformConv(
         input,
         weight,
-        _cast(offset, input),
+        offset,
         bias,
         mask,
         kernel_shape=kernel,
@@ -53,8 +59,9 @@ def deform_conv2d(
         pads=(*padding, *padding),
         dilations=tuple(dilation),
         group=channels // group_channels,
-        offset_group=_sizes("offset", offset)[1] // (2 * kernel[0] * kernel[1]),
+        offset_group=moves // (2 * kernel[0] * kernel[1]),
     )
+    return op.Relu(output) if relu else output
 
 
 def _cast(value: Value, like: Value) -> Value:

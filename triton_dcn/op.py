@@ -49,6 +49,12 @@ def choose_backend(name: str | None, input: Tensor) -> str:
     return name
 
 
+def split_map(predicted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the views of a packed map (B, 3*D*K, Ho, Wo): offsets (B, 2*D*K, ...) and mask logits (B, D*K, ...)."""
+    count = predicted.shape[1] // 3
+    return predicted[:, : 2 * count], predicted[:, 2 * count :]
+
+
 def _launch() -> ModuleType:
     from triton_dcn import launch  # the one late import: the CPU path must run without triton
 
@@ -73,16 +79,24 @@ def forward_op(
     padding: list[int],
     dilation: list[int],
     backend: str,
-    mask_logits: bool = False,
+    packed: bool = False,
+    relu: bool = False,
 ) -> Tensor:
-    """Run the forward pass of `backend`; see `triton_dcn.deform_conv2d`. `mask_logits`: the mask is sigmoid(mask)."""
+    """Run the forward pass of `backend`; see `triton_dcn.deform_conv2d`.
+
+    Args:
+        packed: `offset` is a map of `split_map`, and `mask` is None.
+        relu: negative outputs become 0.
+    """
+    offset, mask = split_map(offset) if packed else (offset, mask)
     geom = ConvGeometry.of(input, offset, weight, mask, stride, padding, dilation)
     with torch.autocast(input.device.type, enabled=False):  # the caller has chosen the dtypes
         if backend == "triton":
-            output: Tensor = _launch().forward(geom, input, offset, mask, weight, bias, mask_logits=mask_logits)
+            output: Tensor = _launch().forward(geom, input, offset, mask, weight, bias, mask_logits=packed, relu=relu)
         else:
-            mask = mask.sigmoid() if mask is not None and mask_logits else mask
+            mask = mask.sigmoid() if mask is not None and packed else mask
             output = PLAIN_BACKENDS[backend].forward(geom, input, offset, mask, weight, bias)
+            output = output.relu_() if relu else output
     return output.contiguous(memory_format=_memory_format(input))
 
 
@@ -97,8 +111,10 @@ def _forward_fake(
     padding: list[int],
     dilation: list[int],
     backend: str,
-    mask_logits: bool = False,
+    packed: bool = False,
+    relu: bool = False,
 ) -> Tensor:
+    offset, mask = split_map(offset) if packed else (offset, mask)
     geom = ConvGeometry.of(input, offset, weight, mask, stride, padding, dilation)
     return input.new_empty(geom.output_shape).contiguous(memory_format=_memory_format(input))
 
@@ -115,20 +131,26 @@ def backward_op(
     dilation: list[int],
     backend: str,
     needs: list[bool],
-    mask_logits: bool = False,
+    packed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of input, offset, mask and weight; an empty tensor where `needs` is false."""
-    geom = ConvGeometry.of(input, offset, weight, mask, stride, padding, dilation)
+    """Return the gradients of input, offset (or packed map), mask and weight; an empty tensor where `needs` is false."""
+    moves, grad_map = offset, None
+    if packed:
+        moves, mask = split_map(offset)
+        grad_map = torch.empty_like(offset, memory_format=torch.contiguous_format) if needs[1] else None
+        needs = [needs[0], needs[1], needs[1], needs[3]]
+    into = None if grad_map is None else split_map(grad_map)
+    geom = ConvGeometry.of(input, moves, weight, mask, stride, padding, dilation)
+    tensors = grad_output, input, moves, mask, weight
     with torch.autocast(input.device.type, enabled=False):
         if backend == "triton":
-            grads = _launch().backward(
-                geom, grad_output, input, offset, mask, weight, tuple(needs), mask_logits=mask_logits
-            )
+            grads = _launch().backward(geom, *tensors, tuple(needs), mask_logits=packed, into=into)
         else:
-            value = mask.sigmoid() if mask is not None and mask_logits else mask
-            grads = PLAIN_BACKENDS[backend].backward(geom, grad_output, input, offset, value, weight, tuple(needs))
-            if value is not None and mask_logits and needs[2]:
-                grads = (*grads[:2], grads[2] * value * (1 - value), grads[3])
+            value = mask.sigmoid() if mask is not None and packed else mask
+            grads = PLAIN_BACKENDS[backend].backward(geom, *tensors[:3], value, weight, tuple(needs))
+            if into is not None and value is not None:
+                into[0].copy_(grads[1])
+                into[1].copy_(grads[2]).mul_(value).mul_(1 - value)
 
     def stored(grad: Tensor | None, like: Tensor | None) -> Tensor:
         if grad is None or like is None:
@@ -136,6 +158,8 @@ def backward_op(
         return grad.contiguous(memory_format=_memory_format(like))
 
     grad_input, grad_offset, grad_mask, grad_weight = grads
+    if packed:
+        grad_offset, grad_mask = grad_map, None
     return stored(grad_input, input), stored(grad_offset, offset), stored(grad_mask, mask), stored(grad_weight, weight)
 
 
@@ -151,7 +175,7 @@ def _backward_fake(
     dilation: list[int],
     backend: str,
     needs: list[bool],
-    mask_logits: bool = False,
+    packed: bool = False,
 ) -> tuple[Tensor, ...]:
     return tuple(
         input.new_empty(0) if like is None or not need else torch.empty_like(like, memory_format=_memory_format(like))
@@ -160,20 +184,22 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, offset, mask, weight, bias, *ctx.settings, ctx.mask_logits = inputs
-    ctx.save_for_backward(input, offset, mask, weight)
+    input, offset, mask, weight, bias, *ctx.settings, ctx.packed, relu = inputs
+    ctx.save_for_backward(input, offset, mask, weight, output if relu else None)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    input, offset, mask, weight = ctx.saved_tensors
+    input, offset, mask, weight, rectified = ctx.saved_tensors
+    if rectified is not None:
+        grad_output = torch.where(rectified > 0, grad_output, 0)
     needs = list(ctx.needs_input_grad[:4])
     grads: list[Tensor | None] = [None] * 4
     if any(needs):
-        every = backward_op(grad_output, input, offset, mask, weight, *ctx.settings, needs, ctx.mask_logits)
+        every = backward_op(grad_output, input, offset, mask, weight, *ctx.settings, needs, ctx.packed)
         grads = [grad if need else None for grad, need in zip(every, needs, strict=True)]
     grad_bias = grad_output.sum((0, 2, 3), dtype=ctx.bias_dtype) if ctx.needs_input_grad[4] else None
-    return *grads, grad_bias, None, None, None, None, None
+    return *grads, grad_bias, None, None, None, None, None, None
 
 
 forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -77,13 +77,14 @@ def forward_fused(
     w: Tensor,
     bias: Tensor | None,
     output: Tensor,
+    relu: bool,
 ) -> None:
     """Fill `output` (M, O) by the forward kernel of the table's row."""
     positions, tile = geom.batch * geom.positions, row.tile
     FORWARD_KERNELS[row.kernel][(triton.cdiv(positions, tile.block_p) * (geom.out_channels // tile.block_o),)](
         x, *samples, w, w if bias is None else bias, output, positions, geom.out_height, geom.out_width, geom.width,
         CHANNELS=geom.in_channels, OUT_CHANNELS=geom.out_channels, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
-        HAS_BIAS=bias is not None, STRIP=configs.strip(geom.out_width), PRECISION=_precision(x),
+        HAS_BIAS=bias is not None, RELU=relu, STRIP=configs.strip(geom.out_width), PRECISION=_precision(x),
         BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
     )  # fmt: skip
 

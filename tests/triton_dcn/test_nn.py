@@ -80,21 +80,41 @@ def test_errors(make, words):
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 def test_sigmoid_of_the_mask_inside_the_operator(backend):
-    """Mask logits give what their sigmoid gives, gradients included."""
+    """A packed map gives what its offsets and the sigmoid of its last third give, gradients included."""
     case = make_case(CASES["groups"], torch.float32)
     x, offset, mask, weight = case.tensors
-    geom = case.geom
-    results = []
-    for inside in (True, False):
-        logits = (4 * mask - 2).requires_grad_()
-        given = logits if inside else logits.sigmoid()
-        output = convolve(
-            x, offset, weight, case.bias, geom.stride, geom.padding, geom.dilation, given, inside, backend
-        )  # fmt: skip
-        (grad,) = torch.autograd.grad(output, logits, case.grad_output)
-        results.append((output, grad))
-    for found, expected in zip(*results, strict=True):
-        assert relative(found, expected) < 1e-6
+    settings = case.bias, case.geom.stride, case.geom.padding, case.geom.dilation
+    packed = torch.cat([offset, 4 * mask - 2], 1).detach()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        results = []
+        for inside in (True, False):
+            moved = packed.clone(memory_format=layout).requires_grad_()
+            if inside:
+                output = convolve(x, moved, weight, *settings, None, packed=True, backend=backend)
+            else:
+                given, logits = moved.split([offset.shape[1], mask.shape[1]], 1)
+                output = convolve(x, given, weight, *settings, logits.sigmoid(), backend=backend)
+            results.append((output, *torch.autograd.grad(output, moved, case.grad_output)))
+        for found, expected in zip(*results, strict=True):
+            assert relative(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("name", ["plain", "groups"])
+def test_rectified_inside_the_operator(name, backend):
+    """The output and every gradient are those of a ReLU behind the operator; NaN is not swallowed."""
+    case = make_case(CASES[name], torch.float32)
+    leaves = [tensor.detach().requires_grad_() for tensor in case.tensors]
+    x, offset, mask, weight = leaves
+    settings = case.bias, case.geom.stride, case.geom.padding, case.geom.dilation, mask
+    found = convolve(x, offset, weight, *settings, relu=True, backend=backend)
+    expected = convolve(x, offset, weight, *settings, backend=backend).relu()
+    assert 0.1 < (found == 0).float().mean() < 0.9
+    assert torch.equal(found, expected)
+    grads = [torch.autograd.grad(output, leaves, case.grad_output) for output in (found, expected)]
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+    broken = torch.full_like(weight, torch.nan)
+    assert convolve(x, offset, broken, *settings, relu=True, backend=backend).isnan().all()
 
 
 def norm_of(channels, **arguments):

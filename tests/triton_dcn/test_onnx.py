@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import triton_dcn
+from triton_dcn.nn import fuse_batch_norm
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime", minversion="1.31", reason="older ones have no DeformConv")
@@ -62,12 +63,16 @@ def test_operator(groups, offset_groups, bias, mask):
     torch.testing.assert_close(found, Op()(*inputs), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("layer", [triton_dcn.DeformConv2dPack, triton_dcn.ModulatedDeformConv2dPack])
-def test_modules_with_open_batch_and_size(layer):
+def test_modules_with_open_batch_and_size(layer, fused):
     module = layer(4, 6, 3, stride=2, padding=1, deform_groups=2, bias=False)
     nn.init.normal_(module.conv_offset.weight, std=0.2)
+    if fused:
+        module = fuse_batch_norm(module, nn.BatchNorm2d(6).eval(), relu=True)
     images, others = torch.randn(2, 4, 16, 20), torch.randn(3, 4, 9, 31)
     dynamic = torch.export.Dim.DYNAMIC
     found, nodes = run_onnx(module, (images,), (others,), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
     assert nodes.count("DeformConv") == 1
+    assert nodes.count("Relu") == fused
     torch.testing.assert_close(found, module(others).detach(), rtol=0, atol=1e-5)

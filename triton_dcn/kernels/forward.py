@@ -17,10 +17,14 @@ from triton_dcn.kernels.sampling import blend, corner_rows, corner_weights, load
 
 
 @triton.jit
-def finish(acc, bias_ptr, output_ptr, p, o, live, OUT_CHANNELS: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """Add the bias and store a (BLOCK_P, BLOCK_O) tile of the output (M, O)."""
+def finish(
+    acc, bias_ptr, output_ptr, p, o, live, OUT_CHANNELS: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr
+):
+    """Add the bias, rectify and store a (BLOCK_P, BLOCK_O) tile of the output (M, O)."""
     if HAS_BIAS:
         acc += tl.load(bias_ptr + o).to(tl.float32)[None, :]
+    if RELU:
+        acc = tl.where(acc < 0, 0.0, acc)  # NaN stays, as in torch
     to = p.to(tl.int64)[:, None] * OUT_CHANNELS + o[None, :]
     tl.store(output_ptr + to, narrow(acc, output_ptr.dtype.element_ty), mask=live[:, None])
 
@@ -44,6 +48,7 @@ def forward_prefetch_kernel(
     OFFSET_GROUPS: tl.constexpr,
     TAPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
     STRIP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -91,7 +96,7 @@ def forward_prefetch_kernel(
             x00, x01, x10, x11 = load_corners(base, row00, row01, row10, row11, c[None, :], True, False)
             weight = tl.load(weight_tap + start)  # (BLOCK_C, BLOCK_O)
             acc = contract(value, weight, acc, PRECISION)
-    finish(acc, bias_ptr, output_ptr, p, o, live, OUT_CHANNELS, HAS_BIAS)
+    finish(acc, bias_ptr, output_ptr, p, o, live, OUT_CHANNELS, HAS_BIAS, RELU)
 
 
 @triton.jit
@@ -113,6 +118,7 @@ def forward_transposed_kernel(
     OFFSET_GROUPS: tl.constexpr,
     TAPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
     STRIP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -149,4 +155,4 @@ def forward_transposed_kernel(
             value = narrow(value, weight_ptr.dtype.element_ty)
             weight = tl.load(weight_tap + start)  # (BLOCK_O, BLOCK_C)
             acc = contract(weight, tl.trans(value), acc, PRECISION)
-    finish(tl.trans(acc), bias_ptr, output_ptr, p, o, live, OUT_CHANNELS, HAS_BIAS)
+    finish(tl.trans(acc), bias_ptr, output_ptr, p, o, live, OUT_CHANNELS, HAS_BIAS, RELU)
