@@ -100,6 +100,7 @@ def constants(row: Row, arch: str, offset_groups: int = 1) -> dict[str, int | bo
     return {
         "CHANNELS": size * offset_groups, "OUT_CHANNELS": size, "GROUPS": 1, "OFFSET_GROUPS": offset_groups, "TAPS": 9,
         "HAS_BIAS": True, "RELU": False, "HAS_MASK": True, "MASK_LOGITS": False, "WANT_OFFSET": True, "WANT_MASK": True,
+        "PART": False, "ADD": False,
         "STRIP": configs.STRIP, "TILE_H": configs.TILE_H, "TILE_W": configs.TILE_W, "PASS": "fill",
         "PRECISION": configs.precision(arch, "float32" if row.arithmetic == "any" else row.arithmetic),
         "BLOCK": tile.block_p, "BLOCK_P": tile.block_p, "BLOCK_S": tile.block_p, "BLOCK_O": tile.block_o,

@@ -159,11 +159,16 @@ def _backward_by_columns(
     if grads.input is None:
         _sample_gradients(geom, grad, x, samples, w, grads, mask_logits)
     else:
-        grad_columns = _grad_columns(geom, grad, w)
-        if grads.offset is not None or grads.mask is not None:
-            stages.grad_sample(geom, grad_columns, x, samples, 0, grads.offset, grads.mask, mask_logits)
-        stages.g_form(geom, grad_columns, samples, stages.bin_samples(geom, samples), grads.input)
-        del grad_columns
+        bins, chunks = stages.bin_samples(geom, samples), list(_chunks(geom, x))
+        wide = grads.input if len(chunks) == 1 else torch.empty_like(grads.input, dtype=torch.float32)
+        for first, rows in chunks:
+            grad_columns = _grad_columns(geom, grad[first : first + rows], w)
+            if grads.offset is not None or grads.mask is not None:
+                stages.grad_sample(geom, grad_columns, x, samples, first, grads.offset, grads.mask, mask_logits)
+            stages.g_form(geom, grad_columns, samples, bins, first, wide)
+            del grad_columns  # before the next are there
+        if wide is not grads.input:
+            grads.input.copy_(wide)
     if grads.weight is not None:
         for first, rows in _chunks(geom, x):
             left = grad[first : first + rows].view(rows, geom.groups, -1).permute(1, 2, 0)
@@ -196,7 +201,7 @@ def _slices(geom: ConvGeometry) -> Iterator[tuple[ConvGeometry, slice]]:
         if count >= most:
             raise ValueError(f"input of {geom.height}x{geom.width} gives {count} {what} an image, expected < {most}")
     bytes_per_image = samples * configs.BYTES_PER_SAMPLE
-    if geom.offset_groups > 1:  # column gradients are there for a whole slice
+    if geom.offset_groups > 1:  # one chunk of column gradients a slice: each goes through all bins of the slice
         bytes_per_image = max(bytes_per_image, geom.positions * geom.taps * geom.in_channels * 4)
     step = max(1, min((configs.MAX_PIXELS - 1) // pixels, configs.WORKSPACE_BYTES // bytes_per_image))
     for first in range(0, geom.batch, step):

@@ -193,15 +193,22 @@ def t_columns(
     return t, first
 
 
-def g_form(geom: ConvGeometry, grad_columns: Tensor, samples: Samples, bins: Bins, grad_x: Tensor) -> None:
-    """Launch `g_form_kernel`: fill grad_x (B, H, W, C) from the column gradients of all positions."""
+def g_form(
+    geom: ConvGeometry, grad_columns: Tensor, samples: Samples, bins: Bins, first: int, grad_x: Tensor
+) -> None:
+    """Launch `g_form_kernel`: fill grad_x (B, H, W, C) from the column gradients of the positions from `first` on.
+
+    Column gradients of later positions, `first` above 0, add to what the earlier ones have filled.
+    """
     tiles = input_tiles(geom)
-    tile = tile_for("g_form", geom, grad_x)
+    tile, rows = tile_for("g_form", geom, grad_columns), grad_columns.shape[1]
     blocks = triton.cdiv(geom.in_channels // geom.offset_groups, tile.block_c)
     g_form_kernel[(geom.batch * geom.offset_groups * tiles[0] * tiles[1] * blocks,)](
-        grad_columns, *samples, *bins, grad_x, geom.batch * geom.positions, geom.height, geom.width, *tiles,
+        grad_columns, *samples, *bins, grad_x, geom.batch * geom.positions, first, rows,
+        geom.height, geom.width, *tiles,
         CHANNELS=geom.in_channels, GROUPS=geom.groups, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
-        TILE_H=configs.TILE_H, TILE_W=configs.TILE_W, PRECISION=_precision(grad_x),
+        TILE_H=configs.TILE_H, TILE_W=configs.TILE_W, PART=rows < geom.batch * geom.positions,
+        ADD=first > 0, PRECISION=_precision(grad_columns),
         BLOCK_S=tile.block_p, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
     )  # fmt: skip
 

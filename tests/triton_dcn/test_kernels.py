@@ -111,6 +111,25 @@ def test_chunks_and_slices(spec, monkeypatch):
     agree(run(case), run(widen(case), backend=reference), FLOOR[torch.float32])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("spec", "most"), [("offset-groups", 70_000), ("groups-cross", 3_000)])
+def test_column_gradients_of_an_image_beyond_the_workspace(spec, most, dtype, monkeypatch):
+    """Several offset groups: the column gradients come in bounded chunks, too, and each adds to grad_input."""
+    case, sizes = case_of(spec, dtype), []
+    monkeypatch.setattr(configs, "WORKSPACE_BYTES", most)
+    g_form = stages.g_form
+
+    def counted(geom, grad_columns, *rest):
+        sizes.append(grad_columns.nbytes)
+        g_form(geom, grad_columns, *rest)
+
+    monkeypatch.setattr(stages, "g_form", counted)
+    found = run(case)
+    assert len(sizes) > case.geom.batch
+    assert max(sizes) <= most
+    agree(found, run(widen(case), backend=reference), FLOOR[dtype])
+
+
 def test_strips(monkeypatch):
     monkeypatch.setattr(configs, "STRIP_MIN_WIDTH", 17)
     put(monkeypatch, Row("forward", "forward_prefetch", (ARCH,), "any", ANY, Tile(64, 16, 16)))

@@ -117,6 +117,8 @@ def g_form_kernel(
     entry_ptr,
     grad_input_ptr,
     positions,
+    from_position,
+    rows,
     height,
     width,
     tiles_y,
@@ -127,15 +129,17 @@ def g_form_kernel(
     TAPS: tl.constexpr,
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
+    PART: tl.constexpr,
+    ADD: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Compute grad_input from the column gradients of all positions.
+    """Compute grad_input from the column gradients of the positions [from_position, from_position + rows).
 
     Grid: (B * D * tiles_y * tiles_x * ceil(C/D / BLOCK_C),); a program owns a tile and BLOCK_C channels of a group.
-    Reads: grad_column (G, M, K, C/G), the sample arrays, start (bins + 1,), entry.
-    Writes: grad_input (B, H, W, C), in full.
+    Reads: grad_column (G, rows, K, C/G), the sample arrays, start (bins + 1,), entry.
+    Writes: grad_input (B, H, W, C), in full; ADD: adds to it. PART: rows < M, these positions are not all.
     """
     PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
     EVEN: tl.constexpr = PER_OFFSET % BLOCK_C == 0
@@ -159,17 +163,20 @@ def g_form_kernel(
         e = first + tl.arange(0, BLOCK_S)
         live = e < end
         entry = tl.load(entry_ptr + e, mask=live, other=0)
+        row = entry % positions
+        if PART:
+            row -= from_position
+            live = live & (row >= 0) & (row < rows)
+            row = tl.where(live, row, 0)
         hat = hat_matrix(
             cell_ptr, ly_ptr, lx_ptr, scale_ptr, sample_base + entry, live, y[:, None], x[:, None], height, width
         )
         tap = (entry // positions)[:, None]
-        row = (entry % positions)[:, None]
-        from_ptr = grad_column_ptr + column_offset(row, tap, c[None, :], positions, CHANNELS, GROUPS, TAPS)
+        from_ptr = grad_column_ptr + column_offset(row[:, None], tap, c[None, :], rows, CHANNELS, GROUPS, TAPS)
         grad = tl.load(from_ptr) if EVEN else tl.load(from_ptr, mask=live_c, other=0.0)  # (BLOCK_S, BLOCK_C)
         acc = contract(narrow(hat, grad.dtype), grad, acc, PRECISION)
-    to = ((b * height + y) * width + x).to(tl.int64)[:, None] * CHANNELS + c[None, :]
-    tl.store(
-        grad_input_ptr + to,
-        narrow(acc, grad_input_ptr.dtype.element_ty),
-        mask=((y < height) & (x < width))[:, None] & live_c,
-    )
+    to = grad_input_ptr + ((b * height + y) * width + x).to(tl.int64)[:, None] * CHANNELS + c[None, :]
+    inside = ((y < height) & (x < width))[:, None] & live_c
+    if ADD:
+        acc += tl.load(to, mask=inside, other=0.0).to(tl.float32)
+    tl.store(to, narrow(acc, grad_input_ptr.dtype.element_ty), mask=inside)
