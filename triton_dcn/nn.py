@@ -142,7 +142,7 @@ class DeformConv2dPack(nn.Module):
                 nn.init.zeros_(zero)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Predict the offsets, and the masks of version 2, and convolve with them; the operator reads the map as it is."""
+        """Predict the offsets, and the masks of version 2, and convolve with them."""
         return convolve(
             input, self.conv_offset(input), self.weight, self.bias, self.stride, self.padding, self.dilation, None,
             packed=self.channels_per_tap == 3, relu=self.relu,

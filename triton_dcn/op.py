@@ -133,7 +133,7 @@ def backward_op(
     needs: list[bool],
     packed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of input, offset (or packed map), mask and weight; an empty tensor where `needs` is false."""
+    """Return the gradients of input, offset or packed map, mask and weight; an empty tensor where `needs` is false."""
     moves, grad_map = offset, None
     if packed:
         moves, mask = split_map(offset)
