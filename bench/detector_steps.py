@@ -5,6 +5,7 @@ Options are measured one by one against the plain float32 step; each is a provid
 - `channels_last`: the weights too are stored so (the images and features always are).
 - `bf16`: under autocast.
 - `tf32`: float32 products on tensor cores, CUDA only.
+- `fused`: batch norms folded into the convolutions, detection only.
 - `compile`: `torch.compile` of the network and its losses; minutes of compilation before the first step.
 - `graph`: one CUDA graph per shape of the batch, CUDA only.
 """
@@ -27,7 +28,7 @@ from bench.deform_conv import COLUMNS, environment
 from bench.measure import Timing, interleave
 from bench.report import markdown
 from bench.stages import Stages
-from detector import Batch, FasterRCNN, FasterRCNNConfig, Target
+from detector import Batch, FasterRCNN, FasterRCNNConfig, Target, fuse_batch_norms
 from train.config import PRESETS
 
 try:
@@ -36,7 +37,7 @@ try:
 except (ImportError, RuntimeError):  # RuntimeError: a build for another torch
     PeerFasterRCNN = None
 
-OPTIONS = ("channels_last", "bf16", "tf32", "compile", "graph")
+OPTIONS = ("channels_last", "bf16", "tf32", "fused", "compile", "graph")
 CUDA_ONLY = ("tf32", "graph")
 EXTRA = ("images_per_second", "launches", "waits")
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
@@ -98,8 +99,10 @@ def run(make: Callable, mode: str, options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    chosen = [name for name in options.options if device.type == "cuda" or name not in CUDA_ONLY]
     config, rows, where = configure(options), [], environment(device)
+    chosen = [name for name in options.options if device.type == "cuda" or name not in CUDA_ONLY]
+    if mode != "detect" or config.norm == "gn":
+        chosen = [name for name in chosen if name != "fused"]
     case = f"r{config.depth} {config.dcn or 'plain'}" + (" mask" if config.mask else "")
     for size in zip(options.size[::2], options.size[1::2], strict=True):
         batch = make_batch(config, options.batch, size).to(device)
@@ -300,5 +303,7 @@ def compiled(function: Callable, wanted: bool) -> Callable:
 
 
 def stored(model: nn.Module, option: str) -> nn.Module:
-    """Return the model with its weights in the layout of the option."""
+    """Return the model with its weights as the option has them."""
+    if option == "fused":
+        return fuse_batch_norms(model.eval())
     return model.to(memory_format=torch.channels_last) if option == "channels_last" else model

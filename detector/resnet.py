@@ -214,7 +214,7 @@ def _check(*, depth: int, dcn: str | None, dcn_stages: Sequence[bool], frozen_st
     allowed = {
         "depth": (depth, tuple(_LAYOUTS)),
         "dcn": (dcn, (None, *_DEFORMABLE)),
-        "norm": (norm, ("bn", "gn")),
+        "norm": (norm, ("bn", "gn", "syncbn")),
         "frozen_stages": (frozen_stages, (-1, 0, 1, 2, 3, 4)),
     }
     for name, (value, values) in allowed.items():

@@ -193,9 +193,7 @@ def t_columns(
     return t, first
 
 
-def g_form(
-    geom: ConvGeometry, grad_columns: Tensor, samples: Samples, bins: Bins, first: int, grad_x: Tensor
-) -> None:
+def g_form(geom: ConvGeometry, grad_columns: Tensor, samples: Samples, bins: Bins, first: int, grad_x: Tensor) -> None:
     """Launch `g_form_kernel`: fill grad_x (B, H, W, C) from the column gradients of the positions from `first` on.
 
     Column gradients of later positions, `first` above 0, add to what the earlier ones have filled.
