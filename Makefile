@@ -36,6 +36,7 @@ bench-gpu: $(READY)        ## everything there is to measure on a GPU
 lint: $(READY)             ## what CI checks before the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,6 @@
 """What the compiler makes of every kernel and tile of the table, without a GPU.
 
-    python -m bench.static [--arch sm90 ...] [--stage forward ...] [--first] [--json FILE]
+    python -m bench.static [--arch sm90 ...] [--stage forward ...] [--first] [--json FILE] [--markdown FILE]
 
 Compiles ahead of time and reads the machine code: thread registers, spills, shared memory, width of the loads,
 tensor-core instructions, atomics. These are facts about the code and no measure of speed. The numbers to hold are in
@@ -19,13 +19,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.static_table import HEADER, LEGEND, NAMES, Report, occupancy, page, table_line
 from triton_dcn import configs
 from triton_dcn.configs import Row
 from triton_dcn.kernels import binning, columns, forward, grad_input, grad_sample, sampling
@@ -60,37 +61,6 @@ PRODUCTS = ("forward_prefetch", "forward_transposed", "grad_sample_fused", "t_co
 INTEGER_POINTERS = ("cell_ptr", "start_ptr", "entry_ptr", "key_ptr", "count_ptr")
 FLOAT_POINTERS = ("ly_ptr", "lx_ptr", "scale_ptr")
 LARGEST_CLASS = 512  # channels at which a row without a bound is compiled
-
-
-@dataclass(frozen=True)
-class Report:
-    """What one compiled kernel uses.
-
-    Attributes:
-        registers: per thread; for gfx942 vector registers, accumulation registers included.
-        spills: local stores and loads in the code, or spilled registers.
-        shared: bytes of shared memory per block.
-        wide_loads, loads: global loads of 128 bits, and of any width.
-        async_copies: copies that bypass the registers.
-        tensor_core: matrix instructions.
-        float_atomics, integer_atomics: atomics on global memory.
-        barriers: block-wide barriers.
-        instructions: length of the code.
-        loop: of these, inside the longest loop.
-    """
-
-    registers: int
-    spills: int
-    shared: int
-    wide_loads: int
-    loads: int
-    async_copies: int
-    tensor_core: int
-    float_atomics: int
-    integer_atomics: int
-    barriers: int
-    instructions: int
-    loop: int
 
 
 def constants(row: Row, arch: str, offset_groups: int = 1) -> dict[str, int | bool | str]:
@@ -216,45 +186,53 @@ def check(row: Row, arch: str, report: Report) -> list[str]:
 
 
 def rows(archs: Sequence[str], stages: Sequence[str], first_only: bool) -> Iterator[tuple[Row, str]]:
-    """Yield the rows of the table with each of their targets that is asked for; nothing asked for is everything.
+    """Yield the targets that are asked for, each with its rows of the table; nothing asked for is everything.
 
     Args:
         archs, stages: what to compile.
         first_only: one row per stage and target, that of the smallest size class.
     """
     seen = set()
-    for row in configs.TABLE:
-        for arch in row.archs:
-            wanted = arch in (archs or TARGETS) and row.stage in (stages or [row.stage])
+    for arch in archs or TARGETS:
+        for row in configs.TABLE:
+            wanted = arch in row.archs and row.stage in (stages or [row.stage])
             if wanted and not (first_only and (row.stage, arch) in seen):
                 seen.add((row.stage, arch))
                 yield row, arch
 
 
 def main() -> int:
-    """Print one line per kernel, tile and target; return 1 if a threshold does not hold where it is asserted."""
+    """Print one line per target, kernel and tile; return 1 if a threshold does not hold where it is asserted."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="*", default=[], choices=TARGETS)
     parser.add_argument("--stage", nargs="*", default=[], choices=sorted({row.stage for row in configs.TABLE}))
     parser.add_argument("--first", action="store_true", help="only the first row of each stage and target")
     parser.add_argument("--json", type=Path, help="file for the reports, one object per line")
+    parser.add_argument("--markdown", type=Path, help="file for the whole table: docs/static.md")
     options = parser.parse_args()
+    if options.markdown and (options.arch or options.stage or options.first):
+        parser.error("--markdown is for the whole table: leave out --arch, --stage and --first")
     if triton.knobs.runtime.interpret:
         parser.error("unset TRITON_INTERPRET: the interpreter compiles nothing")
-    failed, lines = False, []
+    failed, lines, entries = False, [], []
+    print(LEGEND)
     for row, arch in rows(options.arch, options.stage, options.first):
+        if not entries or entries[-1][1] != arch:
+            print(f"\n{NAMES[arch]}\n{HEADER}")
         report = compile_row(row, arch)
+        entries.append((row, arch, report))
         wrong = check(row, arch, report)
         failed |= bool(wrong) and arch in configs.TESTED
-        tile = "x".join(str(size) for size in (row.tile.block_p, row.tile.block_o, row.tile.block_c) if size)
-        size = f"C{row.channels}" if row.channels < configs.ANY else "any C"
-        numbers = " ".join(f"{name}={value}" for name, value in asdict(report).items())
-        print(f"{row.kernel} {arch} {row.arithmetic} {size} {tile} {row.tile.num_warps}w: {numbers}", flush=True)
+        print(table_line(row, arch, report), flush=True)
         for message in wrong:
             print(f"    {'FAIL' if arch in configs.TESTED else 'note'}: {message}", flush=True)
-        lines.append(json.dumps({"row": asdict(row), "arch": arch, "report": asdict(report), "wrong": wrong}))
+        share, _ = occupancy(arch, row.tile.num_warps, report.registers, report.shared)
+        found = {"row": asdict(row), "arch": arch, "report": asdict(report), "occupancy": share, "wrong": wrong}
+        lines.append(json.dumps(found))
     if options.json:
         options.json.write_text("\n".join(lines) + "\n")
+    if options.markdown:
+        options.markdown.write_text(page(entries, triton.__version__, LARGEST_CLASS))
     return int(failed)
 
 
