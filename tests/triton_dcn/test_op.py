@@ -91,6 +91,20 @@ def test_opcheck(name, backend):
     torch.library.opcheck(backward_op, (case.grad_output, *detached, *settings, needs))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_packed_and_rectified(backend):
+    case = make_case(CASES["plain"], torch.float32)
+    x, offset, mask, weight = case.tensors
+    packed = torch.cat([offset, mask], 1).contiguous(memory_format=torch.channels_last)
+    settings = (list(case.geom.stride), list(case.geom.padding), list(case.geom.dilation), backend)
+    leaves = [t.requires_grad_() for t in (x, packed)]
+    torch.library.opcheck(forward_op, (*leaves, None, weight.requires_grad_(), case.bias, *settings, True, True))
+    detached = [None if t is None else t.detach() for t in (*leaves, None, weight)]
+    torch.library.opcheck(
+        backward_op, (case.grad_output, *detached, *settings, [True, True, False, True], True)
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("needed", range(5))
 def test_each_gradient_alone(needed):
     case = make_case(CASES["groups"], torch.float64)
