@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -72,7 +72,13 @@ def draw_boxes(
 
 
 def draw_comparison(
-    image: np.ndarray, detections: Detections, target: Target, class_names: Sequence[str], min_side: int = 640
+    image: np.ndarray,
+    detections: Detections,
+    target: Target,
+    class_names: Sequence[str],
+    min_side: int = 640,
+    masks: Iterable[np.ndarray] = (),
+    true_masks: Iterable[np.ndarray] = (),
 ) -> np.ndarray:
     """Draw detections beside the ground truth, with a title over either half and a legend of the classes below.
 
@@ -82,13 +88,16 @@ def draw_comparison(
         target: what to draw on the right, in pixels of `image`.
         class_names: by label.
         min_side: small images are enlarged until their long side has so many pixels, for the text to be readable.
+        masks: (H, W) bool or uint8, one for each detection, or nothing.
+        true_masks: the same for `target`.
 
     Returns:
         A picture (H', W', 3) uint8, RGB.
     """
     image, factor = enlarge(image, min_side)
-    left = draw_boxes(image, detections.boxes * factor, detections.labels, class_names, detections.scores)
-    right = draw_boxes(image, target.boxes * factor, target.labels, class_names)
+    masks, true_masks = (_enlarge_masks(given, image.shape[:2]) for given in (masks, true_masks))
+    left = draw_boxes(image, detections.boxes * factor, detections.labels, class_names, detections.scores, masks)
+    right = draw_boxes(image, target.boxes * factor, target.labels, class_names, masks=true_masks)
     titles = f"detected ({len(detections.labels)})", f"ground truth ({len(target.labels)})"
     picture = side_by_side([left, right], titles)
     present = sorted(set(torch.cat([detections.labels.cpu(), target.labels.cpu()]).tolist()))
@@ -102,6 +111,12 @@ def enlarge(image: np.ndarray, min_side: int) -> tuple[np.ndarray, float]:
     if factor > 1:
         image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
     return image, factor
+
+
+def _enlarge_masks(masks: Iterable[np.ndarray], size: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Return masks (H, W) as bool of another size (height, width), one at a time."""
+    for mask in masks:
+        yield cv2.resize(mask.astype(np.uint8), size[::-1], interpolation=cv2.INTER_NEAREST).astype(bool)
 
 
 def side_by_side(pictures: Sequence[np.ndarray], titles: Sequence[str]) -> np.ndarray:

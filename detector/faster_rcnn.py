@@ -33,7 +33,7 @@ class FasterRCNNConfig:
         deform_groups: groups of channels that share offsets.
         mask: predict masks too, with the head of Mask R-CNN.
         frozen_stages: the stem and this many stages are not trained; -1 trains everything, 0 freezes the stem.
-        norm: "bn" or, to train from scratch with small batches, "gn".
+        norm: "bn" or, to train from scratch, "gn" with small batches, "syncbn" (statistics of all GPUs) with several.
         norm_eval: batch norms keep their running statistics in training.
         base_channels: width of the ResNet's stem; 64 is the published network.
         fpn_channels: width of the pyramid.
@@ -66,7 +66,7 @@ class FasterRCNNConfig:
     deform_groups: int = 1
     mask: bool = False
     frozen_stages: int = 1
-    norm: Literal["bn", "gn"] = "bn"
+    norm: Literal["bn", "gn", "syncbn"] = "bn"
     norm_eval: bool = True
     base_channels: int = 64
     fpn_channels: int = 256

@@ -110,20 +110,22 @@ def stack_images(images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     """
     sizes = torch.tensor([image.shape[:2] for image in images])
     height, width = (-(-int(side) // STRIDE) * STRIDE for side in sizes.amax(0))
-    stacked = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
-    for padded, image in zip(stacked, images, strict=True):
-        padded[:, : image.shape[0], : image.shape[1]] = torch.from_numpy(image).permute(2, 0, 1)
+    stacked = torch.empty(len(images), 3, height, width, dtype=torch.uint8)
+    for padded, image in zip(stacked.numpy(), images, strict=True):
+        height, width = image.shape[:2]
+        padded[:, height:], padded[:, :height, width:] = 0, 0
+        cv2.split(image, list(padded[:, :height, :width]))  # faster than a strided copy
     return stacked, sizes
 
 
 def _is_cut_off(data: bytes) -> bool:
     """Tell whether a JPEG or PNG lacks its end marker: decoders fill the missing part with grey and do not complain."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return b"IEND" not in data
+        return data.rfind(b"IEND") < 0  # from the end, where it is
     if not data.startswith(b"\xff\xd8\xff"):
         return False
     position = 2  # walk over the header segments: a thumbnail inside one has end markers of its own
     while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
         fill = data[position + 1 : position + 2] == b"\xff"
         position += 1 if fill else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return data.find(b"\xff\xd9", position) < 0
+    return data.rfind(b"\xff\xd9", position) < 0

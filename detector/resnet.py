@@ -28,7 +28,8 @@ class ResNet(nn.Module):
         dcn_stages: for each of the four stages, whether it is deformable; without meaning if `dcn` is None.
         deform_groups: groups of input channels that move together.
         frozen_stages: -1 trains everything, 0 freezes the stem, n freezes the stem and the first n stages.
-        norm: "bn" (batch) or "gn" (groups of 16 channels, for training from scratch with few images a step).
+        norm: "bn" (batch), "gn" (groups of 16 channels, for training from scratch with few images a step) or "syncbn":
+            here the same as "bn"; training on several GPUs takes its statistics over all of them.
         norm_eval: batch normalisation keeps to its running statistics while training; its scale and shift still train.
         base_channels: width of the stem and of the blocks of C2, which doubles with every stage; a multiple of 16.
 
@@ -180,7 +181,9 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, 4 * planes, ceil(H / stride), ceil(W / stride))."""
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        if not getattr(self.conv2, "relu", False):  # a fused one has done it
+            out = F.relu(out, inplace=True)
         out = self.bn3(self.conv3(out))
         out += x if self.downsample is None else self.downsample(x)
         return F.relu(out, inplace=True)
@@ -201,7 +204,7 @@ def _conv3x3(
 
 
 def _norm(norm: str, channels: int) -> nn.Module:
-    return nn.BatchNorm2d(channels) if norm == "bn" else nn.GroupNorm(channels // GROUP_CHANNELS, channels)
+    return nn.GroupNorm(channels // GROUP_CHANNELS, channels) if norm == "gn" else nn.BatchNorm2d(channels)
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int, norm: str) -> nn.Sequential | None:

@@ -27,6 +27,7 @@ from torch.optim.swa_utils import AveragedModel
 
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
 BEST = "best.pt"
+CANDIDATE = "candidate.pt"  # may become the best: it is being counted
 
 
 @dataclass
@@ -162,15 +163,15 @@ def load(path: Path) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def mark_best(path: Path) -> None:
-    """Let best.pt beside `path` be this checkpoint."""
-    partial = path.with_name(f".{BEST}.{os.getpid()}")
+def mark(path: Path, name: str = BEST) -> None:
+    """Let `name` beside `path` be this checkpoint, whatever becomes of `path`."""
+    partial = path.with_name(f".{name}.{os.getpid()}")
     try:
         try:
             os.link(path, partial)
         except OSError:  # a file system without hard links
             shutil.copyfile(path, partial)
-        partial.replace(path.with_name(BEST))
+        partial.replace(path.with_name(name))
     finally:
         partial.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""A data set in COCO layout: which images and boxes count, held as flat arrays, and one image at a time as a `Sample`.
+"""A data set in COCO layout: which images, boxes and masks count, as flat arrays; one image at a time as a `Sample`.
 
 The annotations are parsed once. Afterwards everything is a NumPy array without Python objects inside, so the worker
 processes that are forked for decoding share one copy: no reference count is written, no page is duplicated.
@@ -7,7 +7,7 @@ processes that are forked for decoding share one copy: no reference count is wri
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from detector.image import read_image
+from train.segmentation import Shapes, check_shape, is_shape, slices
 from train.transforms import Sample, Transform
 
 SMALLEST_SIDE = 32  # training images below are dropped
@@ -27,7 +28,8 @@ class BoxCounts:
     Attributes:
         used: boxes the loss sees; `crowd`: kept aside; the others are dropped, each for the first reason that holds.
         ignored: marked `ignore`; outside: no overlap with the image; empty: area not above 0, or a side below one
-            pixel; foreign: of a category that is not used; orphan: of an image that is not listed.
+            pixel; foreign: of a category that is not used; orphan: of an image that is not listed; shapeless: without
+            a polygon of three corners, where masks are asked for.
     """
 
     used: int
@@ -37,6 +39,7 @@ class BoxCounts:
     empty: int
     foreign: int
     orphan: int
+    shapeless: int
 
     def __str__(self) -> str:
         reasons = {
@@ -45,6 +48,7 @@ class BoxCounts:
             "marked ignore": self.ignored,
             "of other categories": self.foreign,
             "of images that are not listed": self.orphan,
+            "without a valid polygon": self.shapeless,
         }
         dropped = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
         crowd = f", {self.crowd} crowds" if self.crowd else ""
@@ -69,6 +73,7 @@ class CocoDetection:
         training: drop images below 32 pixels and images without an annotation of the classes.
         classes: names of the categories to use, by label; None uses all, in the order of the file.
         limit: keep only the first so many images; 0 keeps all.
+        masks: read the shapes of the objects too, for samples of the training split and for pictures.
 
     Attributes:
         classes: names, by label.
@@ -76,6 +81,7 @@ class CocoDetection:
         image_ids, widths, heights: (N,) int64; file_names: (N,) unicode.
         boxes: (M, 4) float32 xyxy, not clipped; labels: (M,) int64; both without crowds.
         starts: (N + 1,) int64; image i owns the boxes starts[i]:starts[i + 1].
+        shapes: of the boxes; None without masks.
         counts: what became of every annotation; annotated: whether the file has any.
 
     Raises:
@@ -83,7 +89,7 @@ class CocoDetection:
         ValueError: the file is not what it should be; the message names it and the entry.
 
     Source:
-        MMDetection's CocoDataset (which annotations and images are kept, their order).
+        MMDetection's CocoDataset (which annotations and images are kept, their order), LoadAnnotations (which masks).
     """
 
     def __init__(
@@ -95,8 +101,10 @@ class CocoDetection:
         training: bool,
         classes: Sequence[str] | None = None,
         limit: int = 0,
+        masks: bool = False,
     ):
         self.annotations, self.folder, self.transform = Path(annotations), Path(images), transform
+        self.training = training
         if not self.annotations.is_file():
             raise FileNotFoundError(f"annotations not found: {self.annotations}")
         if not self.folder.is_dir():
@@ -105,7 +113,7 @@ class CocoDetection:
         try:
             self._take_categories(content.get("categories", []), classes)
             self._take_images(content["images"])
-            kept = self._take_boxes(content.get("annotations", []), training)
+            kept = self._take_boxes(content.get("annotations", []), masks)
         except ValueError as error:
             raise ValueError(f"{self.annotations}: {error}") from error
         self.annotated = "annotations" in content
@@ -121,8 +129,12 @@ class CocoDetection:
             image = read_image(self.path(index))
         except (OSError, ValueError) as error:
             return BrokenImage(int(self.image_ids[index]), _one_line(error))
-        boxes, labels = self.truth(index)
-        return self.transform(image, boxes, labels, int(self.image_ids[index]), epoch, index)
+        found, listed = image.shape[:2], (int(self.heights[index]), int(self.widths[index]))
+        if self.shapes is not None and found != listed:
+            reason = f"{self.path(index)}: {found[0]} x {found[1]} pixels, its masks are for {listed[0]} x {listed[1]}"
+            return BrokenImage(int(self.image_ids[index]), reason)
+        masks = None if self.shapes is None or not self.training else self.masks(index)
+        return self.transform(image, *self.truth(index), int(self.image_ids[index]), epoch, index, masks)
 
     def path(self, index: int) -> Path:
         """Return the file of image `index`."""
@@ -132,6 +144,11 @@ class CocoDetection:
         """Return boxes (n, 4) float32 and labels (n,) int64 of image `index`, in pixels of the file."""
         mine = slice(self.starts[index], self.starts[index + 1])
         return self.boxes[mine], self.labels[mine]
+
+    def masks(self, index: int) -> Iterator[np.ndarray]:
+        """Draw the masks of image `index` in the order of its boxes: (H, W) uint8, in pixels of the file."""
+        for number in range(self.starts[index], self.starts[index + 1]):
+            yield self.shapes.draw(number, int(self.heights[index]), int(self.widths[index]))
 
     def _take_categories(self, categories: list[dict], classes: Sequence[str] | None) -> None:
         names, numbers = (_column(categories, "categories", *field) for field in (("name", _NAME), ("id", _WHOLE)))
@@ -153,8 +170,8 @@ class CocoDetection:
         if len(ids) != len(images):
             raise ValueError(f"two images have the id {ids[times > 1][0]}")
 
-    def _take_boxes(self, annotations: list[dict], training: bool) -> np.ndarray:
-        """Fill boxes, labels and starts; return which images (N,) bool stay."""
+    def _take_boxes(self, annotations: list[dict], masks: bool) -> np.ndarray:
+        """Fill boxes, labels, starts and shapes; return which images (N,) bool stay."""
         box = np.array(_column(annotations, "annotations", "bbox", _BOX), np.float64).reshape(-1, 4)
         image_id = np.array(_column(annotations, "annotations", "image_id", _WHOLE), np.int64)
         category = np.array(_column(annotations, "annotations", "category_id", _WHOLE), np.int64)
@@ -178,25 +195,48 @@ class CocoDetection:
             dropped.append(int((alive & ~condition).sum()))
             alive &= condition
         orphan, ignore, empty, outside, foreign = dropped
-        used = alive & ~crowd
-        self.counts = BoxCounts(int(used.sum()), int((alive & crowd).sum()), ignore, outside, empty, foreign, orphan)
+        shapeless = np.zeros(len(box), bool)
+        if masks:  # evaluation counts with every annotation, training sees only these
+            needed = alive & ~crowd if self.training else listed & known
+            shapeless[needed] = ~self._have_shapes(annotations, np.flatnonzero(needed), image)
+        used = alive & ~crowd & ~shapeless
+        self.counts = BoxCounts(
+            int(used.sum()), int((alive & crowd).sum()), ignore, outside, empty, foreign, orphan, int(shapeless.sum())
+        )
 
         order = np.flatnonzero(used)[np.argsort(image[used], kind="stable")]
         self.boxes = np.stack([x, y, x + w, y + h], 1)[order].astype(np.float32)
         self.labels = label[order]
         self.starts = np.searchsorted(image[order], np.arange(len(self.image_ids) + 1))
-        if not training:
+        self.shapes = Shapes.of(annotations[number]["segmentation"] for number in order) if masks else None
+        if not self.training:
             return np.ones(len(self.image_ids), bool)
         mentioned = np.zeros(len(self.image_ids), bool)
         mentioned[image[listed & known]] = True
         return mentioned & (np.minimum(self.widths, self.heights) >= SMALLEST_SIDE)
 
+    def _have_shapes(self, annotations: list[dict], chosen: np.ndarray, image: np.ndarray) -> np.ndarray:
+        """Return which of the chosen annotations (n,) have a mask that can be drawn; `image` is where each belongs."""
+        have = np.ones(len(chosen), bool)
+        for place, number in enumerate(chosen):
+            annotation, height, width = annotations[number], self.heights[image[number]], self.widths[image[number]]
+            try:
+                if annotation.get("segmentation") is None:
+                    raise ValueError("missing, and a model with masks (--model.mask) needs it")
+                have[place] = is_shape(annotation["segmentation"])
+                if have[place]:
+                    check_shape(annotation["segmentation"], int(height), int(width))
+                elif not self.training:
+                    raise ValueError("no valid polygon to compare masks with")
+            except ValueError as error:
+                raise ValueError(f"{_which('annotations', number, annotation)}: 'segmentation': {error}") from error
+        return have
+
     def _select(self, kept: np.ndarray) -> None:
         """Keep the images with these indices and their boxes."""
-        lengths = np.diff(self.starts)[kept]
-        rows = np.concatenate([np.arange(self.starts[i], self.starts[i + 1]) for i in kept] or [np.zeros(0, np.int64)])
+        rows, self.starts = slices(self.starts, kept)
         self.boxes, self.labels = self.boxes[rows], self.labels[rows]
-        self.starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        self.shapes = None if self.shapes is None else self.shapes.take(rows)
         self.image_ids, self.file_names = self.image_ids[kept], self.file_names[kept]
         self.widths, self.heights = self.widths[kept], self.heights[kept]
 
@@ -234,11 +274,16 @@ def _column(entries: list[Any], name: str, key: str, kind: _Kind) -> list[Any]:
             raise ValueError(f"{name}[{number}] is not an object with fields: {entry!r:.60}")
         value = entry.get(key)
         if not passes(value):
-            which = f"{name}[{number}]" + (f" (id {entry['id']})" if "id" in entry else "")
+            which = _which(name, number, entry)
             found = f"{key!r} is not {expected}: {value!r:.60}" if key in entry else f"no {key!r}"
             raise ValueError(f"{which}: {found}")
         values.append(value)
     return values
+
+
+def _which(name: str, number: int, entry: dict) -> str:
+    """Name an entry of a list of the file."""
+    return f"{name}[{number}]" + (f" (id {entry['id']})" if "id" in entry else "")
 
 
 def _lookup(values: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detector import Detections
+from detector.predict import full_masks
+from detector.rle import encode_mask
 from train.coco_data import CocoDetection
+from train.segmentation import valid_polygons
 
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 _STATS = (0, 1, 2, 3, 4, 5, 6)  # where they are among pycocotools' twelve
+_SHAPES = {"bbox": "bbox", "segm": "segmentation"}  # what each type of overlap compares
 _LIMITS = [100, 300, 1000]  # detections per image that pycocotools counts; AP uses the first
 
 
@@ -29,31 +36,43 @@ class Found:
     Attributes:
         image_ids: (N,) int64; an image's detections stand together, best first.
         boxes: (N, 4) float32 xyxy; scores: (N,) float32; labels: (N,) int64 from 0.
+        masks: (N,) objects, COCO's compressed run lengths as `detector.rle.encode_mask` gives them; None if the model
+            predicts boxes only, or nothing was found.
     """
 
     image_ids: np.ndarray
     boxes: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
+    masks: np.ndarray | None = None
 
     @classmethod
-    def of(cls, detections: Detections, image_id: int, scale: tuple[float, float]) -> Found:
-        """Take one image's detections back from its resized pixels to those of its file."""
-        boxes = detections.boxes.float().cpu().numpy() / np.array(scale * 2, np.float32)
-        labels = detections.labels.cpu().numpy()
-        return cls(np.full(len(boxes), image_id), boxes, detections.scores.float().cpu().numpy(), labels)
+    def of(cls, detections: Detections, image_id: int, scale: tuple[float, float], size: tuple[int, int]) -> Found:
+        """Take one image's detections back from its resized pixels to those of its file, of `size` (height, width)."""
+        boxes = detections.boxes.float().cpu() / torch.tensor(scale * 2)
+        scores, labels = detections.scores.float().cpu(), detections.labels.cpu()
+        masks = None
+        if detections.masks is not None:
+            small = Detections(boxes, scores, labels, detections.masks.float().cpu())
+            masks = np.empty(len(boxes), object)
+            masks[:] = [encode_mask(mask) for mask in full_masks(small, *size)]
+        return cls(np.full(len(boxes), image_id), boxes.numpy(), scores.numpy(), labels.numpy(), masks)
 
     @classmethod
     def join(cls, parts: Sequence[Found]) -> Found:
         """Put parts one behind the other."""
         empty = cls(np.zeros(0, np.int64), np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
-        columns = zip(*(vars(part).values() for part in (empty, *parts)), strict=True)
-        return cls(*(np.concatenate(column) for column in columns))
+        parts = [part for part in parts if len(part.labels)] or [empty]
+        columns = zip(*(vars(part).values() for part in parts), strict=True)
+        return cls(*(None if column[0] is None else np.concatenate(column) for column in columns))
+
+    def take(self, which: np.ndarray) -> Found:
+        """Return the detections with these numbers, or those where `which` (N,) bool holds."""
+        return Found(*(None if column is None else column[which] for column in vars(self).values()))
 
     def of_image(self, image_id: int) -> Found:
         """Return the detections of one image."""
-        mine = self.image_ids == image_id
-        return Found(*(column[mine] for column in vars(self).values()))
+        return self.take(self.image_ids == image_id)
 
 
 @dataclass(frozen=True)
@@ -72,37 +91,66 @@ class Metrics:
 
 
 def results(found: Found, category_ids: np.ndarray) -> list[dict]:
-    """Return detections as COCO's results format has them: boxes as x, y, width, height; category ids of the file."""
+    """Return detections as COCO's results format has them: boxes as x, y, width, height; category ids of the file.
+
+    Masks, if there are any, are `segmentation`.
+    """
     corner, size = found.boxes[:, :2].astype(float), (found.boxes[:, 2:] - found.boxes[:, :2]).astype(float)
-    rows = zip(
+    columns = zip(
         found.image_ids.tolist(),
         category_ids[found.labels].tolist(),
         np.concatenate([corner, size], 1).tolist(),
         found.scores.astype(float).tolist(),
         strict=True,
     )
-    return [
+    rows = [
         {"image_id": image, "category_id": category, "bbox": box, "score": score}
-        for image, category, box, score in rows
+        for image, category, box, score in columns
     ]
+    for row, mask in zip(rows, () if found.masks is None else found.masks, strict=False):
+        row["segmentation"] = mask
+    return rows
 
 
-def write_results(path: Path, rows: list[dict]) -> None:
-    """Write a results file; it appears under its name only when it is complete."""
+def write_results(path: Path, content: list[dict] | dict) -> None:
+    """Write a results file, or one that holds results; it appears under its name only when it is complete."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(json.dumps(rows))
+        with partial.open("w") as file:
+            file.write(json.dumps(content))
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def measure(rows: list[dict], dataset: CocoDetection) -> Metrics | None:
+def evaluator_classes(name: str) -> tuple[type, type]:
+    """Return the classes COCO and COCOeval of "pycocotools" or "faster", which is faster-coco-eval.
+
+    Raises:
+        ValueError: faster-coco-eval is asked for and not installed.
+    """
+    if name == "pycocotools":
+        return COCO, COCOeval
+    try:
+        package = importlib.import_module("faster_coco_eval")
+    except ModuleNotFoundError as error:
+        raise ValueError("--evaluator faster needs faster-coco-eval: pip install faster-coco-eval") from error
+    return package.COCO, package.COCOeval_faster
+
+
+def measure(
+    rows: list[dict], dataset: CocoDetection, evaluator: str = "pycocotools", iou_type: str = "bbox"
+) -> Metrics | None:
     """Compare detections with the ground truth of the data set's images.
 
     Args:
         rows: `results` of every image.
         dataset: the split they were found in.
+        evaluator: see `evaluator_classes`. Matches and scores are the same, precisions to 15 digits: pycocotools adds
+            2.2e-16 to what it divides by.
+        iou_type: "bbox" compares boxes, "segm" masks, whose areas are then those of the detections.
 
     Returns:
         None if the split's file has no annotations.
@@ -112,32 +160,37 @@ def measure(rows: list[dict], dataset: CocoDetection) -> Metrics | None:
     """
     if not dataset.annotated:
         return None
+    coco, coco_eval = evaluator_classes(evaluator)
+    used = ("image_id", "category_id", "score", _SHAPES[iou_type])
+    rows = [{key: row[key] for key in used} for row in rows]
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
+        truth = coco()
         truth.dataset = json.loads(dataset.annotations.read_bytes())
         for number, annotation in enumerate(truth.dataset["annotations"], 1):
             annotation["id"] = number  # some files have none; pycocotools wants each once, and takes 0 for no match
             annotation.setdefault("iscrowd", 0)
+            if iou_type == "segm" and isinstance(annotation.get("segmentation"), list):
+                annotation["segmentation"] = valid_polygons(annotation["segmentation"])
         truth.createIndex()
         if rows:
             found = truth.loadRes(rows)
         else:  # which loadRes does not take
-            found = COCO()
+            found = coco()
             found.dataset = {**truth.dataset, "annotations": []}
             found.createIndex()
-        evaluation = COCOeval(truth, found, "bbox")
+        evaluation = coco_eval(truth, found, iou_type)
         evaluation.params.catIds = dataset.category_ids.tolist()
         evaluation.params.imgIds = dataset.image_ids.tolist()
         evaluation.params.maxDets = _LIMITS
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
+        COCOeval.summarize(evaluation)  # the other one would count more than 100 detections into AP
     stats = tuple(float(value) for value in evaluation.stats)
     values = {name: stats[place] for name, place in zip(NAMES, _STATS, strict=True)}
     return Metrics(values, _per_class(evaluation, dataset), stats)
 
 
-def _per_class(evaluation: COCOeval, dataset: CocoDetection) -> dict[str, tuple[float, float, int]]:
+def _per_class(evaluation: Any, dataset: CocoDetection) -> dict[str, tuple[float, float, int]]:
     # (IoU thresholds, recalls, classes, areas, limits): all areas, 100 detections; pycocotools sorts the category ids
     precision = evaluation.eval["precision"][:, :, :, 0, 0]
     place = {category: index for index, category in enumerate(evaluation.params.catIds)}

@@ -84,6 +84,15 @@ class World:
         self.sum(0)
 
 
+def announced() -> int:
+    """Return how many processes were started, as WORLD_SIZE tells.
+
+    Raises:
+        ValueError: it is no number.
+    """
+    return _number("WORLD_SIZE", 1) or 1
+
+
 def join(device: str, timeout: float) -> World:
     """Join the processes that torchrun, Slurm or a shell script started; alone if there are none.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -29,17 +29,37 @@ class Loaded:
         batch: for the model; None where no image could be read.
         image_ids: of the annotation file, one per image of the batch.
         scales: (x, y) of each image's resize.
+        sizes: height and width of each image's file.
         broken: images that could not be read and are not in the batch.
     """
 
     batch: Batch | None
     image_ids: list[int]
     scales: list[tuple[float, float]]
+    sizes: list[tuple[int, int]]
     broken: list[BrokenImage]
 
     def pin_memory(self) -> Loaded:
         """Return the same with its tensors in page-locked memory."""
-        return Loaded(self.batch and self.batch.pin_memory(), self.image_ids, self.scales, self.broken)
+        return replace(self, batch=self.batch and self.batch.pin_memory())
+
+    def __reduce__(self) -> tuple:
+        """Travel from a worker: small tensors inside the message, as each of them in shared memory costs a file."""
+        batch = self.batch and _replace_small(self.batch, Tensor.numpy)
+        return _received, (batch, self.image_ids, self.scales, self.sizes, self.broken)
+
+
+def _received(batch: Batch | None, *rest: list) -> Loaded:
+    return Loaded(batch and _replace_small(batch, torch.from_numpy), *rest)
+
+
+def _replace_small(batch: Batch, change: Callable) -> Batch:
+    """Apply `change` to all tensors (or arrays) but images and masks."""
+    targets = batch.targets and [
+        replace(target, boxes=change(target.boxes), labels=change(target.labels)) for target in batch.targets
+    ]
+    seeds = None if batch.seeds is None else change(batch.seeds)
+    return replace(batch, sizes=change(batch.sizes), targets=targets, seeds=seeds)
 
 
 class TrainingBatches:
@@ -87,16 +107,20 @@ class TrainingBatches:
 
 
 def collate(samples: Sequence[Sample | BrokenImage]) -> Loaded:
-    """Put images (uint8, padded with zeros on the right and bottom) and boxes together."""
+    """Put images (uint8, padded with zeros on the right and bottom), boxes and masks (not padded) together."""
     broken = [sample for sample in samples if isinstance(sample, BrokenImage)]
     samples = [sample for sample in samples if isinstance(sample, Sample)]
     if not samples:
-        return Loaded(None, [], [], broken)
+        return Loaded(None, [], [], [], broken)
     images, sizes = stack_images([sample.image for sample in samples])
-    targets = [Target(torch.from_numpy(sample.boxes), torch.from_numpy(sample.labels)) for sample in samples]
+    targets = [Target(*map(_tensor, (sample.boxes, sample.labels, sample.masks))) for sample in samples]
     seeds = torch.tensor([sample.seed for sample in samples])
-    ids, scales = [sample.image_id for sample in samples], [sample.scale for sample in samples]
-    return Loaded(Batch(images, sizes, targets, seeds), ids, scales, broken)
+    about = zip(*((sample.image_id, sample.scale, sample.size) for sample in samples), strict=True)
+    return Loaded(Batch(images, sizes, targets, seeds), *map(list, about), broken)
+
+
+def _tensor(array: np.ndarray | None) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array)
 
 
 class Readable:
@@ -172,7 +196,7 @@ def on_device(loader: Iterable[Loaded], device: torch.device) -> Iterator[Loaded
 
 def _move(loaded: Loaded, device: torch.device) -> Loaded:
     batch = loaded.batch and loaded.batch.to(device, non_blocking=True)
-    return Loaded(batch, loaded.image_ids, loaded.scales, loaded.broken)
+    return replace(loaded, batch=batch)
 
 
 def _tensors(batch: Batch | None) -> Iterator[Tensor]:
@@ -180,5 +204,7 @@ def _tensors(batch: Batch | None) -> Iterator[Tensor]:
         yield from (batch.images, batch.sizes)
         for target in batch.targets or ():
             yield from (target.boxes, target.labels)
+            if target.masks is not None:
+                yield target.masks
         if batch.seeds is not None:
             yield batch.seeds

@@ -139,7 +139,7 @@ def evaluate(
         with autocast(device, amp):
             detections = model(loaded.batch)
         found += [
-            Found.of(one, image_id, scale)
-            for one, image_id, scale in zip(detections, loaded.image_ids, loaded.scales, strict=True)
+            Found.of(one, *about)
+            for one, *about in zip(detections, loaded.image_ids, loaded.scales, loaded.sizes, strict=True)
         ]
     return Found.join(found), broken

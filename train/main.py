@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # find the packages from any folder; this one's files must not pass for top-level modules
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -19,17 +20,19 @@ import torch
 import detector
 from detector.checkpoint import read_checkpoint
 from train import errors, report
-from train.checkpoint import State, find, mark_best, newest, pack, save
+from train.checkpoint import State, find, mark, newest, pack, save
 from train.coco_data import CocoDetection
+from train.coco_metrics import evaluator_classes
 from train.config import Config, as_dict, parse
-from train.distributed import Interrupted, StopRequest, World, join, leave
+from train.counting import Counting
+from train.distributed import Interrupted, StopRequest, World, announced, join, leave
 from train.loader import TrainingBatches, training_loader
 from train.log import TrainLog
 from train.loop import train_one_epoch
 from train.rundir import RunFolder, provenance
 from train.schedule import Schedule
 from train.setup import build, check_weights, open_split, resume
-from train.validation import validate
+from train.validation import count, detect
 
 
 def main() -> int:
@@ -37,8 +40,9 @@ def main() -> int:
     world = out = None
     try:
         quiet = os.environ.get("LOCAL_RANK", "0") != "0"
-        config = parse(sys.argv[1:], gpu=torch.cuda.is_available(), quiet=quiet)
+        config = parse(sys.argv[1:], gpu=torch.cuda.is_available(), processes=announced(), quiet=quiet)
         out = config.out
+        evaluator_classes(config.evaluator)  # what is missing is told before the others are waited for
         world = join(config.device, config.timeout)
         torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
         (evaluate_only if config.eval_only else train)(config, world)
@@ -55,8 +59,9 @@ def main() -> int:
 def train(config: Config, world: World) -> None:
     """Train until the run has its epochs or steps; save and evaluate on the way."""
     begin, stop = time.monotonic(), StopRequest(world)
-    train_set = open_split(config, world, "train", config.model.image_scale)
-    val_set = open_split(config, world, "val", config.model.image_scale, train_set.classes)
+    scale, masks = config.model.image_scale, config.model.mask
+    train_set = open_split(config, world, "train", scale, masks=masks)
+    val_set = open_split(config, world, "val", scale, train_set.classes, masks=masks)
     config = replace(config, model=replace(config.model, num_classes=len(train_set.classes)))
     run = RunFolder(config.out)
     notes = world.from_first(run.claim(config, world.size) if world.first else None)
@@ -75,11 +80,16 @@ def train(config: Config, world: World) -> None:
     log = TrainLog(run.metrics, run.path, world, config.log_every, steps, state.step, len(train_set))
     about = {"config": as_dict(config.model), "run": as_dict(config), "classes": list(train_set.classes)}
     about |= {"images_per_batch": config.data.batch * world.size, **provenance()}
+    counting = Counting(run, val_set, config.evaluator)
     try:
+        if world.first:
+            counting.take_up(state.step)
         while True:
-            if _evaluation_is_due(state, config, run, world):
-                _evaluate(state, val_set, config, world, run, log, stop)
+            if _evaluation_is_due(state, config, run, world, counting):
+                _record_counted(counting.wait(stop.check), counting, run, log)
+                _evaluate(state, val_set, config, world, run, log, stop, counting)
             if _is_finished(state, config):
+                _record_counted(counting.wait(stop.check), counting, run, log)
                 break
             batches.epoch, batches.start = state.epoch, state.batch
             for step in train_one_epoch(
@@ -97,7 +107,10 @@ def train(config: Config, world: World) -> None:
                     raise Interrupted(signal, f"after step {step}; its checkpoint is in {run.checkpoints}")
                 if _is_finished(state, config):
                     break
+                if not stop.received:
+                    _record_counted(counting.collect(), counting, run, log)
     finally:
+        counting.stop()
         log.close()
     if world.first:
         print(report.after(run, time.monotonic() - begin), flush=True)
@@ -113,13 +126,14 @@ def evaluate_only(config: Config, world: World) -> None:
         raise ValueError(f"--eval-only needs --weights, or a checkpoint in {run.checkpoints}")
     model, names = detector.load(path, world.device)
     classes = names if read_checkpoint(path).classes else None
-    dataset = open_split(config, world, "val", model.config.image_scale, classes)
+    dataset = open_split(config, world, "val", model.config.image_scale, classes, masks=model.config.mask)
     if len(dataset.classes) != model.config.num_classes:
         known = f"{path} knows {model.config.num_classes} classes"
         raise ValueError(f"{known}, {dataset.annotations} has {len(dataset.classes)}")
     run.path.mkdir(parents=True, exist_ok=True)
-    line = validate(model, dataset, config, world, run, lambda *_: None, lambda: None)
+    found = detect(model, dataset, config, world, run, lambda *_: None, lambda: None)
     if world.first:
+        line = count(*found, dataset, run, config.evaluator)
         run.append({"weights": str(path), **line})
         print(report.evaluation(line), report.places(run), sep="\n\n")
         print(f"took {report.duration(time.monotonic() - begin)}")
@@ -129,32 +143,51 @@ def _is_finished(state: State, config: Config) -> bool:
     return state.epoch >= config.epochs or 0 < config.max_steps <= state.step
 
 
-def _evaluation_is_due(state: State, config: Config, run: RunFolder, world: World) -> bool:
+def _evaluation_is_due(state: State, config: Config, run: RunFolder, world: World, counting: Counting) -> bool:
     """Tell whether this is a place for an evaluation, and it has not been made before an interruption."""
     at_end_of_epoch = state.batch == 0 and state.epoch > 0 and state.epoch % config.eval_every == 0
-    known = world.from_first(world.first and any(line["step"] == state.step for line in run.evaluations()))
+    steps = [counting.step, *(line["step"] for line in run.evaluations())] if world.first else []
+    known = world.from_first(state.step in steps)
     return (at_end_of_epoch or _is_finished(state, config)) and not known
 
 
 def _evaluate(
-    state: State, dataset: CocoDetection, config: Config, world: World, run: RunFolder, log: TrainLog, stop: StopRequest
-) -> None:
-    """Evaluate the model as it is now; keep its numbers, and its checkpoint if it is the best so far."""
+    state: State, dataset: CocoDetection, config: Config, world: World, run: RunFolder, log: TrainLog,
+    stop: StopRequest, counting: Counting,
+) -> None:  # fmt: skip
+    """Let the model as it is now detect, and count: at once, or beside the next epoch where that takes long."""
     epoch = state.epoch + bool(state.batch)
-    line = validate(
+    found = detect(
         state.evaluated, dataset, config, world, run, lambda name, picture: log.picture(name, picture, state.step),
         stop.check,
     )  # fmt: skip
     if not world.first:
         return
+    if 0 < config.eval_overlap <= len(dataset) and not _is_finished(state, config):
+        counting.begin(state.step, epoch, *found)
+        return
+    line = count(*found, dataset, run, config.evaluator)
+    _record({"step": state.step, "epoch": epoch, **line}, find(run.checkpoints)[0], run, log)
+
+
+def _record_counted(line: dict[str, Any] | None, counting: Counting, run: RunFolder, log: TrainLog) -> None:
+    """Keep the numbers that were counted beside training, if they are there."""
+    if line is not None:
+        _record(line, counting.candidate, run, log)
+        counting.close_books()
+
+
+def _record(line: dict[str, Any], weights: Path, run: RunFolder, log: TrainLog) -> None:
+    """Keep the numbers of an evaluation, and the checkpoint they belong to if it is the best so far."""
     best = max((before["AP"] for before in run.evaluations() if "AP" in before), default=-2.0)
-    run.append({"step": state.step, "epoch": epoch, **line})
+    if line.get("AP", -2.0) > best:
+        mark(weights)
+    run.append(line)
     if "AP" in line:
-        log.evaluation(state.step, line)
+        log.evaluation(line["step"], line)
         ap, ap50 = report.score(line["AP"]), report.score(line["AP50"])
-        log.say(f"epoch {epoch}: AP {ap}  AP50 {ap50}  ({line['evaluation_seconds']:.0f} s)")
-        if line["AP"] > best:
-            mark_best(find(run.checkpoints)[0])
+        masks = f"  masks AP {report.score(line['segm_AP'])}" if "segm_AP" in line else ""
+        log.say(f"epoch {line['epoch']}: AP {ap}  AP50 {ap50}{masks}  ({line['evaluation_seconds']:.0f} s)")
 
 
 if __name__ == "__main__":

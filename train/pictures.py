@@ -11,6 +11,7 @@ import torch
 from detector import Detections, Target
 from detector.draw import draw_comparison
 from detector.image import read_image, write_image
+from detector.rle import decode_mask
 from train.coco_data import CocoDetection
 from train.coco_metrics import Found
 
@@ -21,7 +22,7 @@ def draw_pictures(dataset: CocoDetection, found: Found, folder: Path, count: int
     """Draw `count` images spread evenly over a data set, write them and yield path and picture.
 
     Args:
-        dataset: images and ground truth.
+        dataset: images and ground truth, masks too if it has them.
         found: detections in pixels of the files.
         folder: for the PNG files, named by the images' files; made if missing.
         count: images, or all there are if fewer.
@@ -33,11 +34,12 @@ def draw_pictures(dataset: CocoDetection, found: Found, folder: Path, count: int
         except (OSError, ValueError):
             continue  # the evaluation has named it
         mine = found.of_image(dataset.image_ids[index])
-        shown = mine.scores >= SCORE
-        columns = (torch.from_numpy(column[shown]) for column in (mine.boxes, mine.scores, mine.labels))
-        boxes, labels = dataset.truth(index)
-        target = Target(torch.from_numpy(boxes), torch.from_numpy(labels))
-        picture = draw_comparison(image, Detections(*columns), target, dataset.classes)
+        mine = mine.take(mine.scores >= SCORE)
+        detections = Detections(*(torch.from_numpy(column) for column in (mine.boxes, mine.scores, mine.labels)))
+        target = Target(*(torch.from_numpy(column) for column in dataset.truth(index)))
+        masks = () if mine.masks is None else map(decode_mask, mine.masks)
+        true_masks = () if dataset.shapes is None else dataset.masks(index)
+        picture = draw_comparison(image, detections, target, dataset.classes, masks=masks, true_masks=true_masks)
         path = folder / f"{Path(str(dataset.file_names[index])).stem}.png"
         write_image(path, picture)
         yield path, picture

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def draw(runs: Sequence[Path], out: Path) -> None:
-    """Draw loss, its four parts, learning rate, AP and AP50 of the runs over their steps.
+    """Draw loss, its parts, learning rate, AP, AP50 and the AP of masks of the runs over their steps.
 
     Args:
         runs: folders with a metrics.jsonl.
@@ -50,14 +50,15 @@ def draw(runs: Sequence[Path], out: Path) -> None:
         if not any("loss" in line for line in lines):
             raise ValueError(f"{run} is not the folder of a run: no losses in {RunFolder(run).metrics}")
     parts = list(dict.fromkeys(key for lines in histories.values() for line in lines for key in line if "loss_" in key))
-    keys = ["loss", "AP", "AP50", "lr", *parts]
+    masks = ["segm_AP"] if any("segm_AP" in line for lines in histories.values() for line in lines) else []
+    keys = ["loss", "AP", "AP50", *masks, "lr", *parts]
     mpl.use("Agg")
     figure, panels = pyplot.subplots(2, -(-len(keys) // 2), figsize=(4 * -(-len(keys) // 2), 7), layout="constrained")
     for panel, key in zip(panels.flat, keys, strict=False):
         for run, lines in histories.items():
             chosen = [line for line in lines if key in line and "step" in line]
             steps, values = _thin([line["step"] for line in chosen], [line[key] for line in chosen])
-            panel.plot(steps, values, marker="o" if key.startswith("AP") else None, label=str(run))
+            panel.plot(steps, values, marker="o" if "AP" in key else None, label=str(run))
         panel.set(title=key, xlabel="step")
         panel.grid(alpha=0.3)
     for panel in panels.flat[len(keys) :]:

@@ -53,7 +53,8 @@ def before(
         "training": f"{len(train)} images, {len(train.boxes)} boxes ({train.annotations}: {train.counts})",
         "validation": f"{len(val)} images, {len(val.boxes)} boxes ({val.annotations}: {val.counts})",
         "classes": f"{len(train.classes)} in the data: {_shorten(train.classes)}",
-        "model": f"Faster R-CNN R{config.model.depth}-FPN, {dcn}, norm {config.model.norm}, "
+        "model": f"{'Mask' if config.model.mask else 'Faster'} R-CNN R{config.model.depth}-FPN, {dcn}, "
+        f"norm {config.model.norm}, "
         f"images within {config.model.image_scale[0]} x {config.model.image_scale[1]}",
         "parameters": f"{trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen",
         "device": f"{world.size} x {world.device.type}, amp {config.amp}",
@@ -82,11 +83,19 @@ def evaluation(line: dict[str, Any]) -> str:
     """Return an evaluation line of metrics.jsonl as two small tables: COCO's numbers, then the classes."""
     if "AP" not in line:
         return "no annotations to compare with: detections only"
+    masks = "segm_AP" in line
     lines = ["  ".join(f"{name:>6}" for name in NAMES), "  ".join(f"{score(line[name]):>6}" for name in NAMES)]
+    if masks:
+        lines.append("  ".join(f"{score(line[f'segm_{name}']):>6}" for name in NAMES))
+        lines = [start + text for start, text in zip(("       ", "boxes  ", "masks  "), lines, strict=True)]
     width = max([len(name) for name in line["classes"]] + [5])
-    lines += ["", f"{'class':<{width}}      AP    AP50   boxes"]
+    lines += ["", f"{'class':<{width}}      AP    AP50   boxes" + ("  masks AP    AP50" if masks else "")]
     for name, (ap, ap50, count) in line["classes"].items():
-        lines.append(f"{name:<{width}}  {score(ap):>6}  {score(ap50):>6}  {count:6d}")
+        row = f"{name:<{width}}  {score(ap):>6}  {score(ap50):>6}  {count:6d}"
+        if masks:
+            ap, ap50, _ = line["segm_classes"][name]
+            row += f"  {score(ap):>8}  {score(ap50):>6}"
+        lines.append(row)
     return "\n".join(lines)
 
 

@@ -17,10 +17,10 @@ from train.config import Config, as_dict
 
 # These may differ between two starts of one run: they do not change what it computes.
 FREE = {
-    "out", "epochs", "max_steps", "eval_only", "eval_every", "log_every", "pictures", "timeout", "device",
-    "data.workers", "data.batch", "optim.accumulate", "checkpoint.every", "checkpoint.keep",
+    "out", "epochs", "max_steps", "eval_only", "eval_every", "eval_overlap", "evaluator", "log_every", "pictures",
+    "timeout", "device", "data.workers", "data.batch", "optim.accumulate", "checkpoint.every", "checkpoint.keep",
 }  # fmt: skip
-_PACKAGES = ("torch", "triton", "numpy", "opencv-python-headless", "pycocotools")
+_PACKAGES = ("torch", "triton", "numpy", "opencv-python-headless", "pycocotools", "faster-coco-eval")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -53,12 +53,14 @@ class RunFolder:
 
     Attributes:
         checkpoints, pictures, metrics, detections: where things are.
+        uncounted: detections whose evaluation is not finished, see `train.counting`.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.checkpoints, self.pictures = path / "checkpoints", path / "pictures"
         self.metrics, self.detections = path / "metrics.jsonl", path / "detections.json"
+        self.uncounted = path / "uncounted.json"
 
     def claim(self, config: Config, world_size: int) -> list[str]:
         """Make the folder this run's, or check that it already is.

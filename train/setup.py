@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -25,7 +26,8 @@ from train.schedule import make_optimizer
 from train.transforms import Transform
 
 GENERATED = ROOT / "data" / "generated"
-# No buffer ever changes, so none needs to travel. The flag has another name since PyTorch 2.13.
+# Buffers change in a batch norm that trains alone, and "syncbn" keeps them equal, so none needs to travel. The flag has
+# another name since PyTorch 2.13.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 KEEP_BUFFERS = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 
@@ -36,6 +38,8 @@ def open_split(
     split: str,
     scale: tuple[int, int],
     classes: Sequence[str] | None = None,
+    *,
+    masks: bool = False,
 ) -> CocoDetection:
     """Open the training or the validation images of the run's data set; make the generated one if none is named.
 
@@ -45,6 +49,7 @@ def open_split(
         split: "train" or "val".
         scale: bounds of the sides after resizing.
         classes: names by label; None takes those of the file.
+        masks: whether the model has masks.
 
     Raises:
         OSError, ValueError: see `CocoDetection`.
@@ -61,8 +66,9 @@ def open_split(
         if not root.is_dir():
             raise FileNotFoundError(f"--data.root {root} is not a folder")
         dataset = CocoDetection(
-            root / annotations, root / images, transform, training=training, classes=classes, limit=data.limit
-        )
+            root / annotations, root / images, transform, training=training, classes=classes, limit=data.limit,
+            masks=masks,
+        )  # fmt: skip
         if training and not len(dataset):
             raise ValueError(f"{dataset.annotations} has no image to train on: none with an annotation of its classes")
     return world.from_first(dataset)
@@ -76,6 +82,8 @@ def build(config: Config, world: World) -> tuple[State, Any]:
     """
     torch.manual_seed(config.seed)
     model = FasterRCNN(config.model).to(world.device, memory_format=torch.channels_last)  # as its activations are
+    if synchronises(config, world):
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
     average = None
     if config.optim.ema:
@@ -86,6 +94,11 @@ def build(config: Config, world: World) -> tuple[State, Any]:
         device = [world.device] if world.device.type == "cuda" else None
         network = DistributedDataParallel(network, device, gradient_as_bucket_view=True, **KEEP_BUFFERS)
     return state, network
+
+
+def synchronises(config: Config, world: World) -> bool:
+    """Tell whether batch norms take their statistics over all processes; PyTorch can on a GPU only."""
+    return config.model.norm == "syncbn" and world.size > 1 and world.device.type == "cuda"
 
 
 def check_weights(path: Path) -> None:

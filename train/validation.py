@@ -1,4 +1,4 @@
-"""The evaluation of a run: detect on all processes, count on the first one, leave files and pictures."""
+"""The evaluation of a run: `detect` on all processes, draw pictures, `count` on the first one or beside it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from train.pictures import draw_pictures
 from train.rundir import RunFolder
 
 
-def validate(
+def detect(
     model: nn.Module,
     dataset: CocoDetection,
     config: Config,
@@ -30,8 +30,8 @@ def validate(
     run: RunFolder,
     show: Callable[[str, np.ndarray], None],
     between: Callable[[], None],
-) -> dict[str, Any] | None:
-    """Evaluate a model on a data set and write detections.json and pictures.
+) -> tuple[list[dict], float] | None:
+    """Let a model detect in a data set, and write pictures.
 
     Every process detects in its share of the images; none is seen twice, so nothing has to be removed, and the numbers
     are those of a single process.
@@ -44,8 +44,7 @@ def validate(
         between: is called between images and may raise.
 
     Returns:
-        On the first process COCO's numbers by name, `classes` (AP, AP50, boxes of each class) and `evaluation_seconds`;
-        without annotations the numbers are missing. None on the other processes.
+        On the first process the rows of detections.json and the seconds it took; None on the others.
 
     Raises:
         ValueError: more than one percent of the images could not be read.
@@ -64,17 +63,37 @@ def validate(
     if not world.first:
         return None
     found = _in_order(Found.join(parts), dataset)
-    rows = results(found, dataset.category_ids)
-    write_results(run.detections, rows)
-    metrics = measure(rows, dataset)
     for path, picture in draw_pictures(dataset, found, run.pictures, config.pictures):
         show(path.stem, picture)
-    line = {"evaluation_seconds": time.perf_counter() - begin}
-    return line if metrics is None else {**metrics.values, "classes": metrics.per_class, **line}
+    return results(found, dataset.category_ids), time.perf_counter() - begin
+
+
+def count(rows: list[dict], seconds: float, dataset: CocoDetection, run: RunFolder, evaluator: str) -> dict[str, Any]:
+    """Write detections.json and compare it with the ground truth.
+
+    Args:
+        rows, seconds: from `detect`.
+        dataset, run: as there.
+        evaluator: see `train.coco_metrics.evaluator_classes`.
+
+    Returns:
+        COCO's numbers by name, `classes` (AP, AP50, boxes of each class) and `evaluation_seconds`, those of detection
+        included; without annotations the numbers are missing. Those of masks, where the data set has them, are named
+        `segm_AP` and so on.
+    """
+    begin = time.perf_counter()
+    write_results(run.detections, rows)
+    line = {}
+    for prefix, iou_type in [("", "bbox"), *([("segm_", "segm")] if dataset.shapes is not None else [])]:
+        metrics = measure(rows, dataset, evaluator, iou_type)
+        if metrics is not None:
+            line |= {prefix + name: value for name, value in metrics.values.items()}
+            line[f"{prefix}classes"] = metrics.per_class
+    return {**line, "evaluation_seconds": seconds + time.perf_counter() - begin}
 
 
 def _in_order(found: Found, dataset: CocoDetection) -> Found:
     """Sort detections by image as the data set has them, whoever found them."""
     place = {image_id: index for index, image_id in enumerate(dataset.image_ids.tolist())}
     order = np.argsort([place[image_id] for image_id in found.image_ids.tolist()], kind="stable").astype(int)
-    return Found(*(column[order] for column in vars(found).values()))
+    return found.take(order)

@@ -120,11 +120,12 @@ def test_text_file_missing_file_and_folder_are_named(tmp_path):
 
 
 def test_stacked_images_are_padded_with_zeros():
-    images = [np.random.randint(1, 256, size, np.uint8) for size in ((20, 70, 3), (33, 32, 3))]
-    stacked, sizes = stack_images(images)
+    sizes = [(20, 70), (33, 32), (1, 45), (50, 1)]
+    images = [np.random.randint(1, 256, (*size, 3), np.uint8) for size in sizes]
+    stacked, stacked_sizes = stack_images(images)
     assert stacked.dtype == torch.uint8
-    assert stacked.shape == (2, 3, 64, 96)
-    assert sizes.tolist() == [[20, 70], [33, 32]]
+    assert stacked.shape == (4, 3, 64, 96)
+    assert stacked_sizes.tolist() == [list(size) for size in sizes]
     for padded, image in zip(stacked, images, strict=True):
         height, width = image.shape[:2]
         np.testing.assert_array_equal(padded[:, :height, :width].permute(1, 2, 0), image)

@@ -19,7 +19,7 @@ def same_weights(a, b):
     return all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
 
 
-@pytest.mark.parametrize("norm", ["bn", "gn"])
+@pytest.mark.parametrize("norm", ["bn", "gn", "syncbn"])
 def test_checkpoint_of_training(tmp_path, norm):
     config = replace(CONFIG, norm=norm)
     model = FasterRCNN(config).train()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+
+import train.main
 
 MAIN = Path(__file__).parents[2] / "train" / "main.py"
 CATEGORIES = [{"id": 7, "name": "red"}, {"id": 3, "name": "blue"}]  # ids with holes, not in order
@@ -31,7 +34,7 @@ def make_split(root: Path, split: str, count: int, first_id: int, size: tuple[in
             number = len(content["annotations"]) + 1
             content["annotations"].append(
                 {"id": number, "image_id": image_id, "category_id": category["id"], "bbox": [x, y, w, h],
-                 "area": w * h, "iscrowd": 0}
+                 "area": w * h, "iscrowd": 0, "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]}
             )  # fmt: skip
         name = f"{image_id:06d}.png"
         cv2.imwrite(str(root / split / name), pixels[..., ::-1])
@@ -50,6 +53,24 @@ def coco(tmp_path) -> Path:
     make_split(tmp_path / "coco", "train2017", 8, 100)
     make_split(tmp_path / "coco", "val2017", 3, 500)
     return tmp_path / "coco"
+
+
+@pytest.fixture
+def start(monkeypatch, capsys):
+    """Function: command line -> (exit status, stdout, stderr) of the script, run in this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments):
+        fixed = [str(MAIN), "--preset", "tiny", "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", [*fixed, *map(str, arguments)])
+        status = train.main.main()
+        return status, *capsys.readouterr()
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def command(*arguments: object, processes: int = 1, launcher: tuple[str, ...] = ("--standalone",)) -> list[str]:

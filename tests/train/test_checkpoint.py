@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import train.checkpoint
-from train.checkpoint import State, find, load, load_newest, mark_best, newest, pack, restore, save
+from train.checkpoint import State, find, load, load_newest, mark, newest, pack, restore, save
 from train.config import OptimConfig
 from train.schedule import make_optimizer
 
@@ -127,9 +127,9 @@ def test_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
 def test_best_stays_when_its_source_goes(tmp_path):
     state = make_state()
     take_step(state)
-    mark_best(save(tmp_path, pack(state, {}), keep=1))
+    mark(save(tmp_path, pack(state, {}), keep=1))
     take_step(state)
     save(tmp_path, pack(state, {}), keep=1)
     assert load(tmp_path / "best.pt")["step"] == 1
-    mark_best(find(tmp_path)[0])
+    mark(find(tmp_path)[0])
     assert load(tmp_path / "best.pt")["step"] == 2

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -88,9 +89,43 @@ def test_annotations_need_neither_flag_nor_id(coco):
     assert measure(results(truth_as_found(dataset), dataset.category_ids), dataset).values["AP"] == pytest.approx(1)
 
 
+def crowded(content):
+    """Copy the annotations to other places, some as crowds and some marked `ignore`."""
+    random = np.random.default_rng(0)
+    for annotation in [annotation for annotation in content["annotations"] for _ in range(30)]:
+        x, y, width, height = annotation["bbox"]
+        other = {"bbox": [x + int(random.integers(-9, 9)), y + int(random.integers(-9, 9)), width, height]}
+        flags = {"iscrowd": int(random.random() < 0.1), "ignore": int(random.random() < 0.1)}
+        content["annotations"].append({**annotation, **other, **flags, "id": len(content["annotations"]) + 1})
+
+
+def test_faster_evaluator_agrees(coco):
+    pytest.importorskip("faster_coco_eval", reason="the extra fast-eval is not installed")
+    edit(coco, crowded, "val2017")
+    dataset = open_coco(coco, "val2017")
+    random, count = np.random.default_rng(1), 400  # an image: more than AP counts
+    ids, chosen = np.repeat(dataset.image_ids, count), random.integers(0, len(dataset.boxes), 3 * count)
+    boxes = dataset.boxes[chosen] + random.normal(0, 3, (3 * count, 4)).astype(np.float32)
+    scores = random.integers(1, 50, 3 * count).astype(np.float32) / 50  # with many ties
+    found = Found(ids, boxes, scores, dataset.labels[chosen])
+    one, two = (measure(results(found, dataset.category_ids), dataset, name) for name in ("pycocotools", "faster"))
+    assert 0 < one.values["AP"] < 1
+    assert one.stats[6] < one.stats[7]  # the limits bind
+    assert two.stats == pytest.approx(one.stats, rel=0, abs=1e-15)
+    for name, numbers in one.per_class.items():
+        assert two.per_class[name] == pytest.approx(numbers, rel=0, abs=1e-15)
+    assert measure([], dataset, "faster") == measure([], dataset)
+
+
+def test_missing_evaluator_names_the_cure(coco, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(ValueError, match="--evaluator faster needs faster-coco-eval: pip install faster-coco-eval"):
+        measure([], open_coco(coco, "val2017"), "faster")
+
+
 def test_results_are_in_coco_format(tmp_path):
     detections = Detections(torch.tensor([[2.0, 4.0, 12.0, 10.0]]), torch.tensor([0.5]), torch.tensor([1]))
-    found = Found.of(detections, 42, (2.0, 0.5))
+    found = Found.of(detections, 42, (2.0, 0.5), (32, 8))
     rows = results(found, np.array([7, 3]))
     assert rows == [{"image_id": 42, "category_id": 3, "bbox": [1.0, 8.0, 5.0, 12.0], "score": 0.5}]
     write_results(tmp_path / "detections.json", rows)

@@ -62,9 +62,37 @@ def test_unknown_choice_names_the_flag(flags, capsys):
     assert flags.split()[0] in capsys.readouterr().err
 
 
-def test_masks_are_refused():
-    with pytest.raises(ValueError, match=r"--model\.mask cannot be trained here"):
-        parse(["--model.mask"], gpu=False)
+SYNCBN = "--model.norm syncbn --model.no-norm-eval --model.frozen-stages 0"
+
+
+@pytest.mark.parametrize(
+    ("flags", "gpu", "processes", "need"),
+    [
+        pytest.param("--preset coco-1x --model.norm syncbn", True, 8, "--model.no-norm-eval", id="kept"),
+        pytest.param(f"{SYNCBN} --model.frozen-stages 4", True, 8, "--model.frozen-stages below 4", id="frozen"),
+        pytest.param(SYNCBN, False, 2, "GPUs for 2 processes", id="no-gpu"),
+        pytest.param(f"{SYNCBN} --device cpu", True, 2, "GPUs for 2 processes", id="cpu"),
+    ],
+)
+def test_syncbn_tells_what_it_needs(flags, gpu, processes, need):
+    with pytest.raises(ValueError, match=f"--model.norm syncbn needs {need}"):
+        parse(flags.split(), gpu=gpu, processes=processes)
+
+
+@pytest.mark.parametrize(("gpu", "processes"), [(True, 8), (True, 1), (False, 1)])
+def test_syncbn_where_it_works(gpu, processes):
+    assert parse(SYNCBN.split(), gpu=gpu, processes=processes).model.norm == "syncbn"
+
+
+def test_plain_batch_norm_that_learns_its_statistics_is_for_one_process():
+    flags = ["--model.norm", "bn", "--model.no-norm-eval"]
+    assert not parse(flags, gpu=False).model.norm_eval
+    with pytest.raises(ValueError, match="each of 2 processes statistics of its own; take --model.norm syncbn"):
+        parse(flags, gpu=True, processes=2)
+
+
+def test_evaluation_does_not_look_at_the_norm():
+    parse(["--eval-only", "--model.norm", "syncbn"], gpu=False, processes=2)
 
 
 def test_evaluation_of_a_file_does_not_write_into_another_run():

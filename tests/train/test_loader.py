@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.train.test_coco_data import open_coco, open_golden
-from train.loader import TrainingBatches, collate, evaluation_loader, training_loader
+from tests.train.test_coco_data import edit, open_coco, open_golden
+from train.loader import TrainingBatches, _tensors, collate, evaluation_loader, training_loader
 
 
 def test_batches_equal_mmdetection(golden, tmp_path):
@@ -76,6 +76,23 @@ def test_workers_change_nothing(coco):
         assert torch.equal(seeds, other_seeds)
 
 
+@pytest.mark.parametrize("masks", [False, True])
+def test_batches_arrive_from_workers_as_they_were_made(coco, masks):
+    dataset = open_coco(coco, masks=masks)
+    dataset.path(3).write_bytes(b"no image")
+    batches = TrainingBatches(np.zeros(len(dataset), bool), 3)
+    for made, arrived in zip(*(training_loader(dataset, batches, workers, False) for workers in (0, 1)), strict=True):
+        assert vars(made).keys() == vars(arrived).keys()
+        for name in ("image_ids", "scales", "sizes", "broken"):
+            assert getattr(made, name) == getattr(arrived, name)
+        pairs = list(zip(_tensors(made.batch), _tensors(arrived.batch), strict=True))
+        assert len(pairs) == 3 + len(made.image_ids) * (3 if masks else 2)
+        for one, other in pairs:
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other)
+    assert [loaded.batch is None for loaded in evaluation_loader(dataset, 1, False)] == [i == 3 for i in range(8)]
+
+
 def test_workers_survive_a_signal_to_the_whole_group(coco):
     dataset = open_coco(coco)
     batches = iter(training_loader(dataset, TrainingBatches(np.zeros(len(dataset), bool), 1), 2, False))
@@ -106,3 +123,20 @@ def test_evaluation_sees_every_image_once(coco):
     first = next(iter(evaluation_loader(dataset, 0, False)))
     assert first.batch is None
     assert first.broken[0].image_id == 100
+
+
+def test_masks_reach_the_batch(coco):
+    edit(coco, lambda content: content["annotations"][0].update(iscrowd=1))  # all of image 100
+    dataset = open_coco(coco, masks=True)
+    loaded = collate([dataset[0, 0], dataset[0, 1]])
+    assert loaded.sizes == [(96, 128), (96, 128)]
+    empty, full = loaded.batch.targets
+    assert empty.masks.shape == (0, 48, 64)
+    assert full.masks.shape == (len(full.labels), 48, 64)
+    assert full.masks.dtype == torch.uint8
+    for (x1, y1, x2, y2), mask in zip(full.boxes.round().int().tolist(), full.masks, strict=True):
+        assert abs(int(mask.sum()) - (x2 - x1) * (y2 - y1)) <= x2 - x1 + y2 - y1
+        assert mask[(y1 + y2) // 2, (x1 + x2) // 2]
+    assert [tensor.shape for tensor in _tensors(loaded.batch) if tensor.dim() == 3] == [(0, 48, 64), full.masks.shape]
+    assert open_coco(coco)[0, 1].masks is None
+    assert open_coco(coco, training=False, masks=True)[0, 1].masks is None

@@ -67,7 +67,7 @@ def test_bad_loss_names_itself_the_step_and_the_images(make_log, tmp_path, value
 
 
 def broken(*ids):
-    return Loaded(None, [], [], [BrokenImage(image_id, f"cannot read {image_id}.jpg") for image_id in ids])
+    return Loaded(None, [], [], [], [BrokenImage(image_id, f"cannot read {image_id}.jpg") for image_id in ids])
 
 
 def test_broken_images_are_named_once_and_counted(make_log, capsys):

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,29 +10,10 @@ import torch
 
 import detector
 import train.loop
-import train.main
-from tests.train.conftest import MAIN, lines
+from tests.train.conftest import lines
 from tests.train.test_coco_data import edit
 from train.checkpoint import find, load
 from train.config import PRESETS
-
-
-@pytest.fixture
-def start(monkeypatch, capsys):
-    """Function: command line -> (exit status, stdout, stderr) of the script, run in this process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-
-    def run(*arguments):
-        fixed = [str(MAIN), "--preset", "tiny", "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", [*fixed, *map(str, arguments)])
-        status = train.main.main()
-        return status, *capsys.readouterr()
-
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def weights(out: Path) -> dict:

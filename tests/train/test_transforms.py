@@ -8,7 +8,7 @@ from detector import FasterRCNN, FasterRCNNConfig
 from detector.image import read_image
 from tests.conftest import GOLDEN
 from train.loader import collate
-from train.transforms import Transform, flip, resize
+from train.transforms import Transform, flip, resize, resize_masks
 
 sys.path.insert(0, str(GOLDEN))
 from fill import summary
@@ -48,7 +48,7 @@ def test_batch_equals_mmdetection(golden, name):
     for index in spec["images"]:
         image, boxes, _, _ = prepared(parameters[f"{group}.{index}"])
         plain = transform(np.zeros((8, 8, 3), np.uint8), boxes, np.zeros(len(boxes), np.int64), index, 0, 0)
-        samples.append(type(plain)(image, boxes, plain.labels, index, (1.0, 1.0), 0))
+        samples.append(type(plain)(image, boxes, plain.labels, index, (1.0, 1.0), 0, (8, 8)))
     loaded = collate(samples)
     assert list(loaded.batch.images.shape) == spec["shape"]
     model = FasterRCNN(FasterRCNNConfig(depth=18, fpn_channels=8, fc_channels=8, num_classes=1))
@@ -92,3 +92,28 @@ def test_boxes_are_clipped_not_dropped():
     boxes = np.array([[-5, -5, 10, 30], [25, 0, 30, 5]], np.float32)
     assert (resize(image, boxes, (20, 10))[1] == [[0, 0, 10, 10], [20, 0, 20, 5]]).all()
     assert torch.from_numpy(resize(image, boxes, (20, 10))[1]).dtype == torch.float32
+
+
+def test_masks_follow_the_image():
+    image = np.zeros((40, 60, 3), np.uint8)
+    masks = np.random.default_rng(0).integers(0, 2, (2, 40, 60)).astype(np.uint8)
+    image[..., 0] = 255 * masks[0]
+    boxes, labels = np.zeros((2, 4), np.float32), np.zeros(2, np.int64)
+    plain, mirrored = (
+        Transform((120, 80), flip=share)(image, boxes, labels, 9, 0, 0, iter(masks)) for share in (0.0, 1.0)
+    )
+    assert plain.masks.dtype == np.uint8
+    assert (plain.masks == masks.repeat(2, 1).repeat(2, 2)).all()
+    assert (mirrored.masks == plain.masks[:, :, ::-1]).all()
+    assert mirrored.masks.flags.c_contiguous
+    same = Transform((60, 40))(image, boxes, labels, 9, 0, 0, iter(masks))
+    assert (same.masks == masks).all()
+    assert same.size == plain.size == (40, 60)
+
+
+def test_masks_shrink_to_the_nearest_pixel():
+    masks = np.random.default_rng(0).integers(0, 2, (3, 41, 67)).astype(np.uint8)
+    small = resize_masks(iter(masks), 3, (20, 31))
+    rows, columns = (np.floor(np.arange(new) * (old / new)).astype(int) for old, new in ((41, 20), (67, 31)))
+    assert (small == masks[:, rows][:, :, columns]).all()
+    assert resize_masks(iter(()), 0, (20, 31)).shape == (0, 20, 31)
