@@ -149,8 +149,9 @@ def open_measured(name: str, make: Callable[[], Sequence]) -> Sequence:
 def touch_all(dataset: Sequence, pipe: multiprocessing.connection.Connection) -> None:
     """Be a worker: touch every annotation as an epoch would and report the MiB that this took."""
     touch = dataset.truth if isinstance(dataset, CocoDetection) else dataset.annotations
+    order = np.random.default_rng(0).permutation(len(dataset))
     before = private_mib()
-    for index in np.random.default_rng(0).permutation(len(dataset)):
+    for index in order:
         touch(int(index))
     pipe.send(private_mib() - before)
 
@@ -197,13 +198,13 @@ def compare(loaders: dict[str, Callable[[int], DataLoader]], workers: int, round
     }
     for name, cost in medians.items():
         print(
-            f"{workers} workers  {name:<12} {cost.rate / max(workers, 1):6.1f} images/s per worker, processor time per "
+            f"workers {workers}: {name:<12} {cost.rate / max(workers, 1):6.1f} images/s per worker, processor time per "
             f"image {cost.workers:5.2f} ms in workers, {cost.training:5.2f} ms in the training process"
         )
     ours, plain = medians.values()
     used, plain_used = ours.workers or ours.training, plain.workers or plain.training
     ratios = f"{ours.rate / plain.rate:.2f} images/s, {used / plain_used:.2f} processor time"
-    print(f"{workers} workers  ours to plain: {ratios}")
+    print(f"workers {workers}: ours to plain: {ratios}")
     return ours
 
 
@@ -260,7 +261,7 @@ def main() -> None:
         for workers in options.workers:
             cost = compare(loaders, workers, options.rounds, options.seconds)
             if workers:
-                print(f"{workers} workers  {needed_workers(cost, workers)}")
+                print(f"workers {workers}: {needed_workers(cost, workers)}")
 
 
 if __name__ == "__main__":
