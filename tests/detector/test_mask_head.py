@@ -201,7 +201,7 @@ def test_learns_masks():
     model, batch = FasterRCNN(replace(SMALL, dcn=None)), batch_with_masks()
     optimiser = torch.optim.AdamW(model.parameters(), 2e-3)
     history = []
-    for _ in range(30):
+    for _ in range(45):  # at 30 the loss is 0.12 to 0.31, by the rounding of the machine; at 45 about 0.12
         losses = model(batch)
         assert list(losses) == ["loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask"]
         optimiser.zero_grad()

@@ -9,6 +9,8 @@ from pycocotools import mask as coco_mask
 
 from detector.rle import decode_mask, encode_mask
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools' own
+
 
 def check(mask):
     ours, theirs = encode_mask(mask), coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
