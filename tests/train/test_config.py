@@ -92,7 +92,7 @@ def test_plain_batch_norm_that_learns_its_statistics_is_for_one_process():
 
 
 def test_evaluation_does_not_look_at_the_norm():
-    parse(["--eval-only", "--model.norm", "syncbn"], gpu=False, processes=2)
+    assert parse(["--eval-only", "--model.norm", "syncbn"], gpu=False, processes=2).model.norm == "syncbn"
 
 
 def test_evaluation_of_a_file_does_not_write_into_another_run():
