@@ -48,9 +48,7 @@ def decode_mask(rle: dict) -> np.ndarray:
     Raises:
         ValueError: `counts` is malformed or does not fill `size`.
     """
-    height, width = rle["size"]
-    pixels = fill_runs(runs_of(rle))
-    return np.ascontiguousarray(pixels.reshape(width, height).T)
+    return fill_runs(runs_of(rle), *rle["size"])
 
 
 def runs_of(rle: dict) -> np.ndarray:
@@ -63,9 +61,10 @@ def runs_of(rle: dict) -> np.ndarray:
     return runs.astype(np.int64)
 
 
-def fill_runs(runs: np.ndarray) -> np.ndarray:
-    """Return the pixels (H * W,) bool of runs (R,), column after column."""
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+def fill_runs(runs: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return the mask (height, width) bool of runs (R,) down its columns that fill it."""
+    pixels = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    return np.ascontiguousarray(pixels.reshape(width, height).T)
 
 
 def _unpack(text: str | bytes) -> np.ndarray:

@@ -83,7 +83,7 @@ class Shapes:
         """Return the mask (height, width) uint8 of an object, in the pixels of its image."""
         first, last = self.first_run[number : number + 2]
         if last > first:
-            mask = np.ascontiguousarray(fill_runs(self.runs[first:last]).reshape(width, height).T)
+            mask = fill_runs(self.runs[first:last], height, width)
         else:
             ends = self.polygons[self.first_polygon[number] : self.first_polygon[number + 1] + 1]
             parts = [self.coordinates[a:b] for a, b in pairwise(ends)]
