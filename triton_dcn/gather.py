@@ -45,15 +45,17 @@ def forward(
     grid = tap_grid(geom, dtype, input.device)
     output = input.new_empty(geom.output_shape).to(memory_format=_format(input))
     rows_out = output.flatten(2).unflatten(1, (geom.groups, -1)).permute(1, 0, 3, 2)  # (G, B, P, O / G)
-    for images, pieces in cut(geom, dtype.itemsize):
+    for images, blocks in cut(geom, dtype.itemsize):
         table = make_table(geom, input[images], dtype)
-        for positions in pieces:
-            samples = make_samples(geom, offset, mask, images, positions, grid)
-            part = _matmul(_columns(geom, table, samples), kernel.mT)  # (G, n * p, O / G)
-            if bias is not None:
-                part.add_(bias.view(geom.groups, 1, -1))
-            target = rows_out[:, images, positions]
-            target.copy_(part.view(target.shape))
+        for block, pieces in blocks:
+            samples = make_samples(geom, offset, mask, images, block, grid)
+            block_out = rows_out[:, images, block]
+            for positions in pieces:
+                part = _matmul(_columns(geom, table, *samples.piece(positions)), kernel.mT)  # (G, n * p, O / G)
+                if bias is not None:
+                    part.add_(bias.view(geom.groups, 1, -1))
+                target = block_out[:, :, positions]
+                target.copy_(part.view(target.shape))
     return output
 
 
@@ -87,26 +89,33 @@ def backward(
     grad_mask = torch.empty_like(mask, memory_format=_format(mask)) if mask is not None and need_mask else None
     grad_kernel = torch.zeros_like(kernel, memory_format=torch.contiguous_format) if need_weight else None
     rows_in = grad_output.flatten(2).unflatten(1, (geom.groups, -1)).permute(1, 0, 3, 2)  # (G, B, P, O / G)
-    for images, pieces in cut(geom, dtype.itemsize):
+    for images, blocks in cut(geom, dtype.itemsize):
         table = make_table(geom, input[images], dtype)
         grad_table = torch.zeros_like(table) if need_input else None
-        for positions in pieces:
-            samples = make_samples(geom, offset, mask, images, positions, grid)
-            grad = rows_in[:, images, positions].to(dtype).flatten(1, 2).contiguous()  # (G, n * p, O / G)
-            if grad_kernel is not None:
-                grad_kernel.baddbmm_(grad.mT, _columns(geom, table, samples))
-            if grad_table is None and grad_offset is None and grad_mask is None:
-                continue
-            grad_columns = _matmul(grad, kernel)
-            if grad_table is not None:
-                _scatter(geom, grad_columns, samples, grad_table)
-            if grad_offset is not None or grad_mask is not None:
-                slopes = _slopes(_dots(geom, table, grad_columns, samples), samples)
+        for block, pieces in blocks:
+            samples = make_samples(geom, offset, mask, images, block, grid)
+            dots = None if grad_offset is None and grad_mask is None else torch.empty_like(samples.weights)
+            block_in = rows_in[:, images, block]
+            for positions in pieces:
+                rows, weights = samples.piece(positions)
+                grad = block_in[:, :, positions].to(dtype).flatten(1, 2).contiguous()  # (G, n * p, O / G)
+                if grad_kernel is not None:
+                    grad_kernel.baddbmm_(grad.mT, _columns(geom, table, rows, weights))
+                if grad_table is None and dots is None:
+                    continue
+                grad_columns = _matmul(grad, kernel)
+                if grad_table is not None:
+                    _scatter(geom, grad_columns, rows, weights, grad_table)
+                if dots is not None:
+                    target = dots[:, :, positions]
+                    target.copy_(_dots(geom, table, grad_columns, rows).view(target.shape))
+            if dots is not None:
+                slopes = _slopes(dots, samples)
                 if grad_mask is not None:
-                    per_sample(geom, grad_mask, images, positions).copy_(slopes[0])
+                    per_sample(geom, grad_mask, images, block).copy_(slopes[0])
                 if grad_offset is not None:
                     scaled = slopes[1:] if samples.mask is None else slopes[1:].mul_(samples.mask)
-                    per_sample(geom, grad_offset, images, positions).copy_(scaled)
+                    per_sample(geom, grad_offset, images, block).copy_(scaled)
         if grad_input is not None and grad_table is not None:
             grad_input[images].copy_(pixels(geom, grad_table).permute(0, 3, 1, 2))
     grad_weight = None
@@ -130,11 +139,9 @@ def _kernel(geom: ConvGeometry, weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).reshape(geom.groups, geom.out_channels // geom.groups, -1)
 
 
-def _columns(geom: ConvGeometry, table: Tensor, samples: Samples) -> Tensor:
+def _columns(geom: ConvGeometry, table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     """Sample: (G, n * p, K * C / G)."""
-    rows = samples.rows.flatten()
     starts = torch.arange(0, len(rows), 4, dtype=rows.dtype, device=rows.device)
-    weights = samples.weights.flatten()
     sampled, *_ = torch.embedding_bag(sliced(geom, table), rows, starts, per_sample_weights=weights)
     return sampled.view(geom.groups, -1, geom.taps * geom.in_channels // geom.groups)
 
@@ -153,9 +160,8 @@ def _convolves(rows: Tensor) -> bool:
     return suits and torch.get_num_threads() > 1 and torch.backends.mkldnn.is_available()
 
 
-def _scatter(geom: ConvGeometry, grad_columns: Tensor, samples: Samples, grad_table: Tensor) -> None:
+def _scatter(geom: ConvGeometry, grad_columns: Tensor, rows: Tensor, weights: Tensor, grad_table: Tensor) -> None:
     """Add to each table row the gradients of the samples that read it, times their weights, in the samples' order."""
-    rows = samples.rows.flatten()
     low, high = (int(end) for end in rows.aminmax())
     middle = (low + high + 1) // 2
     key = torch.int16 if high - low < 2**16 else rows.dtype  # the sort takes time per byte
@@ -165,14 +171,13 @@ def _scatter(geom: ConvGeometry, grad_columns: Tensor, samples: Samples, grad_ta
         sliced(geom, grad_columns),
         order >> 2,
         torch.searchsorted(ranked, every),
-        per_sample_weights=samples.weights.flatten().index_select(0, order),
+        per_sample_weights=weights.index_select(0, order),
     )
     sliced(geom, grad_table)[low : high + 1].add_(summed)
 
 
-def _dots(geom: ConvGeometry, table: Tensor, grad_columns: Tensor, samples: Samples) -> Tensor:
-    """Inner products of the gradient of each sample with the four rows that it read: (G, n, p, K, J, 4)."""
-    rows = samples.rows.flatten()
+def _dots(geom: ConvGeometry, table: Tensor, grad_columns: Tensor, rows: Tensor) -> Tensor:
+    """Inner products of the gradient of each sample with the four rows that it read, in the order of the samples."""
     table, grads = sliced(geom, table), sliced(geom, grad_columns)
     if rows.is_cpu:  # entries of grads @ table.T, a row per sample
         starts = torch.arange(0, len(rows) + 1, 4, dtype=rows.dtype)
@@ -181,7 +186,7 @@ def _dots(geom: ConvGeometry, table: Tensor, grad_columns: Tensor, samples: Samp
         dots: Tensor = torch.sparse.sampled_addmm(entries, grads, table.t(), beta=0).values()
     else:
         dots = torch.stack([(table[corner] * grads).sum(-1) for corner in rows.view(-1, 4).unbind(1)], 1)
-    return dots.view(samples.rows.shape)
+    return dots
 
 
 def _slopes(dots: Tensor, samples: Samples) -> Tensor:

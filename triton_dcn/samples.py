@@ -17,6 +17,8 @@ from triton_dcn.geometry import ConvGeometry
 
 CHUNK_BYTES = 8 << 20
 """Size of the columns and indices of one piece; the backward pass holds a few such buffers."""
+CHUNK_WEIGHTS = 3
+"""The same in sizes of the weight, if that is more: the products rearrange the weight for every piece."""
 
 
 class Samples(NamedTuple):
@@ -27,15 +29,32 @@ class Samples(NamedTuple):
     fractions: Tensor  # (2, n, p, K, D): y, x within the cell
     mask: Tensor | None  # (n, p, K, D)
 
+    def piece(self, positions: slice) -> tuple[Tensor, Tensor]:
+        """Return rows and weights of some of the positions."""
+        return self.rows[:, :, positions].flatten(), self.weights[:, :, positions].flatten()
 
-def cut(geom: ConvGeometry, itemsize: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Cut the work into images and, within, positions whose columns, indices and table stay near CHUNK_BYTES."""
+
+def cut(geom: ConvGeometry, itemsize: int) -> Iterator[tuple[slice, list[tuple[slice, list[slice]]]]]:
+    """Cut the work into images, within these positions to sample at once, within these positions to contract at once.
+
+    The images' table, the rows and weights of the first and the columns of the second stay near CHUNK_BYTES each.
+    Computed for many positions at once, rows and weights keep every thread busy and cost few calls; columns are
+    contracted while they are in the cache.
+
+    Yields:
+        Slices of the batch; for each, slices of its positions; for each of these, slices within it.
+    """
     pixel = geom.in_channels * itemsize
-    position = geom.taps * (pixel + 64 * slice_count(geom))  # four rows and weights, and their order
-    image = max(geom.positions * position, (geom.height + 3) * (geom.width + 2) * pixel)
-    positions = _spans(geom.positions, max(1, CHUNK_BYTES // position))
+    sample = 64 * geom.taps * slice_count(geom)  # four rows and weights, and their order
+    column = geom.taps * pixel + sample
+    image = max(geom.positions * column, (geom.height + 3) * (geom.width + 2) * pixel)
+    piece = max(CHUNK_BYTES, CHUNK_WEIGHTS * geom.out_channels * geom.taps * pixel // geom.groups)
+    blocks = [
+        (block, _spans(block.stop - block.start, max(1, piece // column)))
+        for block in _spans(geom.positions, max(1, CHUNK_BYTES // sample))
+    ]
     for images in _spans(geom.batch, max(1, CHUNK_BYTES // image)):
-        yield images, positions
+        yield images, blocks
 
 
 def _spans(total: int, most: int) -> list[slice]:
@@ -80,7 +99,7 @@ def pixels(geom: ConvGeometry, table: Tensor) -> Tensor:
 def make_samples(
     geom: ConvGeometry, offset: Tensor, mask: Tensor | None, images: slice, positions: slice, grid: Tensor
 ) -> Samples:
-    """Compute which rows the samples of a piece read, and their weights."""
+    """Compute which rows the samples of some positions read, and their weights."""
     place = per_sample(geom, offset, images, positions).to(grid.dtype) + grid[:, None, positions, :, None]
     place.nan_to_num_(nan=-2)
     torch.threshold_(place[0], -1, -2).clamp_(max=geom.height)
@@ -119,7 +138,7 @@ def make_samples(
 
 
 def per_sample(geom: ConvGeometry, tensor: Tensor, images: slice, positions: slice) -> Tensor:
-    """Offsets (B, 2*D*K, Ho, Wo) of a piece as (2, n, p, K, D), masks (B, D*K, Ho, Wo) as (n, p, K, D)."""
+    """Offsets (B, 2*D*K, Ho, Wo) of some positions as (2, n, p, K, D), masks (B, D*K, Ho, Wo) as (n, p, K, D)."""
     planes: Tensor = tensor[images].flatten(2)[..., positions].unflatten(1, (geom.offset_groups, geom.taps, -1))
     planes = planes.permute(3, 0, 4, 2, 1)
     return planes if len(planes) == 2 else planes[0]

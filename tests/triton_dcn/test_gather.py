@@ -225,9 +225,10 @@ def test_pieces_cover_everything_once(monkeypatch):
     for chunk in (1, 1000, 5000, 20000, 1 << 24):
         monkeypatch.setattr(samples, "CHUNK_BYTES", chunk)
         seen = torch.zeros(geom.batch, geom.positions)
-        for images, positions in samples.cut(geom, 4):
-            for part in positions:
-                seen[images, part] += 1
+        for images, blocks in samples.cut(geom, 4):
+            for block, pieces in blocks:
+                for piece in pieces:
+                    seen[images, block][:, piece] += 1
         assert (seen == 1).all()
 
 
