@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from triton_dcn.geometry import ConvGeometry
@@ -153,8 +155,27 @@ class Inputs:
         )  # fmt: skip
 
 
+COARSE = 8
+"""Positions from one independent value of a smooth field of offsets to the next."""
+
+
+def _draw_offsets(shape: tuple[int, ...], magnitude: float, smooth: bool, draw: torch.Generator) -> Tensor:
+    """Return normal offsets (B, 2*D*K, Ho, Wo) with `magnitude` pixels as standard deviation."""
+    if not smooth:
+        return torch.randn(shape, generator=draw) * magnitude
+    coarse = torch.randn(*shape[:2], *(math.ceil(size / COARSE) + 1 for size in shape[2:]), generator=draw)
+    field = F.interpolate(coarse, shape[2:], mode="bilinear", align_corners=True)
+    return field * (magnitude / field.std())
+
+
 def make_inputs(
-    case: Case, dtype: torch.dtype, device: torch.device, magnitude: float, channels_last: bool = False, seed: int = 0
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device,
+    magnitude: float,
+    channels_last: bool = False,
+    smooth: bool = False,
+    seed: int = 0,
 ) -> Inputs:
     """Draw tensors; offsets are normal with `magnitude` pixels as standard deviation, 0.1 away from whole pixels.
 
@@ -163,14 +184,15 @@ def make_inputs(
         dtype, device: of every tensor.
         magnitude: pixels; 0 gives offsets of exactly 0.
         channels_last: memory format of input, weight and grad.
+        smooth: whether neighbours have similar offsets, as trained layers predict them, or independent ones.
         seed: of the drawing.
     """
     draw = torch.Generator().manual_seed(seed)
     taps, extent = case.kernel[0] * case.kernel[1], case.out_size
     offset = torch.zeros(case.batch, 2 * case.offset_groups * taps, *extent)
     if magnitude:
-        offset = (torch.randn(offset.shape, generator=draw) * magnitude).floor()
-        offset += 0.1 + 0.8 * torch.rand(offset.shape, generator=draw)
+        drawn = _draw_offsets(offset.shape, magnitude, smooth, draw)
+        offset = drawn.floor() + 0.1 + 0.8 * (drawn - drawn.floor())
     fan_in = case.channels // case.groups * taps
     plain = {
         "input": torch.randn(case.batch, case.channels, case.height, case.width, generator=draw),

@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"skipped {name}: {reason}", file=sys.stderr)
     rows, where = [], environment(device)
     for dtype in options.dtypes:
-        with _tf32(dtype == "tf32"):
+        with allow_tf32(dtype == "tf32"):
             machine = measure_machine(DTYPES[dtype], device)
             rows += _machine_rows(machine, dtype, where)
             bar = tqdm(cases, desc=dtype, unit="case", disable=None)
@@ -68,6 +68,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="instead of each case's own")
     parser.add_argument("--deform-groups", type=int, help="instead of each case's own")
     parser.add_argument("--offset-magnitude", type=float, default=2.0, help="standard deviation, pixels; 0: no offset")
+    parser.add_argument("--smooth", action="store_true", help="offsets that change little from place to place")
     parser.add_argument("--channels-last", action="store_true", help="layout of input and weight")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
@@ -87,15 +88,17 @@ def _measure(
 ) -> list[dict]:
     """Rows of one case: every provider that agrees, in every mode, and the roofline."""
     agreed = _agreeing(case, dtype, device, providers, options.offset_magnitude)
-    inputs = make_inputs(case, DTYPES[dtype], device, options.offset_magnitude, options.channels_last)
+    layout = {"channels_last": options.channels_last, "smooth": options.smooth}
+    inputs = make_inputs(case, DTYPES[dtype], device, options.offset_magnitude, **layout)
     shape = case.shape + (" nhwc" if options.channels_last else "") + f" off{options.offset_magnitude:g}"
+    shape += " smooth" if options.smooth else ""
     rows = []
     for mode in options.modes:
         functions = {name: calls(provider, inputs, mode) for name, provider in agreed.items()}
         timings = interleave(functions, device, options.seconds)
         least = machine.least_ms(case, mode, DTYPES[dtype].itemsize)
         timings["roofline"] = Timing(least, least, least, None)
-        rows += [_row(name, case.name, shape, dtype, mode, timing, where) for name, timing in timings.items()]
+        rows += [timing_row(name, case.name, shape, dtype, mode, timing, where) for name, timing in timings.items()]
     return rows
 
 
@@ -121,7 +124,7 @@ def _agreeing(
 
 
 @contextmanager
-def _tf32(allowed: bool):
+def allow_tf32(allowed: bool):
     """Let float32 products use tf32, or not."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
@@ -133,10 +136,13 @@ def _tf32(allowed: bool):
 
 
 def _machine_rows(machine: Machine, dtype: str, where: dict[str, str]) -> list[dict]:
-    return [_row("machine", name, shape, dtype, name, timing, where) for name, shape, timing in machine.rows]
+    return [timing_row("machine", name, shape, dtype, name, timing, where) for name, shape, timing in machine.rows]
 
 
-def _row(provider: str, case: str, shape: str, dtype: str, mode: str, timing: Timing, where: dict[str, str]) -> dict:
+def timing_row(
+    provider: str, case: str, shape: str, dtype: str, mode: str, timing: Timing, where: dict[str, str]
+) -> dict:
+    """Return one row of the CSV; `where` is from `environment`."""
     peak = "" if timing.peak_mib is None else f"{timing.peak_mib:.1f}"
     times = (f"{value:.4f}" for value in (timing.p50, timing.p20, timing.p80))
     return dict(zip(COLUMNS, (provider, case, shape, dtype, mode, *times, peak, *where.values()), strict=True))
@@ -168,10 +174,10 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write rows in the long format, one per measurement."""
+    """Write rows in the long format, one per measurement; all have the keys of the first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, rows[0] if rows else COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
 

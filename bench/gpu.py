@@ -18,17 +18,20 @@ from pathlib import Path
 
 import torch
 
-from bench import deform_conv, inference, report, train_step, tune
+from bench import accuracy, atomics, deform_conv, inference, report, train_step, tune
 
 RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
 class Part:
-    """One benchmark of the plan: the CSV's name, the program, its arguments, and those of a dry run."""
+    """One benchmark of the plan: the CSV's name, the program, its arguments, and those of a dry run.
+
+    A program returns nothing, or an exit status.
+    """
 
     name: str
-    program: Callable[[list[str]], None]
+    program: Callable[[list[str]], int | None]
     arguments: tuple[str, ...]
     dry: tuple[str, ...]
 
@@ -47,12 +50,27 @@ PLAN = (
         ("--cases", "r50", "--modes", "fwd", "bwd", "both", "--dtypes", "bfloat16", "float16", "tf32", "float32"),
         (*DRY_CASE, "--modes", "bwd"),
     ),
+    Part(
+        "accuracy", accuracy.main,
+        ("--cases", "r50", "odd", "--dtypes", "float32", "tf32", "float16", "bfloat16"),
+        ("--cases", "dry", "--providers", "triton", "torch", "--device", "cpu"),
+    ),
+    Part(
+        "atomics", atomics.main,
+        ("--cases", "r50", "--batch", "16", "--dtypes", "bfloat16", "tf32"),
+        ("--dry-run",),
+    ),
     Part("train-step", train_step.main, ("--size", "800", "1333", "--batch", "2"), DRY_STEP),
     Part("inference", inference.main, ("--size", "800", "1333", "--batch", "1"), DRY_STEP),
     Part(
         "channels-last", deform_conv.main,
         (*R50_N16, "--channels-last"),
         (*DRY_CASE, "--channels-last", "--modes", "fwd"),
+    ),
+    Part(
+        "offsets-smooth", deform_conv.main,
+        (*R50_N16, "--smooth"),
+        (*DRY_CASE, "--smooth", "--modes", "fwd"),
     ),
     Part(
         "offsets-0", deform_conv.main,
@@ -107,7 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\n## {part.name}\n", flush=True)
         path = options.out / f"{name}-{part.name}.csv"
         try:
-            part.program([*(part.dry if options.dry_run else part.arguments), "--csv", str(path)])
+            if part.program([*(part.dry if options.dry_run else part.arguments), "--csv", str(path)]):
+                failed.append(part.name)
         except (RuntimeError, ValueError, SystemExit) as error:  # the other parts are worth having
             print(f"bench: {part.name} failed: {error}", file=sys.stderr)
             failed.append(part.name)

@@ -51,7 +51,8 @@ def _columns(rows: list[dict]) -> list[str]:
     return [name for name in COLORS if name in present] + sorted(present - set(COLORS))
 
 
-def _table(header: list[str], lines: list[list[str]]) -> str:
+def table(header: list[str], lines: list[list[str]]) -> str:
+    """Return a markdown table, the first column to the left, the others to the right."""
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
 
     def line(cells: list[str]) -> str:
@@ -73,7 +74,7 @@ def markdown(rows: list[dict]) -> str:
         lines.append([f"{case} {mode}", shape, dtype, *cells])
     where = rows[0]
     title = f"{where['gpu']}, torch {where['torch']}, {where['date']}: ms (peak MiB), median of interleaved rounds"
-    return f"{title}\n\n" + _table(["case", "shape", "dtype", *names], lines)
+    return f"{title}\n\n" + table(["case", "shape", "dtype", *names], lines)
 
 
 def _mib(text: str) -> str:
@@ -90,7 +91,7 @@ def ratios(rows: list[dict], before: list[dict]) -> str:
             lines.append([f"{key[0]} {key[3]}", *key[1:3], *(f"{pairs[n]:.2f}" if n in pairs else "-" for n in names)])
     if not lines:
         return "the two files have no measurement in common"
-    return "time over the time before\n\n" + _table(["case", "shape", "dtype", *names], lines)
+    return "time over the time before\n\n" + table(["case", "shape", "dtype", *names], lines)
 
 
 def draw_bars(rows: list[dict], path: Path) -> None:

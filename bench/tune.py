@@ -22,7 +22,7 @@ from torch import Tensor
 from bench import static
 from bench.cases import Case, Inputs, make_inputs, select
 from bench.choices import Choice, choices
-from bench.deform_conv import COLUMNS, DTYPES, environment, write_csv
+from bench.deform_conv import DTYPES, environment, timing_row, write_csv
 from bench.measure import TOLERANCE, Timing, check_inputs, exact, interleave
 from triton_dcn import launch
 from triton_dcn.configs import Row
@@ -111,10 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"\n{stage}, {case.name} {case.shape}, {dtype}")
         for choice, timing in timed.items():
             print(f"    {timing.p50:9.4f} ms  {choice.label}")
-            numbers = (f"{value:.4f}" for value in (timing.p50, timing.p20, timing.p80))
-            peak = "" if timing.peak_mib is None else f"{timing.peak_mib:.1f}"
-            values = (choice.label, case.name, case.shape, dtype, stage, *numbers, peak, *where.values())
-            lines.append(dict(zip(COLUMNS, values, strict=True)))
+            lines.append(timing_row(choice.label, case.name, case.shape, dtype, stage, timing, where))
         rows += [row for row in (new_row(timed),) if row and row not in rows]
     print("\nrows that beat the table:" if rows else "\nno row beats the table")
     for row in rows:

@@ -42,13 +42,13 @@ def forward(
     """
     dtype = _compute_dtype(input)
     kernel = _kernel(geom, weight.to(dtype))
-    grid = tap_grid(geom, dtype, input.device)
+    grid = tap_grid(geom, input.device)
     output = input.new_empty(geom.output_shape).to(memory_format=_format(input))
     rows_out = output.flatten(2).unflatten(1, (geom.groups, -1)).permute(1, 0, 3, 2)  # (G, B, P, O / G)
     for images, blocks in cut(geom, dtype.itemsize):
         table = make_table(geom, input[images], dtype)
         for block, pieces in blocks:
-            samples = make_samples(geom, offset, mask, images, block, grid)
+            samples = make_samples(geom, offset, mask, images, block, grid, dtype)
             block_out = rows_out[:, images, block]
             for positions in pieces:
                 part = _matmul(_columns(geom, table, *samples.piece(positions)), kernel.mT)  # (G, n * p, O / G)
@@ -83,7 +83,7 @@ def backward(
     need_input, need_offset, need_mask, need_weight = needs
     dtype = _compute_dtype(input)
     kernel = _kernel(geom, weight.to(dtype))
-    grid = tap_grid(geom, dtype, input.device)
+    grid = tap_grid(geom, input.device)
     grad_input = torch.empty_like(input, memory_format=_format(input)) if need_input else None
     grad_offset = torch.empty_like(offset, memory_format=_format(offset)) if need_offset else None
     grad_mask = torch.empty_like(mask, memory_format=_format(mask)) if mask is not None and need_mask else None
@@ -93,7 +93,7 @@ def backward(
         table = make_table(geom, input[images], dtype)
         grad_table = torch.zeros_like(table) if need_input else None
         for block, pieces in blocks:
-            samples = make_samples(geom, offset, mask, images, block, grid)
+            samples = make_samples(geom, offset, mask, images, block, grid, dtype)
             dots = None if grad_offset is None and grad_mask is None else torch.empty_like(samples.weights)
             block_in = rows_in[:, images, block]
             for positions in pieces:

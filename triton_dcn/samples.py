@@ -21,6 +21,10 @@ CHUNK_WEIGHTS = 3
 """The same in sizes of the weight, if that is more: the products rearrange the weight for every piece."""
 
 
+LIMIT = float(1 << 30)
+"""Pixels; larger offsets are cut to it, so that positions are int32."""
+
+
 class Samples(NamedTuple):
     """Four table rows and weights per sample, and the factors of the weights."""
 
@@ -63,13 +67,13 @@ def _spans(total: int, most: int) -> list[slice]:
     return [slice(start, min(start + step, total)) for start in range(0, total, step)]
 
 
-def tap_grid(geom: ConvGeometry, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Positions of the taps without offsets: (2, P, K)."""
+def tap_grid(geom: ConvGeometry, device: torch.device) -> Tensor:
+    """Positions of the taps without offsets: (2, P, K), int32 pixels."""
     axes = []
     for axis, extent in enumerate((geom.out_height, geom.out_width)):
-        start = torch.arange(extent, device=device) * geom.stride[axis] - geom.padding[axis]
-        tap = torch.arange(geom.kernel[axis], device=device) * geom.dilation[axis]
-        axes.append((start[:, None] + tap).to(dtype))
+        start = torch.arange(extent, dtype=torch.int32, device=device) * geom.stride[axis] - geom.padding[axis]
+        tap = torch.arange(geom.kernel[axis], dtype=torch.int32, device=device) * geom.dilation[axis]
+        axes.append(start[:, None] + tap)
     y, x = axes
     full = (geom.out_height, geom.out_width, *geom.kernel)
     y, x = y[:, None, :, None].expand(full), x[None, :, None].expand(full)
@@ -97,25 +101,36 @@ def pixels(geom: ConvGeometry, table: Tensor) -> Tensor:
 
 
 def make_samples(
-    geom: ConvGeometry, offset: Tensor, mask: Tensor | None, images: slice, positions: slice, grid: Tensor
+    geom: ConvGeometry,
+    offset: Tensor,
+    mask: Tensor | None,
+    images: slice,
+    positions: slice,
+    grid: Tensor,
+    dtype: torch.dtype,
 ) -> Samples:
-    """Compute which rows the samples of some positions read, and their weights."""
-    place = per_sample(geom, offset, images, positions).to(grid.dtype) + grid[:, None, positions, :, None]
-    place.nan_to_num_(nan=-2)
-    torch.threshold_(place[0], -1, -2).clamp_(max=geom.height)
-    torch.threshold_(place[1], -1, geom.width).clamp_(max=geom.width)
-    cell = place.floor()
-    fractions = place.sub_(cell)
+    """Compute which rows the samples of some positions read, and their weights in `dtype`.
+
+    As in the kernels, the offset is split before the grid is added: the cell is exact, and the fractions have the
+    rounding of the offset alone, however large the image. Offsets beyond LIMIT, and NaN, lie outside.
+    """
+    move = per_sample(geom, offset, images, positions).to(dtype).nan_to_num(nan=LIMIT).clamp_(-LIMIT, LIMIT)
+    whole = move.floor()
+    fractions = move.sub_(whole)
+    cell = whole.to(torch.int32) + grid[:, None, positions, :, None]
+    before = cell + (fractions > 0) < 0  # at -1 or below
+    y = torch.where(before[0], -2, cell[0]).clamp_(max=geom.height)
+    x = torch.where(before[1], geom.width, cell[1]).clamp_(max=geom.width)
     slices, pitch = slice_count(geom), geom.width + 2
     small = (geom.batch * (geom.height + 3) + 2) * pitch * slices < 2**31
-    cell = cell.to(torch.int32 if small else torch.int64)
-    image = torch.arange(cell.shape[1], dtype=cell.dtype, device=cell.device).view(-1, 1, 1, 1)
-    base = torch.add(cell[1], cell[0], alpha=pitch).add_((image * (geom.height + 3) + 2) * pitch + 1)
+    y, x = (y, x) if small else (y.long(), x.long())
+    image = torch.arange(len(y), dtype=y.dtype, device=y.device).view(-1, 1, 1, 1)
+    base = torch.add(x, y, alpha=pitch).add_((image * (geom.height + 3) + 2) * pitch + 1)
     ly, lx = fractions
     if mask is None:
         lower, upper = ly, 1 - ly
     else:
-        mask = per_sample(geom, mask, images, positions).to(grid.dtype).contiguous()
+        mask = per_sample(geom, mask, images, positions).to(dtype).contiguous()
         lower = ly * mask
         upper = mask - lower
 

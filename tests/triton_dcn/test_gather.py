@@ -172,6 +172,15 @@ def test_border_rule():
             assert bool(grad_offset.any()) is live
 
 
+def test_far_from_the_origin_fractions_are_as_precise():
+    """Two thousand pixels to the right, where float32 positions have steps of 1/8192 pixel, errors are of 1e-7."""
+    case = make_case((1, 8, 8, (3, 2048), (3, 3), (1, 1), (1, 1), (1, 1), 1, 1, True, True), torch.float32)
+    target, found, plain = exact(case), run(case), run(case, backend=reference)
+    for key, value in found.items():
+        assert relative(value, target[key]) < 1e-6, key
+    assert relative(plain["output"], target["output"]) > 1e-5  # what adding the grid to the offset costs
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e30, -1e30], ids=str)
 @pytest.mark.parametrize("axis", [0, 1], ids=["y", "x"])
 def test_offsets_to_nowhere(value, axis):

@@ -1,0 +1,97 @@
+"""How far every provider is from float64: `python -m bench.accuracy --dtypes bfloat16 float32`.
+
+Relative l2 errors of output and gradients on one image of each case, on the same rounded inputs, beside those of the
+plain reference computed in that dtype. Ours may have at most twice the reference's error, and a rounding more; the exit
+status is 1 where it has not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bench.cases import Case, select
+from bench.deform_conv import DTYPES, allow_tf32, environment, write_csv
+from bench.measure import check_inputs, errors, exact
+from bench.providers import FACTORIES, Provider, available
+from bench.report import table
+
+QUANTITIES = ("output", "grad_input", "grad_offset", "grad_mask", "grad_weight")
+OURS = ("triton", "torch")
+
+
+def measure(case: Case, dtype: str, device: torch.device, providers: dict[str, Provider]) -> dict[str, list[float]]:
+    """Return the errors of `QUANTITIES` by provider; one that cannot compute the case is told and left out."""
+    with allow_tf32(False):
+        inputs = check_inputs(case, DTYPES[dtype], device, 2.0)
+        truth = exact(inputs)
+    found = {}
+    with allow_tf32(dtype == "tf32"):
+        for name, provider in providers.items():
+            try:
+                found[name] = errors(provider, inputs, truth)
+            except (RuntimeError, TypeError, ValueError, AssertionError) as error:  # a peer without the dtype
+                tqdm.write(f"{case.name}: {name} cannot: {str(error).splitlines()[0]}", file=sys.stderr)
+    return found
+
+
+def too_far(found: dict[str, list[float]], dtype: str) -> list[str]:
+    """Return a line for every error of ours that is over its bound."""
+    slack = torch.finfo(DTYPES[dtype]).eps
+    return [
+        f"{quantity} of {name} has an error of {error:.1e}, the reference {plain:.1e}"
+        for name in OURS
+        for quantity, error, plain in zip(QUANTITIES, found.get(name, ()), found["reference"], strict=False)
+        if not error <= 2 * plain + slack
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print the largest error of every case and dtype, write all to the CSV; return the exit status."""
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", default=["r50", "odd"], help="sets or names of bench.cases, or all")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "float16", "bfloat16"], choices=list(DTYPES))
+    parser.add_argument("--providers", nargs="+", help=f"of {', '.join(FACTORIES)}; default: all that compute it")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--csv", type=Path, help="write the errors here")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    try:
+        cases = select(options.cases)
+        names = ["reference", *(name for name in options.providers or FACTORIES if name != "reference")]
+        providers, missing = available(names, device) if options.providers or cuda else _on_a_cpu(names, device)
+    except ValueError as error:
+        sys.exit(f"bench: {error}")
+    for name, reason in missing.items():
+        print(f"skipped {name}: {reason}", file=sys.stderr)
+    providers = {name: provider for name, provider in providers.items() if provider.checked}
+    rows, lines, wrong, where = [], [], [], environment(device)
+    for case, dtype in tqdm(list(itertools.product(cases, options.dtypes)), unit="case", disable=None):
+        found = measure(case, dtype, device, providers)
+        lines.append([case.name, dtype, *(f"{max(found[n]):.1e}" if n in found else "-" for n in providers)])
+        wrong += [f"{case.name} {dtype}: {line}" for line in too_far(found, dtype)]
+        for name, values in found.items():
+            for quantity, value in zip(QUANTITIES, values, strict=True):
+                keys = {"case": case.name, "shape": case.shape, "dtype": dtype, "quantity": quantity}
+                rows.append({"provider": name, **keys, "error": f"{value:.3e}", **where})
+    print("relative l2 error to float64, the largest of output and gradients\n")
+    print(table(["case", "dtype", *providers], lines))
+    print(*wrong, sep="\n", file=sys.stderr)
+    if options.csv:
+        write_csv(options.csv, rows)
+    return int(bool(wrong))
+
+
+def _on_a_cpu(names: list[str], device: torch.device) -> tuple[dict[str, Provider], dict[str, str]]:
+    """All but the kernels, whose interpreter takes minutes for a case of this size; --providers triton asks for it."""
+    return available([name for name in names if name != "triton"], device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

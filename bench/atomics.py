@@ -1,0 +1,175 @@
+"""The gradients of input and weight by bins against the same by float atomics: `python -m bench.atomics --cases r50`.
+
+Atomics are how every peer scatters: column gradients from a library product, then four float32 additions per element to
+a buffer that was zeroed before and is cast after. Measured here at its best, with channels innermost and four floats an
+instruction where the GPU has one, so that the binning has something to beat. Also prints what the machine's atomics and
+its L2 cache can do. `--dry-run` makes the same calls on a CPU, in Triton's interpreter (TRITON_INTERPRET=1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bench.cases import Case, Inputs, make_inputs, select
+from bench.ceilings import measure_ceilings
+from bench.choices import Choice
+from bench.deform_conv import DTYPES, environment, timing_row, write_csv
+from bench.measure import TOLERANCE, check_inputs, exact, interleave
+from bench.report import markdown
+from triton_dcn import configs, launch, stages
+from triton_dcn.kernels.sampling import column_offset, corner_rows, corner_weights
+
+MODES = {"grad_input": (True, False, False, False), "grad_input, grad_weight": (True, False, False, True)}
+"""What is computed: T-columns give the gradient of the weight nearly for free, atomics need columns for it."""
+ONLY_WEIGHT = (False, False, False, True)
+
+
+@triton.jit
+def scatter_kernel(
+    grad_column_ptr,
+    cell_ptr,
+    ly_ptr,
+    lx_ptr,
+    scale_ptr,
+    grad_input_ptr,
+    positions,
+    first,
+    rows,
+    width,
+    CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    OFFSET_GROUPS: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Add the column gradients of positions [first, first + rows) to the pixels that they were read from.
+
+    Grid: (ceil(rows / BLOCK_P) * D*K,); a program owns BLOCK_P positions of one (offset group, tap).
+    Reads: grad_column (G, rows, K, C/G), the sample arrays of `triton_dcn.kernels.sampling`.
+    Writes: grad_input (B, H, W, C), float32, by atomics.
+    """
+    PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
+    pid_s = tl.program_id(0) % (OFFSET_GROUPS * TAPS)
+    row = tl.program_id(0) // (OFFSET_GROUPS * TAPS) * BLOCK_P + tl.arange(0, BLOCK_P)
+    live = row < rows
+    at = pid_s * positions + first + tl.where(live, row, 0)
+    cell = tl.load(cell_ptr + at)
+    places = corner_rows(cell, width, CHANNELS)
+    weights = corner_weights(cell, tl.load(ly_ptr + at), tl.load(lx_ptr + at), tl.load(scale_ptr + at))
+    for start in tl.range(0, PER_OFFSET, BLOCK_C, num_stages=1):
+        local = start + tl.arange(0, BLOCK_C)
+        c = (pid_s // TAPS * PER_OFFSET + local)[None, :]
+        inside = live[:, None] & (local < PER_OFFSET)[None, :]
+        from_ptr = grad_column_ptr + column_offset(row[:, None], pid_s % TAPS, c, rows, CHANNELS, GROUPS, TAPS)
+        grad = tl.load(from_ptr, mask=inside, other=0.0).to(tl.float32)  # (BLOCK_P, BLOCK_C)
+        for corner in tl.static_range(4):
+            to = grad_input_ptr + places[corner][:, None] + c
+            weight = weights[corner][:, None]
+            tl.atomic_add(to, weight * grad, mask=inside & (weight != 0), sem="relaxed")
+
+
+def by_atomics(inputs: Inputs) -> Tensor:
+    """Return the gradient of the input (B, C, H, W), stored channels-last, in the dtype of the input."""
+    geom = inputs.geometry
+    x, offset, mask, weight = (leaf.detach() for leaf in inputs.leaves)
+    w = weight.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
+    grad = inputs.grad.permute(0, 2, 3, 1).contiguous().view(-1, geom.out_channels)
+    total = torch.zeros(geom.batch, geom.height, geom.width, geom.in_channels, device=x.device)
+    samples = stages.sample(geom, offset, mask, False)
+    tile = stages.tile_for("columns", geom, x)
+    for first, rows in launch._chunks(geom, x):
+        grad_columns = launch._grad_columns(geom, grad[first : first + rows], w)
+        scatter_kernel[(triton.cdiv(rows, tile.block_p) * geom.offset_groups * geom.taps,)](
+            grad_columns, *samples, total, geom.batch * geom.positions, first, rows, geom.width,
+            CHANNELS=geom.in_channels, GROUPS=geom.groups, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
+            BLOCK_P=tile.block_p, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
+        )  # fmt: skip
+    return total.to(x.dtype).permute(0, 3, 1, 2)
+
+
+def ways(inputs: Inputs, mode: str) -> dict[str, Callable[[], list[Tensor]]]:
+    """Return what is timed, by name; all give the gradients of `MODES`."""
+    tensors = tuple(leaf.detach() for leaf in inputs.leaves)
+
+    def gradients(needs: tuple[bool, ...]) -> list[Tensor]:
+        found = launch.backward(inputs.geometry, inputs.grad, *tensors, needs)
+        return [grad for grad in found if grad is not None]
+
+    def by_bins(choice: Choice) -> Callable[[], list[Tensor]]:
+        def call() -> list[Tensor]:
+            with choice.in_force():
+                return gradients(MODES[mode])
+
+        return call
+
+    return {
+        "bins": by_bins(Choice("bins", configs.TABLE)),
+        "stable sort": by_bins(Choice("stable sort", configs.TABLE, deterministic=True)),
+        "atomics": lambda: [by_atomics(inputs), *(gradients(ONLY_WEIGHT) if MODES[mode][3] else ())],
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure the machine, then every case; print the table and write the CSV."""
+    parser = argparse.ArgumentParser(prog="python -m bench.atomics", description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", default=["r50"], help="sets or names of bench.cases")
+    parser.add_argument("--batch", type=int, help="instead of each case's own")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=list(DTYPES))
+    parser.add_argument("--smooth", action="store_true", help="offsets that change little from place to place")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for the rounds of a case and dtype")
+    parser.add_argument("--csv", type=Path, help="write the measurements here")
+    parser.add_argument("--dry-run", action="store_true", help="a tiny case on the CPU, kernels interpreted")
+    options = parser.parse_args(arguments)
+    if options.dry_run and os.environ.get("TRITON_INTERPRET") != "1":
+        sys.exit("bench: --dry-run needs TRITON_INTERPRET=1 in the environment")
+    if options.dry_run:
+        options.cases, options.batch, options.seconds = ["dry"], None, 0.0
+    elif not torch.cuda.is_available():
+        sys.exit("bench: no CUDA GPU here; --dry-run tries the command without one")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the stable sort is asked for by determinism
+    device = torch.device("cpu" if options.dry_run else "cuda")
+    where, sizes = environment(device), {"nbytes": 1 << 16, "rows": 64} if options.dry_run else {}
+    rows = []
+    for name, (moved, timing) in measure_ceilings(device, 2 * options.seconds, **sizes).items():
+        print(f"{name}: {moved / timing.p50 / 1e9:.3f} TB/s")
+        rows.append(timing_row("machine", name, f"{moved} bytes", "float32", "", timing, where))
+    for case, dtype in itertools.product(select(options.cases, options.batch), options.dtypes):
+        torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+        inputs = make_inputs(case, DTYPES[dtype], device, 2.0, channels_last=True, smooth=options.smooth)
+        shape = case.shape + (" smooth" if options.smooth else "")
+        for mode in MODES:
+            agreed = {name: ways(inputs, mode)[name] for name in _agreeing(case, dtype, device, mode)}
+            timings = interleave(agreed, device, options.seconds)
+            rows += [timing_row(name, case.name, shape, dtype, mode, t, where) for name, t in timings.items()]
+    if options.csv:
+        write_csv(options.csv, rows)
+    print("\n" + markdown(rows))
+
+
+def _agreeing(case: Case, dtype: str, device: torch.device, mode: str) -> list[str]:
+    """The ways whose gradients agree with the float64 reference; the others are told."""
+    judged = check_inputs(case, DTYPES[dtype], device, 2.0)
+    truth, agreed = list(itertools.compress(exact(judged)[1:], MODES[mode])), []
+    for name, call in ways(judged, mode).items():
+        pairs = zip(call(), truth, strict=True)
+        error = max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
+        if error < TOLERANCE[dtype]:
+            agreed.append(name)
+        else:
+            print(f"{case.name}: {name} disagrees by {error:.1e} and is not timed", file=sys.stderr)
+    return agreed
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""What the kernels of the operator lean on beyond `bench.roofline`: reads from the L2 cache, float32 atomics.
+
+Both are measured by kernels of a few lines, on any GPU that Triton compiles for. Atomics add rows of 64 and 256
+floats, a quarter and all of a kilobyte, at random places of a buffer that is larger than the L2 cache: four floats an
+instruction where the hardware can, or one, which a pointer that is not a multiple of 16 bytes enforces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bench.measure import Timing, interleave
+
+L2_BYTES = 20 << 20  # stays in the cache of an A100 and of everything later
+READS = 16  # of the whole buffer in one launch
+BUFFER_BYTES = 256 << 20
+ROWS = 1 << 20  # of the first width; fewer of the wider one, for as many floats
+
+
+@triton.jit
+def read_kernel(source_ptr, sum_ptr, READS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum a buffer of BLOCKS * BLOCK floats READS times over, a block a step.
+
+    Grid: (BLOCKS,); a program starts at its own block and passes over READS others that are read by others before.
+    Reads: source (BLOCKS * BLOCK,), float32.
+    Writes: sum (BLOCKS,), float32.
+    """
+    pid = tl.program_id(0)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for step in tl.range(0, READS, num_stages=1):
+        block = (pid + step * 977) % BLOCKS
+        acc += tl.load(source_ptr + block * BLOCK + tl.arange(0, BLOCK))
+    tl.store(sum_ptr + pid, tl.sum(acc, 0))
+
+
+@triton.jit
+def add_kernel(target_ptr, row_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Add 1 to every float of the rows that `row` lists, by float32 atomics.
+
+    Grid: (rows / BLOCK,); a program owns BLOCK entries of the list.
+    Reads: row (rows,), int32, in units of WIDTH floats.
+    Writes: target, by atomics.
+    """
+    row = tl.load(row_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))
+    to = target_ptr + row.to(tl.int64)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tl.atomic_add(to, tl.full((BLOCK, WIDTH), 1.0, tl.float32), sem="relaxed")
+
+
+def read_l2(device: torch.device, nbytes: int) -> tuple[Callable[[], object], int]:
+    """Return a function that reads `nbytes` READS times over, and the bytes it reads."""
+    block = 1024
+    source = torch.randn(nbytes // 4 // block * block, device=device)
+    blocks = len(source) // block
+    sums = torch.empty(blocks, device=device)
+    return (
+        lambda: read_kernel[(blocks,)](source, sums, READS=READS, BLOCKS=blocks, BLOCK=block),
+        READS * source.nbytes,
+    )
+
+
+def add_rows(target: Tensor, width: int, rows: int) -> tuple[Callable[[], object], int]:
+    """Return a function that adds to random rows of `target`, and the bytes it adds.
+
+    Args:
+        target: float32, a multiple of `width` long; where it begins says how wide an atomic may be.
+        width: floats of a row.
+        rows: how many, a multiple of 16.
+    """
+    draw = torch.Generator().manual_seed(0)
+    listed = torch.randint(len(target) // width, (rows,), dtype=torch.int32, generator=draw).to(target.device)
+    return lambda: add_kernel[(rows // 16,)](target, listed, WIDTH=width, BLOCK=16), rows * width * 4
+
+
+def measure_ceilings(
+    device: torch.device, seconds: float = 1.0, nbytes: int = BUFFER_BYTES, rows: int = ROWS
+) -> dict[str, tuple[int, Timing]]:
+    """Return, by name, the bytes that a call moved and its times.
+
+    Args:
+        device: a GPU, or the CPU for a dry run in the interpreter.
+        seconds: for all rounds together.
+        nbytes, rows: of the buffer of the atomics, and added to it.
+    """
+    work = {"l2 read": read_l2(device, min(L2_BYTES, nbytes))}
+    buffer = torch.zeros(nbytes // 4 + 1, device=device)
+    for width in (64, 256):
+        for how, target in (("aligned", buffer[:-1]), ("single floats", buffer[1:])):
+            work[f"atomics, {width * 4} B rows, {how}"] = add_rows(target, width, rows * 64 // width)
+    timings = interleave({name: call for name, (call, _) in work.items()}, device, seconds)
+    return {name: (moved, timings[name]) for name, (_, moved) in work.items()}

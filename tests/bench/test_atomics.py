@@ -1,0 +1,55 @@
+"""The baseline of float atomics computes what the bins do, and the command works the first time: its dry run."""
+
+import pytest
+import torch
+
+from bench import atomics, ceilings
+from bench.cases import CASES, Case, make_inputs
+from bench.measure import exact
+
+ODD = Case("odd", 2, 24, 8, 5, 7, (3, 2), (2, 1), (1, 1), (1, 2), groups=2, offset_groups=4)
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled here, not interpreted")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.mark.parametrize("case", [CASES["dry"][0], ODD], ids=lambda case: case.name)
+@pytest.mark.parametrize("mode", atomics.MODES)
+def test_every_way_is_right(case, mode):
+    inputs = make_inputs(case, torch.float32, torch.device("cpu"), 2.0)
+    truth = exact(inputs)
+    expected = [truth[1], *truth[4:]] if atomics.MODES[mode][3] else [truth[1]]
+    for name, call in atomics.ways(inputs, mode).items():
+        for found, target in zip(call(), expected, strict=True):
+            assert found.shape == target.shape, name
+            assert (found.double() - target).norm() < 2e-6 * target.norm(), name
+
+
+def test_wrong_gradients_are_told(monkeypatch, capsys):
+    monkeypatch.setattr(atomics, "by_atomics", lambda inputs: torch.zeros_like(inputs.input))
+    agreed = atomics._agreeing(CASES["dry"][0], "float32", torch.device("cpu"), "grad_input")
+    assert agreed == ["bins", "stable sort"]
+    assert "atomics disagrees by 1.0e+00" in capsys.readouterr().err
+
+
+def test_dry_run(tmp_path, capsys):
+    atomics.main(["--dry-run", "--smooth", "--csv", str(tmp_path / "atomics.csv")])
+    printed = capsys.readouterr().out
+    assert "| atomics |" in printed.replace("  ", "")
+    assert "l2 read: " in printed
+    assert len((tmp_path / "atomics.csv").read_text().splitlines()) == 1 + 5 + 2 * 3
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["aligned", "single"])
+def test_atomics_add_what_they_say(first):
+    target = torch.zeros(256 * 64 + 1)[first : first + 256 * 64]
+    call, moved = ceilings.add_rows(target, 64, 32)
+    call()
+    assert moved == 32 * 64 * 4
+    assert target.sum() == 32 * 64
+    assert target.view(256, 64).any(1).sum() > 20  # at many places, and each row in full
+    assert torch.equal(target.view(256, 64).any(1), target.view(256, 64).all(1))
