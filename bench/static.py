@@ -96,13 +96,14 @@ def compile_row(row: Row, arch: str, element: str | None = None, offset_groups: 
         if name in values:
             signature[name], known[name] = "constexpr", values[name]
         elif name.endswith("_ptr"):
-            kind = "i32" if name in INTEGER_POINTERS else "fp32" if name in FLOAT_POINTERS else element
+            words = name == "input_ptr" and element == "bf16" and row.kernel in configs.WORD_KERNELS
+            kind = "i32" if name in INTEGER_POINTERS or words else "fp32" if name in FLOAT_POINTERS else element
             signature[name] = f"*{kind}"
             attributes[(index,)] = [["tt.divisibility", 16]]  # torch allocates at multiples of 16 bytes and more
         else:
             signature[name] = "i32"
     source = ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes)
-    options = {"num_warps": row.tile.num_warps, "enable_fp_fusion": True}
+    options = {**row.tile.options, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=TARGETS[arch], options=options)
     if arch.startswith("gfx"):
         return _read_amdgcn(compiled.asm["amdgcn"], compiled.metadata.shared)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from triton_dcn import configs
@@ -47,12 +46,12 @@ def sample(geom: ConvGeometry, offset: Tensor, mask: Tensor | None, mask_logits:
         *(offset.new_empty(count, positions, dtype=torch.float32) for _ in range(3)),
     )
     tile, any_mask = tile_for("sampling", geom, offset), offset if mask is None else mask
-    sampling_kernel[(triton.cdiv(count * positions, tile.block_p),)](
+    sampling_kernel[(_cdiv(count * positions, tile.block_p),)](
         offset, any_mask, *samples, count * positions, positions, geom.out_height, geom.out_width,
         geom.height, geom.width, geom.kernel[1], *offset.stride(), *any_mask.stride(),
         *geom.stride, *geom.padding, *geom.dilation,
         TAPS=geom.taps, HAS_MASK=mask is not None, MASK_LOGITS=mask_logits,
-        BLOCK=tile.block_p, num_warps=tile.num_warps,
+        BLOCK=tile.block_p, **tile.options,
     )  # fmt: skip
     return samples
 
@@ -61,10 +60,10 @@ def columns(geom: ConvGeometry, x: Tensor, samples: Samples, first: int, rows: i
     """Launch `columns_kernel` for `rows` positions from `first` on: (G, rows, K*C/G)."""
     buffer = x.new_empty(geom.groups, rows, geom.taps * geom.in_channels // geom.groups)
     tile = tile_for("columns", geom, x)
-    columns_kernel[(triton.cdiv(rows, tile.block_p) * geom.offset_groups * geom.taps,)](
-        x, *samples, buffer, geom.batch * geom.positions, first, rows, geom.width,
+    columns_kernel[(_cdiv(rows, tile.block_p) * geom.offset_groups * geom.taps,)](
+        _words(geom, x), *samples, buffer, geom.batch * geom.positions, first, rows, geom.width,
         CHANNELS=geom.in_channels, GROUPS=geom.groups, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
-        BLOCK_P=tile.block_p, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
+        BLOCK_P=tile.block_p, BLOCK_C=tile.block_c, **tile.options,
     )  # fmt: skip
     return buffer
 
@@ -81,11 +80,13 @@ def forward_fused(
 ) -> None:
     """Fill `output` (M, O) by the forward kernel of the table's row."""
     positions, tile = geom.batch * geom.positions, row.tile
-    FORWARD_KERNELS[row.kernel][(triton.cdiv(positions, tile.block_p) * (geom.out_channels // tile.block_o),)](
-        x, *samples, w, w if bias is None else bias, output, positions, geom.out_height, geom.out_width, geom.width,
+    pixels = _words(geom, x) if row.kernel in configs.WORD_KERNELS else x
+    FORWARD_KERNELS[row.kernel][(_cdiv(positions, tile.block_p) * (geom.out_channels // tile.block_o),)](
+        pixels, *samples, w, w if bias is None else bias, output,
+        positions, geom.out_height, geom.out_width, geom.width,
         CHANNELS=geom.in_channels, OUT_CHANNELS=geom.out_channels, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
         HAS_BIAS=bias is not None, RELU=relu, STRIP=configs.strip(geom.out_width), PRECISION=_precision(x),
-        BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
+        BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, **tile.options,
     )  # fmt: skip
 
 
@@ -102,13 +103,13 @@ def grad_sample_fused(
 ) -> None:
     """Launch `grad_sample_fused_kernel`: fill grad_offset and grad_mask from grad_output."""
     positions, tile = geom.batch * geom.positions, row.tile
-    grad_sample_fused_kernel[(triton.cdiv(positions, tile.block_p) * geom.offset_groups * geom.taps,)](
-        grad, x, *samples, w, *_sample_outputs(samples, grad_offset, grad_mask), positions, geom.out_height,
-        geom.out_width, geom.width, *_batch_strides(grad_offset, grad_mask),
+    grad_sample_fused_kernel[(_cdiv(positions, tile.block_p) * geom.offset_groups * geom.taps,)](
+        grad, _words(geom, x), *samples, w, *_sample_outputs(samples, grad_offset, grad_mask),
+        positions, geom.out_height, geom.out_width, geom.width, *_batch_strides(grad_offset, grad_mask),
         CHANNELS=geom.in_channels, OUT_CHANNELS=geom.out_channels, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
         WANT_OFFSET=grad_offset is not None, WANT_MASK=grad_mask is not None, MASK_LOGITS=mask_logits,
         STRIP=configs.strip(geom.out_width), PRECISION=_precision(x),
-        BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
+        BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, **tile.options,
     )  # fmt: skip
 
 
@@ -124,12 +125,12 @@ def grad_sample(
 ) -> None:
     """Launch `grad_sample_kernel`: grad_offset and grad_mask of the positions that `grad_columns` is for."""
     rows, tile = grad_columns.shape[1], tile_for("grad_sample", geom, x)
-    grad_sample_kernel[(triton.cdiv(rows, tile.block_p) * geom.offset_groups * geom.taps,)](
-        grad_columns, x, *samples, *_sample_outputs(samples, grad_offset, grad_mask), geom.batch * geom.positions,
-        first, rows, geom.positions, geom.width, *_batch_strides(grad_offset, grad_mask),
+    grad_sample_kernel[(_cdiv(rows, tile.block_p) * geom.offset_groups * geom.taps,)](
+        grad_columns, _words(geom, x), *samples, *_sample_outputs(samples, grad_offset, grad_mask),
+        geom.batch * geom.positions, first, rows, geom.positions, geom.width, *_batch_strides(grad_offset, grad_mask),
         CHANNELS=geom.in_channels, GROUPS=geom.groups, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
         WANT_OFFSET=grad_offset is not None, WANT_MASK=grad_mask is not None, MASK_LOGITS=mask_logits,
-        BLOCK_P=tile.block_p, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
+        BLOCK_P=tile.block_p, BLOCK_C=tile.block_c, **tile.options,
     )  # fmt: skip
 
 
@@ -142,10 +143,10 @@ def bin_samples(geom: ConvGeometry, samples: Samples) -> Bins:
     entries = 4 * cell.numel()
 
     def run(stage: str, key: Tensor, counts: Tensor, start: Tensor, entry: Tensor) -> None:
-        bin_kernel[(triton.cdiv(cell.numel(), tile.block_p),)](
+        bin_kernel[(_cdiv(cell.numel(), tile.block_p),)](
             cell, key, counts, start, entry, cell.numel(), positions, geom.height, geom.width, *tiles, bins,
             OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps, TILE_H=configs.TILE_H, TILE_W=configs.TILE_W,
-            PASS=stage, BLOCK=tile.block_p, num_warps=tile.num_warps,
+            PASS=stage, BLOCK=tile.block_p, **tile.options,
         )  # fmt: skip
 
     if torch.are_deterministic_algorithms_enabled():
@@ -182,13 +183,13 @@ def t_columns(
     first = (image * geom.height + tile_row * configs.TILE_H) * geom.width
     rows = images * geom.width * min(geom.height - tile_row * configs.TILE_H, tile_rows * configs.TILE_H)
     t = grad.new_empty(geom.groups, rows, geom.taps * geom.out_channels // geom.groups)
-    blocks = triton.cdiv(geom.out_channels, tile.block_o)
+    blocks = _cdiv(geom.out_channels, tile.block_o)
     t_columns_kernel[(images * tile_rows * tiles[1] * geom.taps * blocks,)](
         grad, *samples, *bins, t, geom.batch * geom.positions, geom.height, geom.width, *tiles,
         image, tile_row, tile_rows, first, rows,
         OUT_CHANNELS=geom.out_channels, GROUPS=geom.groups, TAPS=geom.taps,
         TILE_H=configs.TILE_H, TILE_W=configs.TILE_W, PRECISION=_precision(grad),
-        BLOCK_S=tile.block_p, BLOCK_O=tile.block_o, num_warps=tile.num_warps,
+        BLOCK_S=tile.block_p, BLOCK_O=tile.block_o, **tile.options,
     )  # fmt: skip
     return t, first
 
@@ -200,20 +201,20 @@ def g_form(geom: ConvGeometry, grad_columns: Tensor, samples: Samples, bins: Bin
     """
     tiles = input_tiles(geom)
     tile, rows = tile_for("g_form", geom, grad_columns), grad_columns.shape[1]
-    blocks = triton.cdiv(geom.in_channels // geom.offset_groups, tile.block_c)
+    blocks = _cdiv(geom.in_channels // geom.offset_groups, tile.block_c)
     g_form_kernel[(geom.batch * geom.offset_groups * tiles[0] * tiles[1] * blocks,)](
         grad_columns, *samples, *bins, grad_x, geom.batch * geom.positions, first, rows,
         geom.height, geom.width, *tiles,
         CHANNELS=geom.in_channels, GROUPS=geom.groups, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
         TILE_H=configs.TILE_H, TILE_W=configs.TILE_W, PART=rows < geom.batch * geom.positions,
         ADD=first > 0, PRECISION=_precision(grad_columns),
-        BLOCK_S=tile.block_p, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
+        BLOCK_S=tile.block_p, BLOCK_C=tile.block_c, **tile.options,
     )  # fmt: skip
 
 
 def input_tiles(geom: ConvGeometry) -> tuple[int, int]:
     """Return the rows and columns of tiles of one image."""
-    return triton.cdiv(geom.height, configs.TILE_H), triton.cdiv(geom.width, configs.TILE_W)
+    return _cdiv(geom.height, configs.TILE_H), _cdiv(geom.width, configs.TILE_W)
 
 
 def row_for(stage: str, geom: ConvGeometry, x: Tensor) -> configs.Row | None:
@@ -229,6 +230,18 @@ def tile_for(stage: str, geom: ConvGeometry, x: Tensor) -> configs.Tile:
     row = row_for(stage, geom, x)
     assert row is not None, stage
     return row.tile
+
+
+def _words(geom: ConvGeometry, x: Tensor) -> Tensor:
+    """View bfloat16 (B, H, W, C) as int32 (B, H, W, C/2) where pairs of channels allow it; see `sampling.widen`."""
+    if x.dtype != torch.bfloat16 or geom.in_channels // geom.offset_groups % 2:
+        return x
+    return x.view(torch.int32) if x.data_ptr() % 4 == 0 and x.storage_offset() % 2 == 0 else x
+
+
+def _cdiv(count: int, block: int) -> int:
+    """Return the blocks that cover `count`; triton.cdiv may be called in kernels, too, and takes 3 us."""
+    return -(-count // block)
 
 
 def _precision(x: Tensor) -> str:

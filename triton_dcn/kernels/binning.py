@@ -16,14 +16,11 @@ import triton.language as tl
 
 
 @triton.jit
-def sample_origin(cell, height, width):
-    """Return image, y and x of the top left corner of each cell; y, x may be -1."""
-    pixel = cell >> 4
-    image = pixel // (height * width)
-    place = pixel - image * (height * width)
-    y = tl.where((cell & 8) != 0, place // width, -1)
-    x = tl.where((cell & 2) != 0, place % width, -1)
-    return image, y, x
+def cell_origin(cell, place, width):
+    """Return y and x of the top left corner of each cell, -1 where it is outside; `place` is `pixel` in its image."""
+    row = place // width
+    column = place - row * width
+    return tl.where((cell & 8) != 0, row, -1), tl.where((cell & 2) != 0, column, -1)
 
 
 @triton.jit
@@ -73,7 +70,8 @@ def bin_kernel(
     live_sample = sample < samples
     tap = sample // positions % TAPS
     cell = tl.load(cell_ptr + sample, mask=live_sample, other=0)
-    image, y, x = sample_origin(cell, height, width)
+    image = (cell >> 4) // (height * width)
+    y, x = cell_origin(cell, (cell >> 4) - image * (height * width), width)
     image_group = image * OFFSET_GROUPS + sample // (positions * TAPS)
     for corner in tl.static_range(4):
         bin, live = entry_bin(

@@ -32,31 +32,29 @@ def columns_kernel(
     """Sample the input at positions [first, first + rows).
 
     Grid: (ceil(rows / BLOCK_P) * D*K,); a program owns BLOCK_P positions of one (offset group, tap).
-    Reads: input (B, H, W, C); the sample arrays, (D*K, M).
-    Writes: columns (G, rows, K, C/G), dtype of input, in full.
+    Reads: input (B, H, W, C), or int32 (B, H, W, C/2), see `widen`; the sample arrays, (D*K, M).
+    Writes: columns (G, rows, K, C/G), in full.
     """
+    PACK: tl.constexpr = 2 if input_ptr.dtype.element_ty == tl.int32 else 1
     PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
     pid_s = tl.program_id(0) % (OFFSET_GROUPS * TAPS)
     row = tl.program_id(0) // (OFFSET_GROUPS * TAPS) * BLOCK_P + tl.arange(0, BLOCK_P)
     live = row < rows
     at = pid_s * positions + first + tl.where(live, row, 0)
-    cell = tl.load(cell_ptr + at)
-    row00, row01, row10, row11 = corner_rows(cell, width, CHANNELS)
-    w00, w01, w10, w11 = corner_weights(cell, tl.load(ly_ptr + at), tl.load(lx_ptr + at), tl.load(scale_ptr + at))
+    cell = tl.load(cell_ptr + at)[:, None]
+    row00, row01, row10, row11 = corner_rows(cell, width, CHANNELS // PACK)
+    w00, w01, w10, w11 = corner_weights(
+        cell, tl.load(ly_ptr + at)[:, None], tl.load(lx_ptr + at)[:, None], tl.load(scale_ptr + at)[:, None]
+    )
+    base = input_ptr + pid_s // TAPS * (PER_OFFSET // PACK)
     for start in range(0, PER_OFFSET, BLOCK_C):
-        local = start + tl.arange(0, BLOCK_C)
-        c = (pid_s // TAPS * PER_OFFSET + local)[None, :]
-        live_c = (local < PER_OFFSET)[None, :]
+        word = start // PACK + tl.arange(0, BLOCK_C // PACK)[None, :]
+        inside = word < PER_OFFSET // PACK
         x00, x01, x10, x11 = load_corners(
-            input_ptr,
-            row00[:, None],
-            row01[:, None],
-            row10[:, None],
-            row11[:, None],
-            c,
-            live_c,
-            PER_OFFSET % BLOCK_C != 0,
-        )
-        value = blend(w00[:, None], w01[:, None], w10[:, None], w11[:, None], x00, x01, x10, x11)
+            base, row00, row01, row10, row11, word, inside, PER_OFFSET % BLOCK_C != 0
+        )  # fmt: skip
+        value = narrow(blend(w00, w01, w10, w11, x00, x01, x10, x11), column_ptr.dtype.element_ty)
+        local = start + tl.arange(0, BLOCK_C)[None, :]
+        c = pid_s // TAPS * PER_OFFSET + local
         to = column_offset(row[:, None], pid_s % TAPS, c, rows, CHANNELS, GROUPS, TAPS)
-        tl.store(column_ptr + to, narrow(value, column_ptr.dtype.element_ty), mask=live[:, None] & live_c)
+        tl.store(column_ptr + to, value, mask=live[:, None] & (local < PER_OFFSET))

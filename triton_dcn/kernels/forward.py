@@ -86,8 +86,7 @@ def forward_prefetch_kernel(
         ahead = tl.minimum(sample + 1, SAMPLES - 1)
         cell = tl.load(cell_ptr + ahead * positions + p)[:, None]
         for start in tl.static_range(0, PER_OFFSET, BLOCK_C):
-            value = blend(w00, w01, w10, w11, x00, x01, x10, x11)
-            value = narrow(value, weight_ptr.dtype.element_ty)
+            value = narrow(blend(w00, w01, w10, w11, x00, x01, x10, x11), weight_ptr.dtype.element_ty)
             if start + BLOCK_C < PER_OFFSET:
                 base = input_ptr + (first + start + BLOCK_C)
             else:
@@ -127,16 +126,17 @@ def forward_transposed_kernel(
 ):
     """Compute the transposed output tile, weight on the left, channel blocks unrolled inside the loop over samples.
 
-    Grid, reads, writes, assumes: as `forward_prefetch_kernel`.
+    Grid, reads, writes, assumes: as `forward_prefetch_kernel`; or input int32 (B, H, W, C/2), see `widen`.
     """
+    PACK: tl.constexpr = 2 if input_ptr.dtype.element_ty == tl.int32 else 1
     PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
     BLOCKS_O: tl.constexpr = OUT_CHANNELS // BLOCK_O
     index = tl.program_id(0) // BLOCKS_O * BLOCK_P + tl.arange(0, BLOCK_P)
     live = index < positions
     p = strip_order(tl.where(live, index, 0), out_height, out_width, STRIP)
     o = tl.program_id(0) % BLOCKS_O * BLOCK_O + tl.arange(0, BLOCK_O)
-    c = tl.arange(0, BLOCK_C)
-    weight_rows = o[:, None] * (TAPS * CHANNELS) + c[None, :]
+    word = tl.arange(0, BLOCK_C // PACK)[None, :]
+    weight_rows = o[:, None] * (TAPS * CHANNELS) + tl.arange(0, BLOCK_C)[None, :]
 
     acc = tl.zeros((BLOCK_O, BLOCK_P), tl.float32)
     for sample in tl.range(0, OFFSET_GROUPS * TAPS, num_stages=1):
@@ -145,14 +145,13 @@ def forward_transposed_kernel(
         ly = tl.load(ly_ptr + at)[:, None]
         lx = tl.load(lx_ptr + at)[:, None]
         w00, w01, w10, w11 = corner_weights(cell, ly, lx, tl.load(scale_ptr + at)[:, None])
-        row00, row01, row10, row11 = corner_rows(cell, width, CHANNELS)
+        row00, row01, row10, row11 = corner_rows(cell, width, CHANNELS // PACK)
         first = sample // TAPS * PER_OFFSET
         weight_tap = weight_ptr + (sample % TAPS * CHANNELS + first) + weight_rows
         for start in tl.static_range(0, PER_OFFSET, BLOCK_C):
-            base = input_ptr + (first + start)
-            x00, x01, x10, x11 = load_corners(base, row00, row01, row10, row11, c[None, :], True, False)
-            value = blend(w00, w01, w10, w11, x00, x01, x10, x11)
-            value = narrow(value, weight_ptr.dtype.element_ty)
+            base = input_ptr + (first + start) // PACK
+            x00, x01, x10, x11 = load_corners(base, row00, row01, row10, row11, word, True, False)
+            value = narrow(blend(w00, w01, w10, w11, x00, x01, x10, x11), weight_ptr.dtype.element_ty)
             weight = tl.load(weight_tap + start)  # (BLOCK_O, BLOCK_C)
             acc = contract(weight, tl.trans(value), acc, PRECISION)
     finish(tl.trans(acc), bias_ptr, output_ptr, p, o, live, OUT_CHANNELS, HAS_BIAS, RELU)

@@ -20,25 +20,45 @@ import triton
 import triton.language as tl
 
 from triton_dcn.kernels.arithmetic import contract, narrow
-from triton_dcn.kernels.binning import sample_origin
+from triton_dcn.kernels.binning import cell_origin
 from triton_dcn.kernels.sampling import column_offset
 
 
 @triton.jit
 def hat_matrix(
-    cell_ptr, ly_ptr, lx_ptr, scale_ptr, at, live, y, x, height, width
-):  # fmt: skip
-    """Return hat(q, s), float32 (pixels, samples), of pixels y, x (pixels, 1) and samples `at`; zero if not `live`."""
-    cell = tl.load(cell_ptr + at, mask=live, other=0)
-    ly = tl.load(ly_ptr + at, mask=live, other=0.0)[None, :]
-    lx = tl.load(lx_ptr + at, mask=live, other=0.0)[None, :]
-    scale = tl.load(scale_ptr + at, mask=live, other=0.0)[None, :]
-    _, cell_y, cell_x = sample_origin(cell, height, width)
-    dy = y - cell_y[None, :]
-    dx = x - cell_x[None, :]
+    cell_ptr,
+    ly_ptr,
+    lx_ptr,
+    scale_ptr,
+    at,
+    live,
+    first_pixel,
+    tile_y,
+    tile_x,
+    width,
+    dtype: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+):
+    """Return hat(q, s) in `dtype`, (TILE_H * TILE_W, samples), of the pixels of a tile; zero where not `live`.
+
+    Its two factors are computed apart, for the rows and for the columns of the tile, and multiplied last.
+
+    Args:
+        at: of the samples in the sample arrays, (samples,); all of them lie in the image that begins at `first_pixel`.
+        tile_y, tile_x: of the tile, in tiles.
+    """
+    cell = tl.load(cell_ptr + at)
+    ly = tl.load(ly_ptr + at)
+    lx = tl.load(lx_ptr + at)
+    scale = tl.where(live, tl.load(scale_ptr + at), 0.0)
+    y, x = cell_origin(cell, (cell >> 4) - first_pixel, width)
+    dy = tile_y * TILE_H + tl.arange(0, TILE_H)[:, None] - y[None, :]
+    dx = tile_x * TILE_W + tl.arange(0, TILE_W)[:, None] - x[None, :]
     hat_y = tl.where(dy == 0, 1 - ly, tl.where(dy == 1, ly, 0.0))
-    hat_x = tl.where(dx == 0, 1 - lx, tl.where(dx == 1, lx, 0.0))
-    return hat_y * (hat_x * scale)
+    hat_x = tl.where(dx == 0, 1 - lx, tl.where(dx == 1, lx, 0.0)) * scale
+    hat = narrow(hat_y[:, None, :] * hat_x[None, :, :], dtype)
+    return tl.reshape(hat, (TILE_H * TILE_W, at.shape[0]))
 
 
 @triton.jit
@@ -96,11 +116,14 @@ def t_columns_kernel(
         e = first + tl.arange(0, BLOCK_S)
         live = e < end
         entry = tl.load(entry_ptr + e, mask=live, other=tap * positions)
-        hat = hat_matrix(cell_ptr, ly_ptr, lx_ptr, scale_ptr, entry, live, y[:, None], x[:, None], height, width)
+        hat = hat_matrix(
+            cell_ptr, ly_ptr, lx_ptr, scale_ptr, entry, live, b * height * width, tile_y, tile_x, width,
+            grad_output_ptr.dtype.element_ty, TILE_H, TILE_W,
+        )  # fmt: skip
         row = (entry - tap * positions).to(tl.int64)[:, None]
         from_ptr = grad_output_ptr + row * OUT_CHANNELS + o[None, :]
         grad = tl.load(from_ptr) if EVEN else tl.load(from_ptr, mask=live_o, other=0.0)  # (BLOCK_S, BLOCK_O)
-        acc = contract(narrow(hat, grad.dtype), grad, acc, PRECISION)
+        acc = contract(hat, grad, acc, PRECISION)
     row = (b * height + y) * width + x - first_pixel
     to = column_offset(row[:, None], tap, o[None, :], rows, OUT_CHANNELS, GROUPS, TAPS)
     tl.store(t_ptr + to, narrow(acc, t_ptr.dtype.element_ty), mask=((y < height) & (x < width))[:, None] & live_o)
@@ -169,12 +192,13 @@ def g_form_kernel(
             live = live & (row >= 0) & (row < rows)
             row = tl.where(live, row, 0)
         hat = hat_matrix(
-            cell_ptr, ly_ptr, lx_ptr, scale_ptr, sample_base + entry, live, y[:, None], x[:, None], height, width
-        )
+            cell_ptr, ly_ptr, lx_ptr, scale_ptr, sample_base + entry, live, b * height * width, tile_y, tile_x, width,
+            grad_column_ptr.dtype.element_ty, TILE_H, TILE_W,
+        )  # fmt: skip
         tap = (entry // positions)[:, None]
         from_ptr = grad_column_ptr + column_offset(row[:, None], tap, c[None, :], rows, CHANNELS, GROUPS, TAPS)
         grad = tl.load(from_ptr) if EVEN else tl.load(from_ptr, mask=live_c, other=0.0)  # (BLOCK_S, BLOCK_C)
-        acc = contract(narrow(hat, grad.dtype), grad, acc, PRECISION)
+        acc = contract(hat, grad, acc, PRECISION)
     to = grad_input_ptr + ((b * height + y) * width + x).to(tl.int64)[:, None] * CHANNELS + c[None, :]
     inside = ((y < height) & (x < width))[:, None] & live_c
     if ADD:

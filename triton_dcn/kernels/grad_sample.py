@@ -13,16 +13,27 @@ import triton
 import triton.language as tl
 
 from triton_dcn.kernels.arithmetic import contract, narrow
-from triton_dcn.kernels.sampling import column_offset, corner_rows, load_corners, strip_order
+from triton_dcn.kernels.sampling import column_offset, corner_rows, load_corners, strip_order, widen
+
+
+@triton.jit
+def runs(x, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return (BLOCK_P, BLOCK_C) in runs of eight channels, (BLOCK_P, BLOCK_C // 8, 8), in float32.
+
+    A run is what one thread loads at once. Column gradients that a product has left in its own layout are brought to
+    that of the runs here, once and in their narrow dtype: were they multiplied first, the compiler would bring all four
+    corner tiles to the layout of the product and four tiles of float32 back.
+    """
+    return tl.reshape(widen(x), (BLOCK_P, BLOCK_C // 8, 8))
 
 
 @triton.jit
 def partial_dot(grad, x, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Return <grad, x> summed over runs of eight channels only, (BLOCK_P, BLOCK_C // 8).
+    """Return <grad, x> summed over runs only, (BLOCK_P, BLOCK_C // 8); `grad` is in runs already.
 
-    A run is what one thread has loaded at once, so that nothing is exchanged between threads inside the channel loop.
+    Nothing is exchanged between threads inside the channel loop.
     """
-    return tl.sum(tl.reshape(grad * x.to(tl.float32), (BLOCK_P, BLOCK_C // 8, 8)), 2)
+    return tl.sum(grad * runs(x, BLOCK_P, BLOCK_C), 2)
 
 
 @triton.jit
@@ -101,10 +112,11 @@ def grad_sample_fused_kernel(
     """Compute the column gradients tile by tile from grad_output and weight, and reduce them at once.
 
     Grid: (ceil(M / BLOCK_P) * D*K,); a program owns BLOCK_P positions of one (offset group, tap).
-    Reads: grad_output (M, O), input (B, H, W, C), weight (O, K, C), the sample arrays.
+    Reads: grad_output (M, O), input (B, H, W, C), or int32 (B, H, W, C/2), see `widen`; weight (O, K, C), the samples.
     Writes: grad_offset (B, 2*D*K, Ho, Wo) and grad_mask (B, D*K, Ho, Wo), in full; only batch strides may vary.
     Assumes: one channel group, BLOCK_C divides C/D, BLOCK_O divides O.
     """
+    PACK: tl.constexpr = 2 if input_ptr.dtype.element_ty == tl.int32 else 1
     PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
     pid_s = tl.program_id(0) % (OFFSET_GROUPS * TAPS)
     index = tl.program_id(0) // (OFFSET_GROUPS * TAPS) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -112,9 +124,10 @@ def grad_sample_fused_kernel(
     p = strip_order(tl.where(live, index, 0), out_height, out_width, STRIP)
     at = pid_s * positions + p
     cell = tl.load(cell_ptr + at)
-    row00, row01, row10, row11 = corner_rows(cell[:, None], width, CHANNELS)
+    row00, row01, row10, row11 = corner_rows(cell[:, None], width, CHANNELS // PACK)
     o = tl.arange(0, BLOCK_O)
     c = tl.arange(0, BLOCK_C)[None, :]
+    word = tl.arange(0, BLOCK_C // PACK)[None, :]
     grad_rows = grad_output_ptr + p.to(tl.int64)[:, None] * OUT_CHANNELS + o[None, :]
     d00 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
     d01 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
@@ -129,9 +142,9 @@ def grad_sample_fused_kernel(
             weight = tl.load(weight_block + from_o * (TAPS * CHANNELS))  # (BLOCK_O, BLOCK_C)
             grad = contract(grad_out, weight, grad, PRECISION)
         # through 16 bits: half the shared memory on the way from the product's layout to that of the gathers
-        grad = narrow(grad, input_ptr.dtype.element_ty).to(tl.float32)
-        base = input_ptr + (first + start)
-        x00, x01, x10, x11 = load_corners(base, row00, row01, row10, row11, c, True, False)
+        grad = runs(narrow(grad, weight_ptr.dtype.element_ty), BLOCK_P, BLOCK_C)
+        base = input_ptr + (first + start) // PACK
+        x00, x01, x10, x11 = load_corners(base, row00, row01, row10, row11, word, True, False)
         d00 += partial_dot(grad, x00, BLOCK_P, BLOCK_C)
         d01 += partial_dot(grad, x01, BLOCK_P, BLOCK_C)
         d10 += partial_dot(grad, x10, BLOCK_P, BLOCK_C)
@@ -174,9 +187,10 @@ def grad_sample_kernel(
     """Reduce column gradients that a library product has computed for positions [first, first + rows); any sizes.
 
     Grid: (ceil(rows / BLOCK_P) * D*K,); a program owns BLOCK_P positions of one (offset group, tap).
-    Reads: grad_column (G, rows, K, C/G), input (B, H, W, C), the sample arrays.
+    Reads: grad_column (G, rows, K, C/G), input (B, H, W, C) or int32 (B, H, W, C/2), the sample arrays.
     Writes: as `grad_sample_fused_kernel`, for these positions.
     """
+    PACK: tl.constexpr = 2 if input_ptr.dtype.element_ty == tl.int32 else 1
     PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
     MASKED: tl.constexpr = PER_OFFSET % BLOCK_C != 0
     pid_s = tl.program_id(0) % (OFFSET_GROUPS * TAPS)
@@ -185,19 +199,22 @@ def grad_sample_kernel(
     row = tl.where(live, row, 0)
     at = pid_s * positions + first + row
     cell = tl.load(cell_ptr + at)
-    row00, row01, row10, row11 = corner_rows(cell[:, None], width, CHANNELS)
+    row00, row01, row10, row11 = corner_rows(cell[:, None], width, CHANNELS // PACK)
     d00 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
     d01 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
     d10 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
     d11 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
+    base = input_ptr + pid_s // TAPS * (PER_OFFSET // PACK)
     for start in tl.range(0, PER_OFFSET, BLOCK_C, num_stages=1):
-        local = start + tl.arange(0, BLOCK_C)
-        live_c = (local < PER_OFFSET)[None, :]
-        c = (pid_s // TAPS * PER_OFFSET + local)[None, :]
+        local = start + tl.arange(0, BLOCK_C)[None, :]
+        live_c = local < PER_OFFSET
+        c = pid_s // TAPS * PER_OFFSET + local
         grad_at = grad_column_ptr + column_offset(row[:, None], pid_s % TAPS, c, rows, CHANNELS, GROUPS, TAPS)
         grad = tl.load(grad_at, mask=live_c, other=0.0) if MASKED else tl.load(grad_at)  # (BLOCK_P, BLOCK_C)
-        grad = grad.to(tl.float32)
-        x00, x01, x10, x11 = load_corners(input_ptr, row00, row01, row10, row11, c, live_c, MASKED)
+        grad = runs(grad, BLOCK_P, BLOCK_C)
+        word = start // PACK + tl.arange(0, BLOCK_C // PACK)[None, :]
+        inside = word < PER_OFFSET // PACK
+        x00, x01, x10, x11 = load_corners(base, row00, row01, row10, row11, word, inside, MASKED)
         d00 += partial_dot(grad, x00, BLOCK_P, BLOCK_C)
         d01 += partial_dot(grad, x01, BLOCK_P, BLOCK_C)
         d10 += partial_dot(grad, x10, BLOCK_P, BLOCK_C)
