@@ -170,8 +170,10 @@ def check(row: Row, arch: str, report: Report) -> list[str]:
     """Return what `report` violates: one line each, empty if all is well.
 
     No spills; registers and shared memory of the table; 128-bit loads in every gather, none of them past the registers;
-    matrix instructions in every product; no float atomics anywhere, which is what makes the results reproducible.
+    matrix instructions in every product; no tile of corners that goes to the layout of a product and back; no float
+    atomics anywhere, which is what makes the results reproducible.
     """
+    barriers = configs.BARRIER_LIMITS.get(row.kernel, report.barriers)
     registers = row.registers[row.archs.index(arch)] + configs.REGISTER_SLACK
     shared = min(row.shared, configs.SHARED_LIMIT)
     rules = {
@@ -181,6 +183,7 @@ def check(row: Row, arch: str, report: Report) -> list[str]:
         "no 128-bit load": row.kernel not in GATHERS or report.wide_loads > 0,
         f"{report.async_copies} copies past the registers": report.async_copies == 0,
         "no matrix instruction": row.kernel not in PRODUCTS or report.tensor_core > 0,
+        f"{report.barriers} barriers, expected at most {barriers}": report.barriers <= barriers,
         f"{report.float_atomics} float atomics": report.float_atomics == 0,
     }
     return [message for message, holds in rules.items() if not holds]
