@@ -41,7 +41,8 @@ the kernels compute, and which of this is asserted in CI: [kernels.md](kernels.m
   fewer places and less shared memory.
 - wide loads: 128-bit global loads, of all global loads. Counts are of instructions in the code, not of executions.
 - instructions: of the main loop, times the threads, over the elements that one pass gathers (columns, rows of
-  grad_output or of column gradients): what an element costs a thread. Known on NVIDIA only.
+  grad_output or of column gradients): what an element costs a thread. Read for sm_80 and sm_90; elsewhere the loop is
+  not one piece of the code.
 - atomics: none is on floating-point numbers unless it says so; those on integers count the samples of a bin.
 """
 
@@ -114,15 +115,15 @@ def size_name(row: Row) -> str:
     return str(row.channels) if row.channels < configs.ANY else "any"
 
 
-def per_element(row: Row, report: Report, largest: int) -> str:
-    """Return the instructions of the main loop per thread and gathered element, "-" where there is no such loop."""
+def per_element(row: Row, arch: str, report: Report, largest: int) -> str:
+    """Return the instructions of the main loop per thread and gathered element, "-" where they cannot be read."""
     tile = row.tile
     widths = {
         "forward_prefetch": min(row.channels, largest), "forward_transposed": min(row.channels, largest),  # unrolled
         "t_columns": tile.block_o, "columns": tile.block_c, "g_form": tile.block_c, "grad_sample": tile.block_c,
         "grad_sample_fused": tile.block_c,
     }  # fmt: skip
-    if row.kernel not in widths or not report.loop:
+    if row.kernel not in widths or arch not in ("sm80", "sm90"):
         return "-"
     return f"{report.loop * 32 * tile.num_warps / (tile.block_p * widths[row.kernel]):.1f}"
 
@@ -160,7 +161,7 @@ def page(entries: Iterable[tuple[Row, str, Report]], version: str, largest: int)
         cells = (
             row.kernel, row.arithmetic, size_name(row), tile_name(row), row.tile.num_warps, report.registers,
             report.spills, f"{report.shared / 1024:.1f}", f"{share:.0%}" + (bound and f", {bound}"),
-            f"{report.wide_loads} of {report.loads}", report.tensor_core, per_element(row, report, largest),
+            f"{report.wide_loads} of {report.loads}", report.tensor_core, per_element(row, arch, report, largest),
             f"{report.float_atomics} on floats" if report.float_atomics else report.integer_atomics,
         )  # fmt: skip
         text += "| " + " | ".join(str(cell) for cell in cells) + " |\n"

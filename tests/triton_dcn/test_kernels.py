@@ -13,6 +13,7 @@ from triton_dcn import configs, launch, reference, stages
 from triton_dcn.configs import ANY, Row, Tile
 from triton_dcn.geometry import ConvGeometry
 from triton_dcn.kernels.sampling import column_offset, corner_rows, strip_order
+from triton_dcn.kernels.sampling import widen as widen_tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ARCH = configs.architecture(torch.device(DEVICE))
@@ -27,6 +28,7 @@ SPECS = {
     "groups": (1, 8, 6, (9, 10), (3, 3), (1, 1), (1, 1), (1, 1), 2, 1, True, True),
     "groups-cross": (1, 12, 6, (6, 5), (2, 2), (1, 1), (1, 1), (1, 1), 2, 3, True, False),
     "many-channels": (1, 80, 80, (5, 5), (1, 2), (1, 1), (0, 1), (1, 1), 1, 1, True, False),
+    "odd-channels": (1, 9, 6, (6, 5), (2, 2), (1, 1), (1, 1), (1, 1), 1, 3, True, False),
 }
 
 
@@ -243,6 +245,35 @@ def test_mask_logits(spec):
     share = logits.double().sigmoid()
     exact["grad_mask"] *= share * (1 - share)
     agree(found, exact, FLOOR[torch.float32])
+
+
+@triton.jit
+def widen_kernel(word_ptr, wide_ptr, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    row = tl.arange(0, ROWS)[:, None]
+    words = tl.load(word_ptr + row * WORDS + tl.arange(0, WORDS)[None, :])
+    tl.store(wide_ptr + row * 2 * WORDS + tl.arange(0, 2 * WORDS)[None, :], widen_tile(words))
+
+
+def test_words_hold_pairs_of_channels():
+    x = torch.randn(8, 32, device=DEVICE).bfloat16()
+    x[0, :4] = torch.tensor([float("inf"), float("nan"), -0.0, 1e-40])
+    wide = torch.empty(8, 32, device=DEVICE)
+    widen_kernel[(1,)](x.view(torch.int32), wide, ROWS=8, WORDS=16)
+    assert torch.equal(wide.view(torch.int32), x.float().view(torch.int32))
+
+
+@pytest.mark.parametrize("spec", ["offset-groups", "many-channels"])
+def test_addresses_that_words_do_not_fit(spec):
+    """A bfloat16 input that begins two bytes past a word is read channel by channel, to the same results."""
+    case = case_of(spec, torch.bfloat16)
+    x, *others = case.tensors
+    fits = run(case)
+    shape = (x.shape[0], x.shape[2], x.shape[3], x.shape[1])
+    odd = x.new_empty(x.numel() + 1)[1:].view(shape).copy_(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    assert odd.data_ptr() % 4 == 2
+    assert odd.permute(0, 2, 3, 1).is_contiguous()
+    case.tensors = (odd, *others)
+    agree(run(case), {name: value.double() for name, value in fits.items()}, 1e-5)
 
 
 @triton.jit
