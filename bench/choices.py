@@ -73,16 +73,17 @@ def choices(stage: str, inputs: Inputs, most: int) -> list[Choice]:
             if (kernel, tile) == (known.kernel, known.tile):
                 continue
             label = f"{kernel} {tile.block_p}x{tile.block_o}x{tile.block_c} {tile.num_warps}w"
+            label += f" r{tile.max_registers}" if tile.max_registers else ""
             found.append(Choice(label, (row, *general), row))
     return found
 
 
 def tiles(tile: Tile, stage: str, case: Case) -> Iterator[Tile]:
-    """Yield tiles around one: each block halved or doubled, each with 4 and 8 warps."""
+    """Yield tiles around one: each block halved or doubled, with 4 warps, 8, and 8 of which two blocks fit."""
     names = ("block_p", "block_o", "block_c")
     blocks = [{}, *({name: getattr(tile, name) * by // 2} for name in names if getattr(tile, name) for by in (1, 4))]
-    for change, warps in itertools.product(blocks, (4, 8)):
-        new = replace(tile, **change, num_warps=warps)
+    for change, (warps, registers) in itertools.product(blocks, ((4, 0), (8, 0), (8, 128))):
+        new = replace(tile, **change, num_warps=warps, max_registers=registers)
         sizes = (case.channels // case.offset_groups, new.block_c), (case.out_channels, new.block_o)
         divides = stage not in configs.EXACT_STAGES or not any(size % block for size, block in sizes)
         if divides and all(16 <= block <= 256 for block in (new.block_p, new.block_o, new.block_c) if block):
