@@ -23,15 +23,15 @@ from torch import Tensor
 from bench.cases import Case, Inputs, make_inputs, select
 from bench.ceilings import measure_ceilings
 from bench.choices import Choice
-from bench.deform_conv import DTYPES, environment, timing_row, write_csv
+from bench.deform_conv import DTYPES, allow_tf32, environment, timing_row, write_csv
 from bench.measure import TOLERANCE, check_inputs, exact, interleave
 from bench.report import markdown
 from triton_dcn import configs, launch, stages
 from triton_dcn.kernels.sampling import column_offset, corner_rows, corner_weights
+from triton_dcn.products import accumulate
 
 MODES = {"grad_input": (True, False, False, False), "grad_input, grad_weight": (True, False, False, True)}
 """What is computed: T-columns give the gradient of the weight nearly for free, atomics need columns for it."""
-ONLY_WEIGHT = (False, False, False, True)
 
 
 @triton.jit
@@ -79,49 +79,52 @@ def scatter_kernel(
             tl.atomic_add(to, weight * grad, mask=inside & (weight != 0), sem="relaxed")
 
 
-def by_atomics(inputs: Inputs) -> Tensor:
-    """Return the gradient of the input (B, C, H, W), stored channels-last, in the dtype of the input."""
+def by_atomics(inputs: Inputs, mode: str) -> list[Tensor]:
+    """Return the gradient of the input (B, C, H, W), stored channels-last, and what else `MODES` asks for."""
     geom = inputs.geometry
     x, offset, mask, weight = (leaf.detach() for leaf in inputs.leaves)
-    w = weight.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
+    x_last, w = x.permute(0, 2, 3, 1).contiguous(), weight.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
     grad = inputs.grad.permute(0, 2, 3, 1).contiguous().view(-1, geom.out_channels)
     total = torch.zeros(geom.batch, geom.height, geom.width, geom.in_channels, device=x.device)
+    grad_weight = torch.zeros(geom.groups, geom.out_channels // geom.groups, w[0].numel(), device=x.device)
     samples = stages.sample(geom, offset, mask, False)
     tile = stages.tile_for("columns", geom, x)
     for first, rows in launch._chunks(geom, x):
-        grad_columns = launch._grad_columns(geom, grad[first : first + rows], w)
+        part = grad[first : first + rows]
+        grad_columns = launch._grad_columns(geom, part, w)
         scatter_kernel[(triton.cdiv(rows, tile.block_p) * geom.offset_groups * geom.taps,)](
             grad_columns, *samples, total, geom.batch * geom.positions, first, rows, geom.width,
             CHANNELS=geom.in_channels, GROUPS=geom.groups, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
-            BLOCK_P=tile.block_p, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
+            BLOCK_P=tile.block_p, BLOCK_C=tile.block_c, **tile.options,
         )  # fmt: skip
-    return total.to(x.dtype).permute(0, 3, 1, 2)
+        if MODES[mode][3]:
+            left = part.view(rows, geom.groups, -1).permute(1, 2, 0)
+            accumulate(grad_weight, left, stages.columns(geom, x_last, samples, first, rows))
+    grad_input = total.to(x.dtype).permute(0, 3, 1, 2)
+    return [grad_input] + ([launch._finish_weight(geom, grad_weight, False).to(x.dtype)] if MODES[mode][3] else [])
 
 
 def ways(inputs: Inputs, mode: str) -> dict[str, Callable[[], list[Tensor]]]:
     """Return what is timed, by name; all give the gradients of `MODES`."""
     tensors = tuple(leaf.detach() for leaf in inputs.leaves)
 
-    def gradients(needs: tuple[bool, ...]) -> list[Tensor]:
-        found = launch.backward(inputs.geometry, inputs.grad, *tensors, needs)
-        return [grad for grad in found if grad is not None]
-
     def by_bins(choice: Choice) -> Callable[[], list[Tensor]]:
         def call() -> list[Tensor]:
             with choice.in_force():
-                return gradients(MODES[mode])
+                found = launch.backward(inputs.geometry, inputs.grad, *tensors, MODES[mode])
+            return [grad for grad in found if grad is not None]
 
         return call
 
     return {
         "bins": by_bins(Choice("bins", configs.TABLE)),
         "stable sort": by_bins(Choice("stable sort", configs.TABLE, deterministic=True)),
-        "atomics": lambda: [by_atomics(inputs), *(gradients(ONLY_WEIGHT) if MODES[mode][3] else ())],
+        "atomics": lambda: by_atomics(inputs, mode),
     }
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure the machine, then every case; print the table and write the CSV."""
+def main(arguments: list[str] | None = None) -> int:
+    """Measure the machine, then every case; print the table, write the CSV, return 1 where a way disagreed."""
     parser = argparse.ArgumentParser(prog="python -m bench.atomics", description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=["r50"], help="sets or names of bench.cases")
     parser.add_argument("--batch", type=int, help="instead of each case's own")
@@ -140,21 +143,26 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the stable sort is asked for by determinism
     device = torch.device("cpu" if options.dry_run else "cuda")
     where, sizes = environment(device), {"nbytes": 1 << 16, "rows": 64} if options.dry_run else {}
-    rows = []
+    try:
+        cases = select(options.cases, options.batch)
+    except ValueError as error:
+        sys.exit(f"bench: {error}")
+    rows, left_out = [], False
     for name, (moved, timing) in measure_ceilings(device, 2 * options.seconds, **sizes).items():
         print(f"{name}: {moved / timing.p50 / 1e9:.3f} TB/s")
         rows.append(timing_row("machine", name, f"{moved} bytes", "float32", "", timing, where))
-    for case, dtype in itertools.product(select(options.cases, options.batch), options.dtypes):
-        torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-        inputs = make_inputs(case, DTYPES[dtype], device, 2.0, channels_last=True, smooth=options.smooth)
+    for case, dtype, mode in itertools.product(cases, options.dtypes, MODES):
         shape = case.shape + (" smooth" if options.smooth else "")
-        for mode in MODES:
-            agreed = {name: ways(inputs, mode)[name] for name in _agreeing(case, dtype, device, mode)}
-            timings = interleave(agreed, device, options.seconds)
-            rows += [timing_row(name, case.name, shape, dtype, mode, t, where) for name, t in timings.items()]
+        with allow_tf32(dtype == "tf32"):
+            inputs = make_inputs(case, DTYPES[dtype], device, 2.0, channels_last=True, smooth=options.smooth)
+            every, agreeing = ways(inputs, mode), _agreeing(case, dtype, device, mode)
+            timings = interleave({name: every[name] for name in agreeing}, device, options.seconds)
+        left_out |= len(agreeing) < len(every)
+        rows += [timing_row(name, case.name, shape, dtype, mode, t, where) for name, t in timings.items()]
     if options.csv:
         write_csv(options.csv, rows)
     print("\n" + markdown(rows))
+    return int(left_out)
 
 
 def _agreeing(case: Case, dtype: str, device: torch.device, mode: str) -> list[str]:
@@ -172,4 +180,4 @@ def _agreeing(case: Case, dtype: str, device: torch.device, mode: str) -> list[s
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

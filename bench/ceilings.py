@@ -1,8 +1,10 @@
 """What the kernels of the operator lean on beyond `bench.roofline`: reads from the L2 cache, float32 atomics.
 
 Both are measured by kernels of a few lines, on any GPU that Triton compiles for. Atomics add rows of 64 and 256
-floats, a quarter and all of a kilobyte, at random places of a buffer that is larger than the L2 cache: four floats an
-instruction where the hardware can, or one, which a pointer that is not a multiple of 16 bytes enforces.
+floats, a quarter and all of a kilobyte, at random places of a buffer that the L2 cache holds, and of one that it does
+not: four floats an instruction where the hardware can, or one, which a pointer that is not a multiple of 16 bytes
+enforces. The clock empties the cache before each call, so that one of READS passes, and the first visit of a row, comes
+from memory.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from bench.measure import Timing, interleave
 
-L2_BYTES = 20 << 20  # stays in the cache of an A100 and of everything later
+L2_BYTES = 20 << 20  # fits the cache of an A100, H100, H200 or B200
 READS = 16  # of the whole buffer in one launch
 BUFFER_BYTES = 256 << 20
 ROWS = 1 << 20  # of the first width; fewer of the wider one, for as many floats
@@ -87,9 +89,10 @@ def measure_ceilings(
         nbytes, rows: of the buffer of the atomics, and added to it.
     """
     work = {"l2 read": read_l2(device, min(L2_BYTES, nbytes))}
-    buffer = torch.zeros(nbytes // 4 + 1, device=device)
-    for width in (64, 256):
-        for how, target in (("aligned", buffer[:-1]), ("single floats", buffer[1:])):
-            work[f"atomics, {width * 4} B rows, {how}"] = add_rows(target, width, rows * 64 // width)
+    for where, size in (("L2", min(L2_BYTES, nbytes)), ("memory", nbytes)):
+        buffer = torch.zeros(size // 4 + 1, device=device)
+        for width in (64, 256):
+            for how, target in (("aligned", buffer[:-1]), ("single floats", buffer[1:])):
+                work[f"atomics in {where}, {width * 4} B rows, {how}"] = add_rows(target, width, rows * 64 // width)
     timings = interleave({name: call for name, (call, _) in work.items()}, device, seconds)
     return {name: (moved, timings[name]) for name, (_, moved) in work.items()}

@@ -82,7 +82,8 @@ def tiles(tile: Tile, stage: str, case: Case) -> Iterator[Tile]:
     """Yield tiles around one: each block halved or doubled, with 4 warps, 8, and 8 of which two blocks fit."""
     names = ("block_p", "block_o", "block_c")
     blocks = [{}, *({name: getattr(tile, name) * by // 2} for name in names if getattr(tile, name) for by in (1, 4))]
-    for change, (warps, registers) in itertools.product(blocks, ((4, 0), (8, 0), (8, 128))):
+    bounds = ((4, 0), (8, 0)) if torch.version.hip else ((4, 0), (8, 0), (8, 128))
+    for (warps, registers), change in itertools.product(bounds, blocks):
         new = replace(tile, **change, num_warps=warps, max_registers=registers)
         sizes = (case.channels // case.offset_groups, new.block_c), (case.out_channels, new.block_o)
         divides = stage not in configs.EXACT_STAGES or not any(size % block for size, block in sizes)

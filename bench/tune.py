@@ -22,7 +22,7 @@ from torch import Tensor
 from bench import static
 from bench.cases import Case, Inputs, make_inputs, select
 from bench.choices import Choice, choices
-from bench.deform_conv import DTYPES, environment, timing_row, write_csv
+from bench.deform_conv import DTYPES, allow_tf32, environment, timing_row, write_csv
 from bench.measure import TOLERANCE, Timing, check_inputs, exact, interleave
 from triton_dcn import launch
 from triton_dcn.configs import Row
@@ -105,9 +105,9 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device("cpu" if options.dry_run else "cuda")
     lines, rows, where = [], [], environment(device)
     for dtype, case, stage in itertools.product(options.dtypes, select(options.cases), options.stages):
-        torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
         case = replace(case, offset_groups=4) if stage == "g_form" else case
-        timed = tune(stage, case, dtype, device, options)
+        with allow_tf32(dtype == "tf32"):
+            timed = tune(stage, case, dtype, device, options)
         print(f"\n{stage}, {case.name} {case.shape}, {dtype}")
         for choice, timing in timed.items():
             print(f"    {timing.p50:9.4f} ms  {choice.label}")

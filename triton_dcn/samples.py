@@ -18,7 +18,7 @@ from triton_dcn.geometry import ConvGeometry
 CHUNK_BYTES = 8 << 20
 """Size of the columns and indices of one piece; the backward pass holds a few such buffers."""
 CHUNK_WEIGHTS = 3
-"""The same in sizes of the weight, if that is more: the products rearrange the weight for every piece."""
+"""Columns of one piece may be this many times as large as the weight, which the products rearrange for every piece."""
 
 
 LIMIT = float(1 << 30)
@@ -41,9 +41,9 @@ class Samples(NamedTuple):
 def cut(geom: ConvGeometry, itemsize: int) -> Iterator[tuple[slice, list[tuple[slice, list[slice]]]]]:
     """Cut the work into images, within these positions to sample at once, within these positions to contract at once.
 
-    The images' table, the rows and weights of the first and the columns of the second stay near CHUNK_BYTES each.
-    Computed for many positions at once, rows and weights keep every thread busy and cost few calls; columns are
-    contracted while they are in the cache.
+    The images' table and the rows and weights of the first stay near CHUNK_BYTES each, the columns of the second near
+    that or CHUNK_WEIGHTS weights. Computed for many positions at once, rows and weights keep every thread busy and cost
+    few calls; columns are contracted while they are in the cache.
 
     Yields:
         Slices of the batch; for each, slices of its positions; for each of these, slices within it.

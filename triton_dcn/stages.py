@@ -233,10 +233,11 @@ def tile_for(stage: str, geom: ConvGeometry, x: Tensor) -> configs.Tile:
 
 
 def _words(geom: ConvGeometry, x: Tensor) -> Tensor:
-    """View bfloat16 (B, H, W, C) as int32 (B, H, W, C/2) where pairs of channels allow it; see `sampling.widen`."""
+    """View bfloat16 (B, H, W, C) as int32 (B*H*W*C/2,) where pairs of channels allow it; see `sampling.widen`."""
     if x.dtype != torch.bfloat16 or geom.in_channels // geom.offset_groups % 2:
         return x
-    return x.view(torch.int32) if x.data_ptr() % 4 == 0 and x.storage_offset() % 2 == 0 else x
+    aligned = x.data_ptr() % 4 == 0 and x.storage_offset() % 2 == 0
+    return x.view(-1).view(torch.int32) if aligned else x  # flat, for the strides of sizes of 1 need not be even
 
 
 def _cdiv(count: int, block: int) -> int:

@@ -2,6 +2,7 @@
 
 import csv
 
+import pytest
 import torch
 
 from bench import accuracy, providers
@@ -27,10 +28,18 @@ def test_too_large_an_error_fails(monkeypatch, capsys):
     assert "dry float32: output of torch has an error of 1.0e-02" in capsys.readouterr().err
 
 
-def test_who_cannot_is_left_out(monkeypatch, capsys):
-    def fails(inputs):
-        raise RuntimeError("no kernel")
+def fails(inputs):
+    raise RuntimeError("no kernel")
 
+
+@pytest.mark.parametrize("factory", [lambda: providers.Provider(fails), lambda: fails(None)], ids=["runs", "loads"])
+def test_ours_must_not_be_left_out(factory, monkeypatch, capsys):
+    monkeypatch.setitem(providers.FACTORIES, "torch", factory)
+    assert accuracy.main([*SMALL, "--providers", "torch"]) == 1
+    assert "dry float32: torch could not compute it" in capsys.readouterr().err
+
+
+def test_a_peer_that_cannot_is_left_out(monkeypatch, capsys):
     monkeypatch.setitem(providers.FACTORIES, "mmcv", lambda: providers.Provider(fails))
     assert accuracy.main([*SMALL, "--providers", "mmcv"]) == 0
     out, err = capsys.readouterr()

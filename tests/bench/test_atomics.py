@@ -30,18 +30,18 @@ def test_every_way_is_right(case, mode):
 
 
 def test_wrong_gradients_are_told(monkeypatch, capsys):
-    monkeypatch.setattr(atomics, "by_atomics", lambda inputs: torch.zeros_like(inputs.input))
+    monkeypatch.setattr(atomics, "by_atomics", lambda inputs, mode: [torch.zeros_like(inputs.input)])
     agreed = atomics._agreeing(CASES["dry"][0], "float32", torch.device("cpu"), "grad_input")
     assert agreed == ["bins", "stable sort"]
     assert "atomics disagrees by 1.0e+00" in capsys.readouterr().err
 
 
 def test_dry_run(tmp_path, capsys):
-    atomics.main(["--dry-run", "--smooth", "--csv", str(tmp_path / "atomics.csv")])
+    assert atomics.main(["--dry-run", "--smooth", "--csv", str(tmp_path / "atomics.csv")]) == 0
     printed = capsys.readouterr().out
     assert "| atomics |" in printed.replace("  ", "")
     assert "l2 read: " in printed
-    assert len((tmp_path / "atomics.csv").read_text().splitlines()) == 1 + 5 + 2 * 3
+    assert len((tmp_path / "atomics.csv").read_text().splitlines()) == 1 + 9 + 2 * 3
 
 
 @pytest.mark.parametrize("first", [0, 1], ids=["aligned", "single"])

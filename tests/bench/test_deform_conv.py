@@ -71,6 +71,15 @@ def test_cases_are_valid_and_counted():
     assert select(["r50-c3"], batch=16, offset_groups=4)[0].shape == "16x128x100x168 dg4"
 
 
+def test_smooth_offsets():
+    case = CASES["r50"][0]
+    for smooth in (False, True):
+        offset = make_inputs(case, torch.float32, torch.device("cpu"), 2.0, smooth=smooth).offset.detach()
+        assert 1.9 < offset.std() < 2.1
+        assert 0.1 - 1e-5 < (offset - offset.floor()).min() < (offset - offset.floor()).max() < 0.9 + 1e-5
+        assert ((offset[..., 1:] - offset[..., :-1]).abs().mean().item() < 0.6) is smooth
+
+
 def test_peak_memory_sees_what_is_freed_again():
     peak = measure.peak_memory(lambda: torch.ones(16 << 20), torch.device("cpu"))
     assert peak is None or 60 < peak < 80

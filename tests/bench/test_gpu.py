@@ -10,10 +10,11 @@ def test_dry_run_writes_tables_and_pictures(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled here, not interpreted")
-    assert gpu.main(["--dry-run", "--out", str(tmp_path), "--only", "stages-n16", "train-step"]) == 0
+    assert gpu.main(["--dry-run", "--out", str(tmp_path), "--only", "stages-n16", "accuracy", "train-step"]) == 0
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {
         "dry-run-stages-n16.csv", "dry-run-stages-n16.png", "dry-run-stages-n16-roofline.png", "dry-run-train-step.csv",
+        "dry-run-accuracy.csv",
     }  # fmt: skip
     assert "| dry both" in capsys.readouterr().out
 

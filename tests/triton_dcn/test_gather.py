@@ -57,7 +57,7 @@ def check_golden(golden, name, dtype):
             assert (value - expected[key]).abs().max() < 1e-12 * max(1, expected[key].abs().max()), (name, key)
 
 
-@pytest.mark.parametrize("chunk", [None, 4000], ids=["whole", "pieces"])
+@pytest.mark.parametrize("chunk", [None, 20000, 4000], ids=["whole", "pieces", "blocks"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_golden(golden, dtype, chunk, monkeypatch):
     if chunk:
@@ -260,7 +260,7 @@ class Largest(TorchDispatchMode):
     (1, 2, 2, (120, 120), (5, 5), (1, 1), (2, 2), (1, 1), 1, 1, True, True),
 ], ids=["columns", "groups", "indices"])  # fmt: skip
 def test_memory_is_bounded(spec, monkeypatch):
-    """No tensor is larger than what is given and returned or than a piece."""
+    """No tensor is larger than what is given and returned or than a piece, here larger than three weights."""
     case = make_case(spec, torch.float32)
     monkeypatch.setattr(samples, "CHUNK_BYTES", 1 << 20)
     with Largest() as largest:

@@ -28,6 +28,7 @@ SPECS = {
     "groups": (1, 8, 6, (9, 10), (3, 3), (1, 1), (1, 1), (1, 1), 2, 1, True, True),
     "groups-cross": (1, 12, 6, (6, 5), (2, 2), (1, 1), (1, 1), (1, 1), 2, 3, True, False),
     "many-channels": (1, 80, 80, (5, 5), (1, 2), (1, 1), (0, 1), (1, 1), 1, 1, True, False),
+    "one-pixel": (2, 16, 16, (1, 1), (3, 3), (1, 1), (1, 1), (1, 1), 1, 1, True, True),
     "odd-channels": (1, 9, 6, (6, 5), (2, 2), (1, 1), (1, 1), (1, 1), 1, 3, True, False),
 }
 
@@ -79,7 +80,7 @@ def test_half(spec, dtype):
 @pytest.mark.parametrize("kernel", ["forward_prefetch", "forward_transposed"])
 @pytest.mark.parametrize("spec", ["two-blocks", "offset-groups"])
 def test_forward_forms(spec, kernel, dtype, monkeypatch):
-    put(monkeypatch, Row("forward", kernel, (ARCH,), "any", ANY, Tile(64, 16, 16)))
+    put(monkeypatch, Row("forward", kernel, (ARCH,), "any", ANY, Tile(64, 16, 16, max_registers=128)))
     case = case_of(spec, dtype)
     wide = widen(case)
     exact = reference.forward(wide.geom, *wide.tensors, wide.bias)

@@ -141,7 +141,7 @@ def grad_sample_fused_kernel(
             grad_out = tl.load(grad_rows + from_o)  # (BLOCK_P, BLOCK_O)
             weight = tl.load(weight_block + from_o * (TAPS * CHANNELS))  # (BLOCK_O, BLOCK_C)
             grad = contract(grad_out, weight, grad, PRECISION)
-        # through 16 bits: half the shared memory on the way from the product's layout to that of the gathers
+        # narrow first: less shared memory on the way from the product's layout to that of the gathers
         grad = runs(narrow(grad, weight_ptr.dtype.element_ty), BLOCK_P, BLOCK_C)
         base = input_ptr + (first + start) // PACK
         x00, x01, x10, x11 = load_corners(base, row00, row01, row10, row11, word, True, False)
