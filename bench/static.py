@@ -97,7 +97,7 @@ def compile_row(row: Row, arch: str, element: str | None = None, offset_groups: 
         if name in values:
             signature[name], known[name] = "constexpr", values[name]
         elif name.endswith("_ptr"):
-            words = name == "input_ptr" and element == "bf16" and row.kernel in configs.WORD_KERNELS
+            words = sampling.PAIRS and name == "input_ptr" and element == "bf16" and row.kernel in configs.WORD_KERNELS
             kind = "i32" if name in INTEGER_POINTERS or words else "fp32" if name in FLOAT_POINTERS else element
             signature[name] = f"*{kind}"
             attributes[(index,)] = [["tt.divisibility", 16]]  # torch allocates at multiples of 16 bytes and more

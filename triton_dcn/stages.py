@@ -17,7 +17,7 @@ from triton_dcn.kernels.columns import columns_kernel
 from triton_dcn.kernels.forward import forward_prefetch_kernel, forward_transposed_kernel
 from triton_dcn.kernels.grad_input import g_form_kernel, t_columns_kernel
 from triton_dcn.kernels.grad_sample import grad_sample_fused_kernel, grad_sample_kernel
-from triton_dcn.kernels.sampling import sampling_kernel
+from triton_dcn.kernels.sampling import PAIRS, sampling_kernel
 
 FORWARD_KERNELS = {"forward_prefetch": forward_prefetch_kernel, "forward_transposed": forward_transposed_kernel}
 
@@ -234,7 +234,7 @@ def tile_for(stage: str, geom: ConvGeometry, x: Tensor) -> configs.Tile:
 
 def _words(geom: ConvGeometry, x: Tensor) -> Tensor:
     """View bfloat16 (B, H, W, C) as int32 (B*H*W*C/2,) where pairs of channels allow it; see `sampling.widen`."""
-    if x.dtype != torch.bfloat16 or geom.in_channels // geom.offset_groups % 2:
+    if not PAIRS or x.dtype != torch.bfloat16 or geom.in_channels // geom.offset_groups % 2:
         return x
     aligned = x.data_ptr() % 4 == 0 and x.storage_offset() % 2 == 0
     return x.view(-1).view(torch.int32) if aligned else x  # flat, for the strides of sizes of 1 need not be even

@@ -16,6 +16,7 @@ or NaN pixel of the input may reach samples that do not touch it, as may one of 
 import triton
 import triton.language as tl
 
+PAIRS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)  # before, words are loaded one by one; see `widen`
 LIMIT = tl.constexpr(1 << 30)  # offsets beyond it, and NaN, lie outside; float32 -> int32 is safe below
 
 
