@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 from bench.cases import Case, Inputs, make_inputs, select
 from bench.ceilings import measure_ceilings
 from bench.choices import Choice
-from bench.deform_conv import DTYPES, allow_tf32, environment, timing_row, write_csv
+from bench.deform_conv import DTYPES, allow_tf32, environment, gpu_or_dry_run, timing_row, write_csv
 from bench.measure import TOLERANCE, check_inputs, exact, interleave
 from bench.report import markdown
 from triton_dcn import configs, launch, stages
@@ -134,14 +133,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, help="write the measurements here")
     parser.add_argument("--dry-run", action="store_true", help="a tiny case on the CPU, kernels interpreted")
     options = parser.parse_args(arguments)
-    if options.dry_run and os.environ.get("TRITON_INTERPRET") != "1":
-        sys.exit("bench: --dry-run needs TRITON_INTERPRET=1 in the environment")
+    device = gpu_or_dry_run(options.dry_run)
     if options.dry_run:
         options.cases, options.batch, options.seconds = ["dry"], None, 0.0
-    elif not torch.cuda.is_available():
-        sys.exit("bench: no CUDA GPU here; --dry-run tries the command without one")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the stable sort is asked for by determinism
-    device = torch.device("cpu" if options.dry_run else "cuda")
     where, sizes = environment(device), {"nbytes": 1 << 16, "rows": 64} if options.dry_run else {}
     try:
         cases = select(options.cases, options.batch)

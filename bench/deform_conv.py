@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import os
 import platform
 import subprocess
 import sys
@@ -146,6 +147,19 @@ def timing_row(
     peak = "" if timing.peak_mib is None else f"{timing.peak_mib:.1f}"
     times = (f"{value:.4f}" for value in (timing.p50, timing.p20, timing.p80))
     return dict(zip(COLUMNS, (provider, case, shape, dtype, mode, *times, peak, *where.values()), strict=True))
+
+
+def gpu_or_dry_run(dry_run: bool) -> torch.device:
+    """Return the GPU, or the CPU for a dry run in the interpreter; exits with a message where that cannot be.
+
+    Also lets PyTorch ask cuBLAS for determinism later on, which it looks up once, at the first product.
+    """
+    if dry_run and os.environ.get("TRITON_INTERPRET") != "1":
+        sys.exit("bench: --dry-run needs TRITON_INTERPRET=1 in the environment")
+    if not dry_run and not torch.cuda.is_available():
+        sys.exit("bench: no CUDA GPU here; --dry-run tries the command without one")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return torch.device("cpu" if dry_run else "cuda")
 
 
 def environment(device: torch.device) -> dict[str, str]:

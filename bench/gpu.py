@@ -8,7 +8,6 @@ CPU, with tiny shapes and the kernels in Triton's interpreter: it proves that th
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 import time
@@ -108,11 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=[part.name for part in PLAN], help="these parts")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, kernels interpreted")
     options = parser.parse_args(arguments)
-    if not options.dry_run and not torch.cuda.is_available():
-        sys.exit("bench: no CUDA GPU here; --dry-run tries the command without one")
-    if options.dry_run and os.environ.get("TRITON_INTERPRET") != "1":
-        sys.exit("bench: --dry-run needs TRITON_INTERPRET=1 in the environment")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first product; determinism needs it
+    deform_conv.gpu_or_dry_run(options.dry_run)
     name = "dry-run" if options.dry_run else re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()).strip("-")
     deadline = time.monotonic() + 0.9 * 60 * options.minutes
     failed = []

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +21,7 @@ from torch import Tensor
 from bench import static
 from bench.cases import Case, Inputs, make_inputs, select
 from bench.choices import Choice, choices
-from bench.deform_conv import DTYPES, allow_tf32, environment, timing_row, write_csv
+from bench.deform_conv import DTYPES, allow_tf32, environment, gpu_or_dry_run, timing_row, write_csv
 from bench.measure import TOLERANCE, Timing, check_inputs, exact, interleave
 from triton_dcn import launch
 from triton_dcn.configs import Row
@@ -95,14 +94,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--csv", type=Path, help="write the measurements here")
     parser.add_argument("--dry-run", action="store_true", help="a tiny case on the CPU, kernels interpreted")
     options = parser.parse_args(arguments)
-    if options.dry_run and os.environ.get("TRITON_INTERPRET") != "1":
-        sys.exit("bench: --dry-run needs TRITON_INTERPRET=1 in the environment")
+    device = gpu_or_dry_run(options.dry_run)
     if options.dry_run:
         options.cases, options.dtypes, options.most, options.seconds = ["dry"], ["bfloat16"], 2, 0.0
-    elif not torch.cuda.is_available():
-        sys.exit("bench: no CUDA GPU here; --dry-run tries the command without one")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the stable sort is asked for by determinism
-    device = torch.device("cpu" if options.dry_run else "cuda")
     lines, rows, where = [], [], environment(device)
     for dtype, case, stage in itertools.product(options.dtypes, select(options.cases), options.stages):
         case = replace(case, offset_groups=4) if stage == "g_form" else case
