@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from bench.cases import Case, select
 from bench.deform_conv import DTYPES, allow_tf32, environment, write_csv
-from bench.measure import check_inputs, errors, exact
+from bench.measure import check_inputs, errors, exact, first_line, worst
 from bench.providers import FACTORIES, Provider, available
 from bench.report import table
 
@@ -38,7 +38,7 @@ def measure(case: Case, dtype: str, device: torch.device, providers: dict[str, P
             except Exception as error:  # a peer without the dtype, a compiler that refuses
                 if name == "reference":
                     raise
-                tqdm.write(f"{case.name}: {name} cannot: {str(error).splitlines()[0]}", file=sys.stderr)
+                tqdm.write(f"{case.name}: {name} cannot: {first_line(error)}", file=sys.stderr)
     return found
 
 
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     ours = [name for name in OURS if name in names]
     for case, dtype in tqdm(list(itertools.product(cases, options.dtypes)), unit="case", disable=None):
         found = measure(case, dtype, device, providers)
-        lines.append([case.name, dtype, *(f"{max(found[n]):.1e}" if n in found else "-" for n in providers)])
+        lines.append([case.name, dtype, *(f"{worst(found[n]):.1e}" if n in found else "-" for n in providers)])
         wrong += [f"{case.name} {dtype}: {line}" for line in too_far(found, ours, dtype)]
         for name, values in found.items():
             for quantity, value in zip(QUANTITIES, values, strict=True):

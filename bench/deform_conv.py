@@ -20,7 +20,18 @@ import torch
 from tqdm import tqdm
 
 from bench.cases import Case, make_inputs, select
-from bench.measure import MODES, TOLERANCE, Timing, calls, check_inputs, errors, exact, interleave
+from bench.measure import (
+    MODES,
+    TOLERANCE,
+    Timing,
+    calls,
+    check_inputs,
+    errors,
+    exact,
+    first_line,
+    interleave,
+    worst,
+)
 from bench.providers import FACTORIES, Provider, available
 from bench.report import markdown
 from bench.roofline import Machine, measure_machine
@@ -113,12 +124,12 @@ def _agreeing(
     for name, provider in providers.items():
         if provider.checked:
             try:
-                worst = max(errors(provider, judged, truth))
-            except Exception as error:  # whatever a compiler or a peer has against the case
-                tqdm.write(f"{case.name}: {name} cannot: {str(error).splitlines()[0]}", file=sys.stderr)
+                error = worst(errors(provider, judged, truth))
+            except Exception as reason:  # whatever a compiler or a peer has against the case
+                tqdm.write(f"{case.name}: {name} cannot: {first_line(reason)}", file=sys.stderr)
                 continue
-            if not worst < TOLERANCE[dtype]:
-                tqdm.write(f"{case.name}: {name} disagrees by {worst:.1e} and is not timed", file=sys.stderr)
+            if not error < TOLERANCE[dtype]:
+                tqdm.write(f"{case.name}: {name} disagrees by {error:.1e} and is not timed", file=sys.stderr)
                 continue
         agreed[name] = provider
     return agreed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +31,26 @@ class Timing:
     peak_mib: float | None
 
 
+def relative_errors(found: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
+    """Relative l2 errors of tensors to those of float64."""
+    pairs = zip(found, truth, strict=True)
+    return [((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in pairs]
+
+
+def worst(values: Sequence[float]) -> float:
+    """Return the largest error, NaN if there is one: max() passes over a NaN that does not come first."""
+    return max(values, key=lambda value: (value != value, value))
+
+
 def errors(provider: Provider, inputs: Inputs, truth: list[Tensor]) -> list[float]:
     """Relative l2 errors of output and gradients to `truth`, of `exact`."""
     output = provider.call(inputs)
-    found = [output, *torch.autograd.grad(output, inputs.leaves, inputs.grad)]
-    pairs = zip(found, truth, strict=True)
-    return [((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in pairs]
+    return relative_errors([output, *torch.autograd.grad(output, inputs.leaves, inputs.grad)], truth)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or its name where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def check_inputs(case: Case, dtype: torch.dtype, device: torch.device, magnitude: float) -> Inputs:

@@ -22,7 +22,7 @@ from bench import static
 from bench.cases import Case, Inputs, make_inputs, select
 from bench.choices import Choice, choices
 from bench.deform_conv import DTYPES, allow_tf32, environment, gpu_or_dry_run, timing_row, write_csv
-from bench.measure import TOLERANCE, Timing, check_inputs, exact, interleave
+from bench.measure import TOLERANCE, Timing, check_inputs, exact, interleave, relative_errors
 from triton_dcn import launch
 from triton_dcn.configs import Row
 
@@ -57,8 +57,7 @@ def tune(stage: str, case: Case, dtype: str, device: torch.device, options: argp
     inputs, agreed = make_inputs(case, DTYPES[dtype], device, 2.0), {}
     for choice in choices(stage, inputs, options.most):
         try:
-            pairs = zip(function(stage, small, choice)(), truth, strict=True)
-            errors = [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
+            errors = relative_errors(function(stage, small, choice)(), truth)
         except Exception as error:  # whatever the compiler or the driver has against a tile
             print(f"{stage} {case.name}: {choice.label} cannot: {str(error).splitlines()[:1]}", file=sys.stderr)
             continue

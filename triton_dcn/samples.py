@@ -19,8 +19,6 @@ CHUNK_BYTES = 8 << 20
 """Size of the columns and indices of one piece; the backward pass holds a few such buffers."""
 CHUNK_WEIGHTS = 3
 """Columns of one piece may be this many times as large as the weight, which the products rearrange for every piece."""
-
-
 LIMIT = float(1 << 30)
 """Pixels; larger offsets are cut to it, so that positions are int32."""
 

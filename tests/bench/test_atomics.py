@@ -5,7 +5,7 @@ import torch
 
 from bench import atomics, ceilings
 from bench.cases import CASES, Case, make_inputs
-from bench.measure import exact
+from bench.measure import check_inputs, exact
 
 ODD = Case("odd", 2, 24, 8, 5, 7, (3, 2), (2, 1), (1, 1), (1, 2), groups=2, offset_groups=4)
 
@@ -31,7 +31,8 @@ def test_every_way_is_right(case, mode):
 
 def test_wrong_gradients_are_told(monkeypatch, capsys):
     monkeypatch.setattr(atomics, "by_atomics", lambda inputs, mode: [torch.zeros_like(inputs.input)])
-    agreed = atomics._agreeing(CASES["dry"][0], "float32", torch.device("cpu"), "grad_input")
+    judged = check_inputs(CASES["dry"][0], torch.float32, torch.device("cpu"), 2.0)
+    agreed = atomics._agreeing(judged, exact(judged)[1:], "float32", "grad_input")
     assert agreed == ["bins", "stable sort"]
     assert "atomics disagrees by 1.0e+00" in capsys.readouterr().err
 

@@ -47,6 +47,20 @@ def test_who_disagrees_or_fails_is_not_timed(monkeypatch, capsys):
     assert [cell.strip() for cell in header.split("|")[4:-1]] == ["torch", "roofline"]
 
 
+def test_a_nan_among_the_gradients_is_not_timed(monkeypatch, capsys):
+    right = providers.FACTORIES["torch"]().call
+
+    def lost(inputs):
+        output = right(inputs)
+        return output + (inputs.weight - inputs.weight.detach()).sum().sqrt()  # 0, and its gradient is not finite
+
+    monkeypatch.setattr(providers, "FACTORIES", {**providers.FACTORIES, "lost": lambda: providers.Provider(lost)})
+    deform_conv.main([*SMALLEST, "--modes", "fwd", "--providers", "lost"])
+    assert "lost disagrees by" in capsys.readouterr().err
+    assert str(measure.worst([1e-7, float("nan"), 1.0])) == "nan"
+    assert measure.worst([1e-7, 1.0, 0.5]) == 1.0
+
+
 @pytest.mark.parametrize("arguments", [["--cases", "nowhere"], ["--providers", "nobody"]], ids=lambda a: a[1])
 def test_unknown_names_are_told_without_a_stack_trace(arguments):
     with pytest.raises(SystemExit, match="unknown"):
