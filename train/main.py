@@ -47,12 +47,14 @@ def main() -> int:
         torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
         (evaluate_only if config.eval_only else train)(config, world)
         leave(world)
-        return 0
+        status = 0
     except (Exception, KeyboardInterrupt) as error:
         status = errors.report(error, world, out)
     if world is not None and world.size > 1:
+        # Without Python's farewells: they wait for processes that are gone, and a thread of gloo that still has to let
+        # go of a tensor aborts in them.
         sys.stdout.flush()
-        os._exit(status)  # without the farewells that would wait for processes that are gone
+        os._exit(status)
     return status
 
 

@@ -150,6 +150,22 @@ def test_two_machines_meet(coco, tmp_path, launch):
     assert len(lines(tmp_path / "run")) == 3
 
 
+def test_late_threads_of_the_group_do_not_abort_the_run(coco, tmp_path, launch):
+    code = """if True:
+        import sys, torch, train.main
+        def leave_in_haste(world):
+            for _ in range(2000):
+                torch.distributed.all_reduce(torch.zeros(20000), async_op=True)
+        train.main.leave = leave_in_haste
+        sys.exit(train.main.main())
+    """
+    arguments = command("--data.root", coco, "--pictures", 0, "--max-steps", 1, "--out", tmp_path / "run")[2:]
+    env = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    ranks = [launch([sys.executable, "-c", code, *arguments], RANK=str(rank), **env) for rank in range(2)]
+    texts = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], texts
+
+
 def start_rank(launch, port, rank, size, *arguments):
     env = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
     return launch(command(*arguments), LOCAL_RANK=str(rank), **env)

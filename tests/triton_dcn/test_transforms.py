@@ -1,5 +1,7 @@
 """What torch wraps around the operator: `torch.func` transforms, and gradients averaged over processes."""
 
+import os
+
 import pytest
 import torch
 from torch.func import grad, vmap
@@ -91,6 +93,7 @@ def step(rank, folder):
     model(images(rank)).square().sum().backward()
     torch.save({name: value.grad for name, value in model.module.named_parameters()}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
+    os._exit(0)  # as a thread of gloo that still has to let go of a tensor aborts at the end of the interpreter
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
