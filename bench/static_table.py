@@ -41,8 +41,8 @@ the kernels compute, and which of this is asserted in CI: [kernels.md](kernels.m
   fewer places and less shared memory.
 - wide loads: 128-bit global loads, of all global loads. Counts are of instructions in the code, not of executions.
 - instructions: of the main loop, times the threads, over the elements that one pass gathers (columns, rows of
-  grad_output or of column gradients): what an element costs a thread. Read for sm_80 and sm_90; elsewhere the loop is
-  not one piece of the code.
+  grad_output or of column gradients): what an element costs a thread. The loop over output channels inside that of
+  grad_sample_fused counts once. Read for sm_80 and sm_90; elsewhere the loop is not one piece of the code.
 - atomics: none is on floating-point numbers unless it says so; those on integers count the samples of a bin.
 """
 

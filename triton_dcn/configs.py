@@ -14,7 +14,9 @@ from torch import Tensor
 WORKSPACE_BYTES = 128 << 20  # bound of one chunk of columns, column gradients or T
 MAX_PIXELS = 1 << 27  # of the images in one slice: a pixel index shares 32 bits with four flags
 MAX_SAMPLES = 1 << 29  # likewise: there are up to four entries of a sample in the bins
-BYTES_PER_SAMPLE = 64  # of the sample arrays and, at its peak, of the stable sort
+SAMPLE_BYTES = {"arrays": 16, "ranks": 32, "sort": 160}
+"""Bytes for each sample: of its arrays alone, with its entries in the bins, and with what the stable sort takes
+at its peak, by count: keys and their copy, the order in int64, and the sort's buffers for both."""
 TILE_H, TILE_W = 8, 16  # tile of input pixels that owns a bin
 STRIP = 16  # columns per strip of output positions
 STRIP_MIN_WIDTH = 64  # narrower maps keep row-major order
@@ -82,7 +84,7 @@ TABLE: tuple[Row, ...] = (
     Row("forward", "forward_transposed", ("sm90",), "half", 256, Tile(64, 256, 32, 8), (128,), 20 << 10),
     Row("forward", "forward_transposed", ("sm90", "sm100"), "half", 256, Tile(64, 64, 32, 4), (107, 80), 9 << 10),
     Row("forward", "forward_transposed", ("sm90",), "tf32", 128, Tile(64, 128, 32, 8), (128,), 24 << 10),
-    Row("forward", "forward_transposed", ("sm90",), "tf32", 256, Tile(64, 256, 16, 8), (154,), 32 << 10),
+    Row("forward", "forward_transposed", ("sm90",), "tf32", 256, Tile(64, 256, 16, 8), (164,), 32 << 10),
     Row("forward", "forward_prefetch", ("sm80",), "half", 128, Tile(64, 128, 32, 8), (120,), 16 << 10),
     Row("forward", "forward_prefetch", ("gfx942",), "half", 128, Tile(64, 128, 32, 4), (124,), 8 << 10),
     Row("forward", "forward_prefetch", PORTABLE, "half", 256, Tile(64, 256, 32, 8), (196, 134), 20 << 10),
@@ -92,10 +94,17 @@ TABLE: tuple[Row, ...] = (
     Row("columns", "columns", GPUS, "half", ANY, Tile(32, 0, 64, 4), (64, 64, 58, 56)),
     Row("columns", "columns", GPUS, "any", ANY, Tile(16, 0, 64, 4), (56, 56, 56, 37)),
     Row(
-        "grad_sample_fused", "grad_sample_fused", GPUS, "half", 128, Tile(64, 128, 64, 8), (100, 74, 102, 128), 33 << 10
+        "grad_sample_fused",
+        "grad_sample_fused",
+        GPUS,
+        "half",
+        256,
+        Tile(64, 128, 64, 8),
+        (122, 101, 110, 147),
+        33 << 10,
     ),
     Row(
-        "grad_sample_fused", "grad_sample_fused", GPUS, "half", 256, Tile(64, 128, 32, 4), (123, 94, 123, 180), 40 << 10
+        "grad_sample_fused", "grad_sample_fused", GPUS, "half", 256, Tile(64, 128, 32, 4), (128, 96, 123, 146), 25 << 10
     ),
     Row(
         "grad_sample_fused",
@@ -104,8 +113,8 @@ TABLE: tuple[Row, ...] = (
         "tf32",
         256,
         Tile(64, 64, 32, 4),
-        (168, 152),
-        72 << 10,
+        (168, 154),
+        24 << 10,
     ),
     Row("grad_sample", "grad_sample", GPUS, "half", ANY, Tile(32, 0, 64, 4), (72, 72, 94, 70), 1 << 10),
     Row("grad_sample", "grad_sample", GPUS, "any", ANY, Tile(32, 0, 32, 4), (86, 70, 80, 54), 1 << 10),
@@ -147,7 +156,7 @@ def arithmetic(tensor: Tensor) -> str:
     matmul = torch.backends.cuda.matmul
     # the setting was renamed in torch 2.9, where to read the old name after the new one was set is an error
     allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if tensor.is_cuda and allowed else "float32"
+    return "tf32" if tensor.is_cuda and allowed and not torch.version.hip else "float32"
 
 
 def precision(arch: str, kind: str) -> str:

@@ -8,6 +8,7 @@ Letters: see `triton_dcn.kernels.sampling`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -63,7 +64,7 @@ def forward(
     output = x.new_empty(geom.batch * geom.positions, geom.out_channels)  # written in full
     row = stages.row_for("forward", geom, x)
     with _on(x.device):
-        for part, images in _slices(geom):
+        for part, images in _slices(geom, "arrays"):
             rows = output[images.start * geom.positions : images.stop * geom.positions]
             samples = stages.sample(part, offset[images], None if mask is None else mask[images], mask_logits)
             if row is not None:
@@ -115,8 +116,9 @@ def backward(
         grad_mask,
         torch.zeros_like(weight_like, dtype=torch.float32) if needs[3] else None,
     )  # all but the weight's are written in full
+    bins = "sort" if torch.are_deterministic_algorithms_enabled() else "ranks"
     with _on(x.device):
-        for part, images in _slices(geom):
+        for part, images in _slices(geom, bins if needs[0] else "arrays"):
             rows = grad[images.start * geom.positions : images.stop * geom.positions]
             samples = stages.sample(part, offset[images], None if mask is None else mask[images], mask_logits)
             step = _backward_by_t if by_t else _backward_by_columns
@@ -194,16 +196,22 @@ def _on(device: torch.device) -> AbstractContextManager[None]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _slices(geom: ConvGeometry) -> Iterator[tuple[ConvGeometry, slice]]:
-    """Yield slices of images whose pixels can be indexed and whose per-image buffers fit the workspace."""
+def _slices(geom: ConvGeometry, need: str) -> Iterator[tuple[ConvGeometry, slice]]:
+    """Yield even slices of images whose pixels can be indexed and whose per-image buffers fit the workspace.
+
+    `need` is of `configs.SAMPLE_BYTES`.
+    """
     pixels, samples = geom.height * geom.width, geom.positions * geom.offset_groups * geom.taps
     for count, most, what in ((pixels, configs.MAX_PIXELS, "pixels"), (samples, configs.MAX_SAMPLES, "samples")):
         if count >= most:
             raise ValueError(f"input of {geom.height}x{geom.width} gives {count} {what} an image, expected < {most}")
-    bytes_per_image = samples * configs.BYTES_PER_SAMPLE
-    if geom.offset_groups > 1:  # one chunk of column gradients a slice: each goes through all bins of the slice
+    bytes_per_image = samples * configs.SAMPLE_BYTES[need]
+    if (
+        geom.offset_groups > 1 and need != "arrays"
+    ):  # one chunk of column gradients a slice: each goes through all bins of the slice
         bytes_per_image = max(bytes_per_image, geom.positions * geom.taps * geom.in_channels * 4)
-    step = max(1, min((configs.MAX_PIXELS - 1) // pixels, configs.WORKSPACE_BYTES // bytes_per_image))
+    fit = max(1, min((configs.MAX_PIXELS - 1) // pixels, configs.WORKSPACE_BYTES // bytes_per_image))
+    step = math.ceil(geom.batch / math.ceil(geom.batch / fit)) if geom.batch else 1
     for first in range(0, geom.batch, step):
         last = min(first + step, geom.batch)
         yield replace(geom, batch=last - first), slice(first, last)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-HAS_OUT_DTYPE = "dtype" in torch.ops.aten.bmm.overloads()
+HAS_OUT_DTYPE = "dtype" in torch.ops.aten.bmm.overloads() and not torch.version.hip  # ROCm's raises in some versions
 
 
 def multiply(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
@@ -40,10 +40,17 @@ def multiply_groups(left: Tensor, right: Tensor) -> Tensor:
 def accumulate(out: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left (G, m, rows) @ right (G, rows, n) to `out` (G, m, n), float32."""
     if left.is_cuda and left.dtype != torch.float32:
-        # before torch 2.8 the product of a chunk is rounded to half precision; the sum of the chunks never is
-        out += torch.bmm(left, right, out_dtype=torch.float32) if HAS_OUT_DTYPE else torch.bmm(left, right)
+        # otherwise the product of a chunk is rounded to half precision; the sum of the chunks never is
+        wide = HAS_OUT_DTYPE and not _accumulates_narrowly(left)
+        out += torch.bmm(left, right, out_dtype=torch.float32) if wide else torch.bmm(left, right)
     else:
         out.baddbmm_(_wide(left), _wide(right))
+
+
+def _accumulates_narrowly(tensor: Tensor) -> bool:
+    """Tell whether the user allows float16 sums (torch 2.7), with which cuBLAS has no float32 result."""
+    allowed = getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
+    return tensor.dtype == torch.float16 and allowed
 
 
 def _wide(tensor: Tensor) -> Tensor:

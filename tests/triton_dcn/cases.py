@@ -12,6 +12,9 @@ from torch import Tensor
 
 from triton_dcn.geometry import ConvGeometry
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where the Triton kernels run; on a CPU that is in Triton's interpreter, see `tests/conftest.py`."""
+
 # batch, in, out, (H, W), kernel, stride, padding, dilation, groups, offset groups, mask, bias
 CASES = {
     "plain": (2, 8, 6, (7, 9), (3, 3), (1, 1), (1, 1), (1, 1), 1, 1, True, True),
@@ -55,6 +58,11 @@ class Case:
             "bias": self.bias, "mask": self.tensors[2],
             "stride": geom.stride, "padding": geom.padding, "dilation": geom.dilation,
         }  # fmt: skip
+
+
+def device_of(backend: str) -> str:
+    """Return where the tests run a backend: the Triton kernels on a GPU if there is one, the others on the CPU."""
+    return DEVICE if backend == "triton" else "cpu"
 
 
 def make_case(spec: tuple, dtype: torch.dtype, device: str = "cpu", seed: int = 0, spread: float = 2.0) -> Case:
@@ -125,3 +133,14 @@ def deterministic() -> Iterator[None]:
             yield
         finally:
             torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def two_threads() -> Iterator[None]:
+    """On one thread BLAS contracts the columns of backend "torch", on more oneDNN's convolutions do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -19,18 +19,56 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("arch", configs.TESTED)
 def test_code_for(arch, tmp_path):
-    """In a process of its own: where the interpreter is on, nothing can be compiled."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
     report = tmp_path / "report.jsonl"
     run = subprocess.run(
         [sys.executable, "-m", "bench.static", "--arch", arch, "--first", "--json", str(report)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280,
+        cwd=ROOT, env=without_interpreter(tmp_path / "cache"), capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     kernels = {json.loads(line)["row"]["kernel"] for line in report.read_text().splitlines()}
     assert kernels >= {"sampling", "bins", "columns", "grad_sample", "grad_sample_fused", "t_columns", "g_form"}
     assert kernels & {"forward_prefetch", "forward_transposed"}
+
+
+def without_interpreter(cache: Path) -> dict[str, str]:
+    """The environment of a process that compiles: where the interpreter is on, nothing can be."""
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return kept | {"TRITON_CACHE_DIR": str(cache)}
+
+
+def test_sample_gradients_take_any_number_of_output_channels(tmp_path):
+    """No row of the table bounds it, so neither spills nor shared memory may grow with it."""
+    code = """if True:
+        from bench.static import compile_row
+        from triton_dcn import configs
+        for row in configs.TABLE:
+            for arch in configs.TESTED:
+                if row.stage == "grad_sample_fused" and arch in row.archs:
+                    report = compile_row(row, arch, OUT_CHANNELS=1024)
+                    print(report.spills, report.shared <= row.shared)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=without_interpreter(tmp_path), capture_output=True, text=True,
+        timeout=280,
+    )  # fmt: skip
+    assert set(run.stdout.splitlines()) == {"0 True"}, run.stdout + run.stderr
+
+
+def test_no_kernel_is_compiled_anew_for_a_size(tmp_path):
+    """Only what is a constant of the kernel, and the alignment of pointers, makes another variant."""
+    code = """if True:
+        from bench.static import KERNELS
+        for kernel in KERNELS.values():
+            for each in kernel.params:
+                if not (each.is_constexpr or each.do_not_specialize or each.name.endswith("_ptr")):
+                    print(kernel.__name__, each.name)
+        print("done")
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=without_interpreter(tmp_path), capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
+    assert run.stdout == "done\n", run.stdout + run.stderr
 
 
 def test_every_stage_has_a_tile_everywhere():

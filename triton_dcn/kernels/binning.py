@@ -14,6 +14,8 @@ Letters and sample arrays: see `sampling`.
 import triton
 import triton.language as tl
 
+from triton_dcn.kernels.jit import kernel
+
 
 @triton.jit
 def cell_origin(cell, place, width):
@@ -38,7 +40,7 @@ def entry_bin(cell, y, x, image_group, tap, tiles_y, tiles_x, DY: tl.constexpr, 
     return ((image_group * tiles_y + tile_y) * tiles_x + tile_x) * TAPS + tap, live_y & live_x
 
 
-@triton.jit
+@kernel
 def bin_kernel(
     cell_ptr,
     key_ptr,

@@ -3,14 +3,14 @@
 Letters and sample arrays: see `sampling`.
 """
 
-import triton
 import triton.language as tl
 
 from triton_dcn.kernels.arithmetic import narrow
+from triton_dcn.kernels.jit import kernel
 from triton_dcn.kernels.sampling import blend, column_offset, corner_rows, corner_weights, load_corners
 
 
-@triton.jit
+@kernel
 def columns_kernel(
     input_ptr,
     cell_ptr,

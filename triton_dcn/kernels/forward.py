@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from triton_dcn.kernels.arithmetic import contract, narrow
+from triton_dcn.kernels.jit import kernel
 from triton_dcn.kernels.sampling import blend, corner_rows, corner_weights, load_corners, strip_order
 
 
@@ -29,7 +30,7 @@ def finish(
     tl.store(output_ptr + to, narrow(acc, output_ptr.dtype.element_ty), mask=live[:, None])
 
 
-@triton.jit
+@kernel
 def forward_prefetch_kernel(
     input_ptr,
     cell_ptr,
@@ -98,7 +99,7 @@ def forward_prefetch_kernel(
     finish(acc, bias_ptr, output_ptr, p, o, live, OUT_CHANNELS, HAS_BIAS, RELU)
 
 
-@triton.jit
+@kernel
 def forward_transposed_kernel(
     input_ptr,
     cell_ptr,

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from triton_dcn.kernels.arithmetic import contract, narrow
 from triton_dcn.kernels.binning import cell_origin
+from triton_dcn.kernels.jit import kernel
 from triton_dcn.kernels.sampling import column_offset
 
 
@@ -61,7 +62,7 @@ def hat_matrix(
     return tl.reshape(hat, (TILE_H * TILE_W, at.shape[0]))
 
 
-@triton.jit
+@kernel
 def t_columns_kernel(
     grad_output_ptr,
     cell_ptr,
@@ -110,12 +111,13 @@ def t_columns_kernel(
     bin = ((b * tiles_y + tile_y) * tiles_x + tile_x) * TAPS + tap
     begin = tl.load(start_ptr + bin)
     end = tl.load(start_ptr + bin + 1)
+    first_entry = tl.load(entry_ptr + begin, mask=begin < end, other=0)  # in the place of those beyond the last
     live_o = (o < OUT_CHANNELS)[None, :]
     acc = tl.zeros((TILE_H * TILE_W, BLOCK_O), tl.float32)
     for first in tl.range(begin, end, BLOCK_S, num_stages=1):
         e = first + tl.arange(0, BLOCK_S)
         live = e < end
-        entry = tl.load(entry_ptr + e, mask=live, other=tap * positions)
+        entry = tl.load(entry_ptr + e, mask=live, other=first_entry)
         hat = hat_matrix(
             cell_ptr, ly_ptr, lx_ptr, scale_ptr, entry, live, b * height * width, tile_y, tile_x, width,
             grad_output_ptr.dtype.element_ty, TILE_H, TILE_W,
@@ -129,7 +131,7 @@ def t_columns_kernel(
     tl.store(t_ptr + to, narrow(acc, t_ptr.dtype.element_ty), mask=((y < height) & (x < width))[:, None] & live_o)
 
 
-@triton.jit
+@kernel
 def g_form_kernel(
     grad_column_ptr,
     cell_ptr,
@@ -179,13 +181,14 @@ def g_form_kernel(
     x = tile_x * TILE_W + q % TILE_W
     begin = tl.load(start_ptr + bins * TAPS)
     end = tl.load(start_ptr + bins * TAPS + TAPS)
+    first_entry = tl.load(entry_ptr + begin, mask=begin < end, other=0)  # in the place of those beyond the last
     sample_base = offset_group * TAPS * positions
     live_c = (local < PER_OFFSET)[None, :]
     acc = tl.zeros((TILE_H * TILE_W, BLOCK_C), tl.float32)
     for first in tl.range(begin, end, BLOCK_S, num_stages=1):
         e = first + tl.arange(0, BLOCK_S)
         live = e < end
-        entry = tl.load(entry_ptr + e, mask=live, other=0)
+        entry = tl.load(entry_ptr + e, mask=live, other=first_entry)
         row = entry % positions
         if PART:
             row -= from_position
@@ -197,7 +200,10 @@ def g_form_kernel(
         )  # fmt: skip
         tap = (entry // positions)[:, None]
         from_ptr = grad_column_ptr + column_offset(row[:, None], tap, c[None, :], rows, CHANNELS, GROUPS, TAPS)
-        grad = tl.load(from_ptr) if EVEN else tl.load(from_ptr, mask=live_c, other=0.0)  # (BLOCK_S, BLOCK_C)
+        if PART:
+            grad = tl.load(from_ptr, mask=live[:, None] & live_c, other=0.0)  # (BLOCK_S, BLOCK_C)
+        else:
+            grad = tl.load(from_ptr) if EVEN else tl.load(from_ptr, mask=live_c, other=0.0)
         acc = contract(hat, grad, acc, PRECISION)
     to = grad_input_ptr + ((b * height + y) * width + x).to(tl.int64)[:, None] * CHANNELS + c[None, :]
     inside = ((y < height) & (x < width))[:, None] & live_c

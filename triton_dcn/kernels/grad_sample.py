@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from triton_dcn.kernels.arithmetic import contract, narrow
+from triton_dcn.kernels.jit import kernel
 from triton_dcn.kernels.sampling import column_offset, corner_rows, load_corners, strip_order, widen
 
 
@@ -79,7 +80,7 @@ def store_gradients(
         tl.store(to, narrow(grad, grad_mask_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@kernel
 def grad_sample_fused_kernel(
     grad_output_ptr,
     input_ptr,
@@ -137,7 +138,7 @@ def grad_sample_fused_kernel(
     for start in tl.range(0, PER_OFFSET, BLOCK_C, num_stages=1):
         weight_block = weight_ptr + (pid_s % TAPS * CHANNELS + first + start) + o[:, None] * (TAPS * CHANNELS) + c
         grad = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        for from_o in tl.static_range(0, OUT_CHANNELS, BLOCK_O):
+        for from_o in tl.range(0, OUT_CHANNELS, BLOCK_O, num_stages=1):
             grad_out = tl.load(grad_rows + from_o)  # (BLOCK_P, BLOCK_O)
             weight = tl.load(weight_block + from_o * (TAPS * CHANNELS))  # (BLOCK_O, BLOCK_C)
             grad = contract(grad_out, weight, grad, PRECISION)
@@ -157,7 +158,7 @@ def grad_sample_fused_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def grad_sample_kernel(
     grad_column_ptr,
     input_ptr,

@@ -10,17 +10,19 @@ of the images at hand (B * Ho * Wo). A sample is one (offset group, tap, positio
 The cell of a sample is the square of the four pixels around it. The flags say which of its rows and columns are inside
 the image; `pixel` = (b * H + y) * W + x is the first corner that is. A sample outside the image has no flags. Where one
 of two rows is missing both are read from the other, the missing one with weight zero: gathers need no mask. An infinite
-or NaN pixel of the input may reach samples that do not touch it, as may one of grad_output.
+or NaN pixel of the input may reach samples that do not touch it, as may one of grad_output or a mask.
 """
 
 import triton
 import triton.language as tl
 
+from triton_dcn.kernels.jit import kernel
+
 PAIRS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)  # before, words are loaded one by one; see `widen`
 LIMIT = tl.constexpr(1 << 30)  # offsets beyond it, and NaN, lie outside; float32 -> int32 is safe below
 
 
-@triton.jit
+@kernel
 def sampling_kernel(
     offset_ptr,
     mask_ptr,
@@ -113,7 +115,7 @@ def corner_rows(cell, width, CHANNELS: tl.constexpr):
     """Return the element offsets, int64, of the four corner pixels in a channels-last input, row by row."""
     row = (cell >> 4).to(tl.int64) * CHANNELS
     right = (cell >> 1 & cell & 1) * CHANNELS
-    below = (cell >> 3 & cell >> 2 & 1).to(tl.int64) * (width * CHANNELS)
+    below = tl.where((cell & 12) == 12, width.to(tl.int64) * CHANNELS, 0)
     return row, row + right, row + below, row + below + right
 
 

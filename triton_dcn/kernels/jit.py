@@ -1,0 +1,23 @@
+"""How the kernels are compiled: once, not again for every size that is 1 or a multiple of 16."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import triton
+import triton.language as tl
+
+
+def kernel(function: Callable[..., None]) -> Any:
+    """Make a Triton kernel without a variant for each of its run-time integers.
+
+    Triton would compile anew where one of them becomes 1, or divisible by 16, or ceases to be: in a training run on
+    images of many sizes about ten times per kernel, for the same machine code where it matters (`bench.static` reads
+    that of the one variant). Pointers keep theirs: wide loads need the alignment.
+    """
+    integers = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.annotation is not tl.constexpr and not name.endswith("_ptr")
+    ]
+    return triton.jit(function, do_not_specialize=integers)
