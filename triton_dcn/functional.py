@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from triton_dcn.geometry import ConvGeometry
 from triton_dcn.op import choose_backend, forward_op, split_map
@@ -17,10 +21,12 @@ def pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     Raises:
         ValueError: `value` is neither an int nor two ints; names the argument.
     """
-    values = (value, value) if isinstance(value, int) else tuple(value)
-    if len(values) != 2 or not all(isinstance(v, (int, torch.SymInt)) for v in values):
-        raise ValueError(f"{name} must be an int or a pair of ints, got {value!r}")
-    return values
+    values = tuple(value) if isinstance(value, Sequence) else (value, value)
+    try:
+        y, x = (v if isinstance(v, (int, torch.SymInt)) else operator.index(v) for v in values)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be an int or a pair of ints, got {value!r}") from None
+    return y, x
 
 
 def deform_conv2d(
@@ -58,7 +64,8 @@ def deform_conv2d(
 
     Raises:
         ValueError: shapes disagree, or the backend cannot run here; names the argument, expected and found.
-        TypeError: dtypes or devices disagree.
+        TypeError: dtypes, layouts or devices disagree.
+        NotImplementedError: forward-mode differentiation.
 
     Source:
         Zhu et al., Deformable ConvNets v2, CVPR 2019, section 3; signature of torchvision.ops.deform_conv2d; gradient
@@ -91,11 +98,14 @@ def convolve(
     for name, tensor in (("input", input), ("offset", offset), ("weight", weight), ("bias", bias), ("mask", mask)):
         if not isinstance(tensor, Tensor) and not (tensor is None and name in ("bias", "mask")):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor is not None and tensor.layout != torch.strided:
+            raise TypeError(f"{name} has layout {tensor.layout}, expected torch.strided")
+    _refuse_tangents(input, offset, weight, bias, mask)
     device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        input, weight = input.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        input, weight = _cast(input, dtype), _cast(weight, dtype)
+        bias = None if bias is None else _cast(bias, dtype)
     moves, scales = split_map(offset) if packed else (offset, mask)
     _check_types(input, moves, weight, bias, scales)
     stride, padding, dilation = pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
@@ -107,6 +117,19 @@ def convolve(
         packed, relu,
     )  # fmt: skip
     return output
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raise NotImplementedError in forward mode, where PyTorch would take the derivative of its operators for zero."""
+    if forward_ad._current_level < 0:
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError("deform_conv2d has no forward-mode derivative (jvp, jacfwd): use torch.autograd.grad")
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast what autocast casts; the rest is left for `_check_types` to refuse."""
+    return tensor.to(dtype) if tensor.dtype in (torch.float16, torch.bfloat16, torch.float32) else tensor
 
 
 def _check_types(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> None:

@@ -157,6 +157,7 @@ def _matmul(rows: Tensor, matrix: Tensor) -> Tensor:
 def _convolves(rows: Tensor) -> bool:
     """Whether a 1x1 convolution runs in oneDNN, faster than BLAS; with one thread torch would not take it."""
     suits = len(rows) == 1 and rows.dtype == torch.float32 and rows.is_cpu
+    suits = suits and rows.shape[2] > 1  # else the image is contiguous in both formats, and so is not what comes out
     return suits and torch.get_num_threads() > 1 and torch.backends.mkldnn.is_available()
 
 

@@ -98,7 +98,7 @@ class ConvGeometry:
             (size + 2 * p - (d * (k - 1) + 1)) // s + 1
             for size, k, s, p, d in zip((height, width), kernel, stride, padding, dilation, strict=True)
         ]
-        if min(extent) <= 0:
+        if extent[0] <= 0 or extent[1] <= 0:  # not min(): it would tie a compiled program to H < W, or to H > W
             raise ValueError(
                 f"input of {height}x{width} with kernel {kernel}, stride {tuple(stride)}, padding "
                 f"{tuple(padding)}, dilation {tuple(dilation)} gives an output of {extent[0]}x{extent[1]}, "

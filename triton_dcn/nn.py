@@ -44,14 +44,10 @@ class DeformConv2d(nn.Module):
         bias: bool = True,
     ):
         super().__init__()
-        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if channels % groups:
-                raise ValueError(f"{name} = {channels} must be divisible by groups = {groups}")
+        _check_channels(in_channels, out_channels, groups)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = pair("kernel_size", kernel_size)
-        self.stride, self.padding, self.dilation = (
-            pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
-        )  # fmt: skip
+        self.kernel_size, self.stride = _extent("kernel_size", kernel_size), _extent("stride", stride)
+        self.padding, self.dilation = _extent("padding", padding, least=0), _extent("dilation", dilation)
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
         self.reset_parameters()
@@ -64,7 +60,13 @@ class DeformConv2d(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return (B, O, Ho, Wo); see `triton_dcn.deform_conv2d`."""
+        """Return (B, O, Ho, Wo); see `triton_dcn.deform_conv2d`.
+
+        Raises:
+            ValueError: as there, or `input` has other channels than the layer.
+        """
+        if input.dim() == 4 and input.shape[1] != self.in_channels:
+            raise ValueError(f"input has {input.shape[1]} channels, expected in_channels = {self.in_channels}")
         return convolve(
             input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask, relu=self.relu
         )  # fmt: skip
@@ -74,6 +76,7 @@ class DeformConv2d(nn.Module):
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}"
+            f"{', relu=True' if self.relu else ''}"
         )
 
 
@@ -84,8 +87,9 @@ class DeformConv2dPack(nn.Module):
     that the layer starts as a plain convolution (version 2: half of one, sigmoid(0) being 0.5).
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in `DeformConv2d`.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in `DeformConv2d`.
         deform_groups: groups D of input channels that share offsets.
+        bias: whether to learn a bias; mmcv's version 1 cannot.
 
     Shape:
         (B, C, H, W) -> (B, O, Ho, Wo).
@@ -110,20 +114,16 @@ class DeformConv2dPack(nn.Module):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         deform_groups: int = 1,
-        bias: bool = True,
+        bias: bool = False,
     ):
         super().__init__()
-        for name, count in (("groups", groups), ("deform_groups", deform_groups)):
-            if in_channels % count:
-                raise ValueError(f"in_channels = {in_channels} must be divisible by {name} = {count}")
-        if out_channels % groups:
-            raise ValueError(f"out_channels = {out_channels} must be divisible by groups = {groups}")
+        _check_channels(in_channels, out_channels, groups)
+        if deform_groups < 1 or in_channels % deform_groups:
+            raise ValueError(f"in_channels = {in_channels} must be divisible by deform_groups = {deform_groups}")
         self.in_channels, self.out_channels = in_channels, out_channels
         self.groups, self.deform_groups = groups, deform_groups
-        self.kernel_size = pair("kernel_size", kernel_size)
-        self.stride, self.padding, self.dilation = (
-            pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
-        )  # fmt: skip
+        self.kernel_size, self.stride = _extent("kernel_size", kernel_size), _extent("stride", stride)
+        self.padding, self.dilation = _extent("padding", padding, least=0), _extent("dilation", dilation)
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
         taps = self.kernel_size[0] * self.kernel_size[1]
@@ -134,9 +134,11 @@ class DeformConv2dPack(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw `weight` from U(+-1/sqrt(C*K)) and set everything else to zero, as mmcv does."""
-        bound = 1 / math.sqrt(self.in_channels * self.kernel_size[0] * self.kernel_size[1])
-        nn.init.uniform_(self.weight, -bound, bound)
+        """Draw `weight` from U(+-sqrt(6*G/(C*K))) and set everything else to zero, as mmcv does."""
+        nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
+        self._reset_rest()
+
+    def _reset_rest(self) -> None:
         for zero in (self.bias, self.conv_offset.weight, self.conv_offset.bias):
             if zero is not None:
                 nn.init.zeros_(zero)
@@ -153,7 +155,7 @@ class DeformConv2dPack(nn.Module):
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, "
-            f"deform_groups={self.deform_groups}, bias={self.bias is not None}"
+            f"deform_groups={self.deform_groups}, bias={self.bias is not None}" + ", relu=True" * self.relu
         )
 
 
@@ -161,13 +163,35 @@ class ModulatedDeformConv2dPack(DeformConv2dPack):
     """Deformable convolution v2 that predicts its own offsets and masks from its input.
 
     `conv_offset` gives 3*D*K channels: the first two thirds are the offsets, the sigmoid of the last third the mask.
-    Arguments, parameters and initialisation as in `DeformConv2dPack`.
+    Arguments and parameters as in `DeformConv2dPack`, but with a bias unless it is declined.
 
     Source:
         mmcv.ops.ModulatedDeformConv2dPack; Zhu et al., Deformable ConvNets v2, CVPR 2019.
     """
 
     channels_per_tap = 3
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        deform_groups: int = 1,
+        bias: bool = True,
+    ):
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups, bias
+        )  # fmt: skip
+
+    def reset_parameters(self) -> None:
+        """Draw `weight` from U(+-1/sqrt(C*K)) and set everything else to zero, as mmcv does."""
+        bound = 1 / math.sqrt(self.in_channels * self.kernel_size[0] * self.kernel_size[1])
+        nn.init.uniform_(self.weight, -bound, bound)
+        self._reset_rest()
 
 
 def fuse_batch_norm(
@@ -185,7 +209,8 @@ def fuse_batch_norm(
 
     Raises:
         TypeError: `layer` or `norm` is another module.
-        ValueError: `norm` is in training mode, keeps no statistics, or is for another number of channels.
+        ValueError: `norm` is in training mode, keeps no statistics, or is for another number of channels; or `layer`
+            rectifies its output already.
 
     Source:
         Jacob et al., Quantization and Training of Neural Networks, CVPR 2018, section 3.2; interface of
@@ -195,6 +220,8 @@ def fuse_batch_norm(
         raise TypeError(f"layer must be a DeformConv2d or a pack, got {type(layer).__name__}")
     if not isinstance(norm, nn.BatchNorm2d):
         raise TypeError(f"norm must be a BatchNorm2d, got {type(norm).__name__}")
+    if layer.relu:
+        raise ValueError("layer rectifies its output, so that a norm after it cannot be fused")
     if norm.training or norm.running_mean is None or norm.running_var is None:
         raise ValueError("norm must be in evaluation mode and keep running statistics: call norm.eval() first")
     if norm.num_features != layer.out_channels:
@@ -215,3 +242,22 @@ def fuse_batch_norm(
         value = value.to(layer.weight.dtype)
         setattr(fused, name, nn.Parameter(value, requires_grad=layer.weight.requires_grad))
     return fused
+
+
+def _check_channels(in_channels: int, out_channels: int, groups: int) -> None:
+    """Raise ValueError unless both are positive and divisible by `groups`."""
+    for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if channels < 1 or groups < 1 or channels % groups:
+            raise ValueError(f"{name} = {channels} must be positive and divisible by groups = {groups}")
+
+
+def _extent(name: str, value: int | tuple[int, int], least: int = 1) -> tuple[int, int]:
+    """Return (y, x) of an argument.
+
+    Raises:
+        ValueError: it is no pair of ints, or below `least`.
+    """
+    extent = pair(name, value)
+    if min(extent) < least:
+        raise ValueError(f"{name} must be at least {least} in both directions, got {extent}")
+    return extent

@@ -31,7 +31,7 @@ def choose_backend(name: str | None, input: Tensor) -> str:
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if name is None:
-        if input.device.type == "cpu" or not HAS_TRITON:
+        if not HAS_TRITON or not _has_kernels(input.device):
             return "torch"
         return "reference" if input.dtype == torch.float64 else "triton"
     if name not in BACKENDS:
@@ -44,9 +44,23 @@ def choose_backend(name: str | None, input: Tensor) -> str:
                 "backend='triton' on CPU tensors runs in Triton's interpreter: set TRITON_INTERPRET=1 before triton is "
                 "imported, or use backend=None"
             )
+        if input.device.type not in ("cpu", "meta") and not _has_kernels(input.device):
+            raise ValueError(
+                "backend='triton' needs an AMD GPU or an NVIDIA GPU of compute capability 8.0 or later, got input on "
+                f"{input.device}; use backend=None"
+            )
         if input.dtype == torch.float64:
             raise ValueError("backend='triton' computes in float32 or half precision, got float64 input")
     return name
+
+
+def _has_kernels(device: torch.device) -> bool:
+    """Tell whether the tile table is for `device`: on older GPUs its tiles fit neither registers nor shared memory."""
+    if device.type != "cuda":
+        return False
+    if torch.version.hip or not torch.cuda.is_available():  # the latter: a fake tensor
+        return True
+    return bool(torch.cuda.get_device_properties(device).major >= 8)
 
 
 def split_map(predicted: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,7 +164,8 @@ def backward_op(
             grads = PLAIN_BACKENDS[backend].backward(geom, *tensors[:3], value, weight, tuple(needs))
             if into is not None and value is not None:
                 into[0].copy_(grads[1])
-                into[1].copy_(grads[2]).mul_(value).mul_(1 - value)
+                grad_logits = grads[2] * value * (1 - value)
+                into[1].copy_(grad_logits.where(grads[2] != 0, 0))  # outside the image the logit may be NaN
 
     def stored(grad: Tensor | None, like: Tensor | None) -> Tensor:
         if grad is None or like is None:
@@ -192,7 +207,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, offset, mask, weight, rectified = ctx.saved_tensors
     if rectified is not None:
-        grad_output = torch.where(rectified > 0, grad_output, 0)
+        grad_output = torch.where(rectified <= 0, 0, grad_output)  # NaN passes it on, as in torch
     needs = list(ctx.needs_input_grad[:4])
     grads: list[Tensor | None] = [None] * 4
     if any(needs):
@@ -202,7 +217,12 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return *grads, grad_bias, None, None, None, None, None, None
 
 
+def _second_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    raise NotImplementedError("deform_conv2d has no second derivatives")
+
+
 forward_op.register_autograd(_backward, setup_context=_setup_context)
+backward_op.register_autograd(_second_backward)
 
 
 def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:

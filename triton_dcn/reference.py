@@ -125,14 +125,14 @@ def backward(
     grad_y = grad_x = grad_scale = grad_column.new_zeros(())
     for value, index, exists, weight_y, weight_x, slope_y, slope_x in _corners(geom, input, offset):
         dot = (grad_column * value).sum(2)  # (B, D, K, Ho, Wo)
-        grad_y = grad_y + dot * slope_y * weight_x
-        grad_x = grad_x + dot * slope_x * weight_y
+        grad_y = grad_y + dot * torch.where(exists, slope_y * weight_x * scale, 0)
+        grad_x = grad_x + dot * torch.where(exists, slope_x * weight_y * scale, 0)
         grad_scale = grad_scale + dot * weight_y * weight_x
         if needs[0]:
             share = grad_column * torch.where(exists, weight_y * weight_x * scale, 0)[:, :, None]
             flat = index.flatten(2)[:, :, None].expand(-1, -1, per_offset, -1)
             grad_pixels.scatter_add_(3, flat, share.flatten(3))
-    grad_offset = torch.stack([grad_y * scale, grad_x * scale], 3)
+    grad_offset = torch.stack([grad_y, grad_x], 3)
     return (
         grad_pixels.reshape(input.shape).to(input.dtype) if needs[0] else None,
         grad_offset.reshape(offset.shape).to(offset.dtype) if needs[1] else None,

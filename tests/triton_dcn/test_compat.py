@@ -89,6 +89,7 @@ def deform_conv2d(input, offset, weight, stride, padding, dilation, groups, defo
 class DeformConv2d(Layer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs, bias=False)
+        del self.bias  # mmcv's class has none
 
     def forward(self, x, offset):
         return deform_conv2d(x, offset, self.weight, self.stride, self.padding, self.dilation, self.groups,
@@ -247,6 +248,16 @@ def test_convert_leaves_subclasses_and_takes_the_model_itself(torchvision_stub):
     assert compat_torchvision.convert(nn.Sequential(Own(4, 4, 3))) == []
     assert compat_torchvision.convert(layer) == [""]
     assert isinstance(layer, triton_dcn.DeformConv2d)
+
+
+def test_revert_refuses_what_has_been_fused_with_a_rectifier(torchvision_stub):
+    """The original class would forget it without a word."""
+    layer = torchvision_stub.DeformConv2d(4, 4, 3)
+    compat_torchvision.convert(layer)
+    fused = triton_dcn.fuse_batch_norm(layer, nn.BatchNorm2d(4).eval(), relu=True)
+    with pytest.raises(ValueError, match="rectifies"):
+        compat_torchvision.revert(fused)
+    assert compat_torchvision.revert(layer) == [""]
 
 
 def test_mmcv_functions_check_their_arguments(mmcv_stub):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.triton_dcn.cases import CASES, golden_case, make_case, relative
+from tests.triton_dcn.cases import CASES, golden_case, make_case, relative, two_threads
 from triton_dcn import gather, reference, samples
 from triton_dcn.geometry import ConvGeometry
 
@@ -38,11 +38,8 @@ def exact(case):
 
 @pytest.fixture
 def _two_threads():
-    """On one thread BLAS contracts, on more oneDNN's convolutions do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with two_threads():
+        yield
 
 
 def check_golden(golden, name, dtype):
@@ -70,6 +67,18 @@ def test_golden(golden, dtype, chunk, monkeypatch):
 @pytest.mark.parametrize("name", ["c01", "c02", "c03"])
 def test_golden_with_convolutions(golden, name):
     check_golden(golden, name, torch.float32)
+
+
+@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.parametrize("size", [(6, 5), (1, 1)], ids=str)
+@pytest.mark.parametrize("channels", [1, 4])
+def test_one_output_channel_with_convolutions(channels, size):
+    """Rows of one channel have the strides of every layout."""
+    case = make_case((2, channels, 1, size, (3, 3), (1, 1), (1, 1), (1, 1), 1, 1, True, True), torch.float32)
+    target, found = exact(case), run(case)
+    assert set(found) == set(target)
+    for key, value in found.items():
+        assert relative(value, target[key]) < TOLERANCE[torch.float32], key
 
 
 @pytest.mark.parametrize("name", FILLED)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.triton_dcn.cases import CASES, make_case, relative
+from tests.triton_dcn.cases import CASES, device_of, make_case, relative
 from triton_dcn import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack, fuse_batch_norm
 from triton_dcn.functional import convolve
 
@@ -39,21 +39,25 @@ def test_pack_golden(golden, dtype, limit):
             assert relative(parameter.grad, expected[f"grad_{key}"]) < limit, key
 
 
-@pytest.mark.parametrize(("kind", "factor"), [(DeformConv2dPack, 1.0), (ModulatedDeformConv2dPack, 0.5)])
-def test_packs_start_as_a_convolution(kind, factor):
+@pytest.mark.parametrize(
+    ("kind", "factor", "bound"),
+    [(DeformConv2dPack, 1.0, (6 / 36) ** 0.5), (ModulatedDeformConv2dPack, 0.5, (1 / 36) ** 0.5)],
+)
+def test_packs_start_as_a_convolution(kind, factor, bound):
+    """With the weights that mmcv draws for each version."""
     pack = kind(4, 6, 3, stride=2, padding=1, deform_groups=2)
     x = torch.randn(2, 4, 9, 7)
     expected = factor * F.conv2d(x, pack.weight, stride=2, padding=1)
     torch.testing.assert_close(pack(x), expected)
-    bound = 1 / (4 * 9) ** 0.5
-    assert 0.5 * bound < pack.weight.abs().max() <= bound
+    assert 0.9 * bound < pack.weight.abs().max() <= bound
 
 
 @pytest.mark.parametrize("kind", [DeformConv2dPack, ModulatedDeformConv2dPack])
 def test_parameter_names_are_mmcvs(kind):
     names = {"weight", "bias", "conv_offset.weight", "conv_offset.bias"}
-    assert set(kind(4, 4, 3).state_dict()) == names
+    assert set(kind(4, 4, 3, bias=True).state_dict()) == names
     assert set(kind(4, 4, 3, bias=False).state_dict()) == names - {"bias"}
+    assert ("bias" in kind(4, 4, 3).state_dict()) == (kind is ModulatedDeformConv2dPack)
 
 
 def test_deform_conv2d_module():
@@ -71,6 +75,12 @@ def test_deform_conv2d_module():
         (lambda: DeformConv2d(4, 5, 3, groups=2), "out_channels = 5"),
         (lambda: DeformConv2dPack(4, 6, 3, deform_groups=3), "deform_groups = 3"),
         (lambda: ModulatedDeformConv2dPack(4, 6, (3, 3, 3)), "kernel_size"),
+        (lambda: DeformConv2d(4, 0, 3), "out_channels = 0 must be positive"),
+        (lambda: DeformConv2d(4, 4, 3, groups=0), "groups = 0"),
+        (lambda: DeformConv2dPack(4, 4, 3, deform_groups=0), "deform_groups = 0"),
+        (lambda: DeformConv2dPack(4, 4, 0), "kernel_size must be at least 1"),
+        (lambda: DeformConv2dPack(4, 4, 3, padding=-1), "padding must be at least 0"),
+        (lambda: DeformConv2d(4, 2, 3)(torch.zeros(1, 8, 3, 3), torch.zeros(1, 18, 1, 1)), "expected in_channels = 4"),
     ],
 )
 def test_errors(make, words):
@@ -81,7 +91,7 @@ def test_errors(make, words):
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 def test_sigmoid_of_the_mask_inside_the_operator(backend):
     """A packed map gives what its offsets and the sigmoid of its last third give, gradients included."""
-    case = make_case(CASES["groups"], torch.float32)
+    case = make_case(CASES["groups"], torch.float32, device_of(backend))
     x, offset, mask, weight = case.tensors
     settings = case.bias, case.geom.stride, case.geom.padding, case.geom.dilation
     packed = torch.cat([offset, 4 * mask - 2], 1).detach()
@@ -103,7 +113,7 @@ def test_sigmoid_of_the_mask_inside_the_operator(backend):
 @pytest.mark.parametrize("name", ["plain", "groups"])
 def test_rectified_inside_the_operator(name, backend):
     """The output and every gradient are those of a ReLU behind the operator; NaN is not swallowed."""
-    case = make_case(CASES[name], torch.float32)
+    case = make_case(CASES[name], torch.float32, device_of(backend))
     leaves = [tensor.detach().requires_grad_() for tensor in case.tensors]
     x, offset, mask, weight = leaves
     settings = case.bias, case.geom.stride, case.geom.padding, case.geom.dilation, mask
@@ -112,7 +122,7 @@ def test_rectified_inside_the_operator(name, backend):
     assert 0.1 < (found == 0).float().mean() < 0.9
     assert torch.equal(found, expected)
     grads = [torch.autograd.grad(output, leaves, case.grad_output) for output in (found, expected)]
-    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+    assert all(relative(*pair) < 1e-6 for pair in zip(*grads, strict=True))
     broken = torch.full_like(weight, torch.nan)
     assert convolve(x, offset, broken, *settings, relu=True, backend=backend).isnan().all()
 
@@ -157,6 +167,7 @@ def test_fused_batch_norm(kind, bias):
         (DeformConv2d(4, 6, 3), norm_of(6).train(), ValueError, "evaluation mode"),
         (DeformConv2d(4, 6, 3), norm_of(6, track_running_stats=False), ValueError, "statistics"),
         (DeformConv2d(4, 6, 3), norm_of(5), ValueError, "5 channels, expected 6"),
+        (fuse_batch_norm(DeformConv2d(4, 6, 3), norm_of(6), relu=True), norm_of(6), ValueError, "rectifies"),
     ],
 )
 def test_errors_of_fusing(layer, norm, error, words):

@@ -1,27 +1,30 @@
-"""The operators as torch sees them: every backend through one door, autograd, compile, autocast, checkpointing."""
+"""The operators as torch sees them: every backend through one door, autograd, compile, autocast, meta tensors."""
 
 import copy
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
 
-from tests.triton_dcn.cases import CASES, golden_case, make_case, relative
-from triton_dcn import deform_conv2d
+from tests.triton_dcn.cases import CASES, device_of, golden_case, make_case, relative
+from triton_dcn import DeformConv2d, deform_conv2d
+from triton_dcn.functional import convolve
 from triton_dcn.op import backward_op, forward_op
 
 BACKENDS = ["reference", "torch", "triton"]
 GOLDEN_NAMES = [f"c{i:02d}" for i in range(25)]
 
 
-def run(case, backend, needs_grad=True):
-    """Return the output and the gradients of input, offset, mask, weight, bias."""
-    leaves = [None if t is None else t.clone().requires_grad_(needs_grad) for t in (*case.tensors, case.bias)]
+def run(case, backend):
+    """Return, on the CPU, the output and the gradients of input, offset, mask, weight, bias."""
+    device = device_of(backend)
+    leaves = [None if t is None else t.to(device, copy=True).requires_grad_() for t in (*case.tensors, case.bias)]
     x, offset, mask, weight, bias = leaves
     arguments = case.arguments | {"mask": mask, "bias": bias}
     output = deform_conv2d(x, offset, weight, backend=backend, **arguments)
-    if needs_grad:
-        output.backward(case.grad_output)
-    return output, [None if leaf is None else leaf.grad for leaf in leaves]
+    output.backward(case.grad_output.to(device))
+    return output.cpu(), [None if leaf is None else leaf.grad.cpu() for leaf in leaves]
 
 
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
@@ -62,6 +65,38 @@ def test_half_is_as_good_as_the_reference_in_half(name, backend, dtype):
             assert relative(found, expected) <= 2 * relative(reference, expected) + floor
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_outside_the_image_do_not_count(backend):
+    """Not even NaN, beside an offset that is NaN or leads far away: every result is that with another mask there."""
+    case = make_case((2, 4, 2, (3, 4), (1, 2), (1, 1), (0, 1), (1, 1), 1, 2, True, True), torch.float32)
+    _, offset, mask, _ = case.tensors
+    mask[..., :2] = 0.5
+    offset[..., 0], offset[..., 1] = torch.nan, 100
+    expected, expected_grads = run(case, backend)
+    mask[..., :2] = torch.nan
+    output, grads = run(case, backend)
+    assert not grads[2][..., :2].any()
+    for found, same in zip((output, *grads), (expected, *expected_grads), strict=True):
+        assert found.isfinite().all()
+        assert relative(found, same) < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_outside_the_image_do_not_count(backend):
+    """Likewise for a packed map, from a layer whose weights have a NaN: offset and logit are NaN together."""
+    case = make_case(CASES["plain"], torch.float32, device_of(backend))
+    x, offset, mask, weight = case.tensors
+    packed = torch.cat([offset, mask], 1)
+    packed[:, :, 2, 3] = torch.nan
+    packed.requires_grad_()
+    settings = case.bias, case.geom.stride, case.geom.padding, case.geom.dilation
+    output = convolve(x, packed, weight, *settings, None, packed=True, backend=backend)
+    (grad,) = torch.autograd.grad(output, packed, case.grad_output)
+    assert output.isfinite().all()
+    assert grad.isfinite().all()
+    assert not grad[:, :, 2, 3].any()
+
+
 @pytest.mark.parametrize("name", ["groups", "v1", "odd", "empty"])
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_gradcheck(name, backend):
@@ -82,7 +117,7 @@ def test_gradcheck(name, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["plain", "v1"])
 def test_opcheck(name, backend):
-    case = make_case(CASES[name], torch.float32)
+    case = make_case(CASES[name], torch.float32, device_of(backend))
     x, offset, mask, weight = (None if t is None else t.requires_grad_() for t in case.tensors)
     settings = (list(case.geom.stride), list(case.geom.padding), list(case.geom.dilation), backend)
     torch.library.opcheck(forward_op, (x, offset, mask, weight, case.bias, *settings))
@@ -93,7 +128,7 @@ def test_opcheck(name, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_packed_and_rectified(backend):
-    case = make_case(CASES["plain"], torch.float32)
+    case = make_case(CASES["plain"], torch.float32, device_of(backend))
     x, offset, mask, weight = case.tensors
     packed = torch.cat([offset, mask], 1).contiguous(memory_format=torch.channels_last)
     settings = (list(case.geom.stride), list(case.geom.padding), list(case.geom.dilation), backend)
@@ -135,6 +170,31 @@ def test_compile_fullgraph(dynamic):
             assert torch.equal(leaf.grad, grad)
 
 
+def test_compile_once_for_maps_of_every_size():
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    layer = DeformConv2d(4, 4, 3, padding=1)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for size in ((80, 72), (72, 80)):
+        x, offset, mask = (torch.rand(1, channels, *size) for channels in (4, 18, 9))
+        assert torch.equal(compiled(x, offset, mask), layer(x, offset, mask))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", [None, "reference", "torch"])
+def test_meta_tensors(backend):
+    """Shapes and layouts without numbers, as when a model is built on device meta."""
+    case = make_case(CASES["odd"], torch.float32, "meta")
+    x, offset, mask, weight = (tensor.requires_grad_() for tensor in case.tensors)
+    x = x.to(memory_format=torch.channels_last)
+    output = deform_conv2d(x, offset, weight, backend=backend, **case.arguments)
+    assert output.is_meta
+    assert output.shape == case.geom.output_shape
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    grads = torch.autograd.grad(output, (x, offset, mask, weight), case.grad_output)
+    assert [grad.shape for grad in grads] == [tensor.shape for tensor in case.tensors]
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_channels_last_in_channels_last_out(backend):
     case = make_case(CASES["plain"], torch.float32)
@@ -165,6 +225,18 @@ def test_autocast_leaves_coordinates_alone():
     assert torch.equal(output, rounded)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_takes_coordinates_of_its_dtype(dtype):
+    """As they come from a convolution under autocast, beside an input that does not."""
+    case = make_case(CASES["plain"], torch.float32)
+    x, offset, mask, weight = case.tensors
+    offset, mask = offset.to(dtype), mask.to(dtype)
+    with torch.autocast("cpu", dtype):
+        output = deform_conv2d(x, offset, weight, **(case.arguments | {"mask": mask}))
+    half = case.arguments | {"mask": mask, "bias": case.bias.to(dtype)}
+    assert torch.equal(output, deform_conv2d(x.to(dtype), offset, weight.to(dtype), **half))
+
+
 def test_modes_and_hooks():
     """no_grad, inference mode, tensor hooks and activation checkpointing."""
     case = make_case(CASES["plain"], torch.float32)
@@ -191,3 +263,42 @@ def test_double_backward_is_a_clear_error():
     (grad,) = torch.autograd.grad(output.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="deform_conv2d"):
         grad.sum().backward()
+
+
+# of torch itself, where forward mode is first used
+QUIET = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
+
+def dual(call, tensor):
+    with forward_ad.dual_level():
+        return call(forward_ad.make_dual(tensor, torch.ones_like(tensor)))
+
+
+@QUIET
+@pytest.mark.parametrize("name", ["input", "offset", "mask", "weight", "bias"])
+@pytest.mark.parametrize(
+    "way", [dual, lambda call, tensor: torch.func.jvp(call, (tensor,), (tensor,)),
+            lambda call, tensor: torch.func.jacfwd(call)(tensor)],
+    ids=["dual_level", "jvp", "jacfwd"],
+)  # fmt: skip
+def test_forward_mode_is_a_clear_error(way, name):
+    """In the place of a derivative of zero, which torch gives an operator without a formula."""
+    case = make_case(CASES["plain"], torch.float32)
+    x, offset, _, weight = case.tensors
+    arguments = {"input": x, "offset": offset, "weight": weight, **case.arguments}
+    with pytest.raises(NotImplementedError, match="deform_conv2d"):
+        way(lambda tensor: deform_conv2d(**(arguments | {name: tensor})), arguments[name])
+
+
+@QUIET
+def test_constants_in_forward_mode():
+    """What has no tangent may be convolved while others have one."""
+    case = make_case(CASES["plain"], torch.float32)
+    x, offset, _, weight = case.tensors
+    output = deform_conv2d(x, offset, weight, **case.arguments)
+
+    def scaled(factor):
+        return factor * deform_conv2d(x, offset, weight, **case.arguments)
+
+    found, tangent = torch.func.jvp(scaled, (torch.tensor(2.0),), (torch.tensor(3.0),))
+    torch.testing.assert_close((found, tangent), (2 * output, 3 * output))

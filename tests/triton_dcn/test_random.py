@@ -1,14 +1,15 @@
-"""The Triton kernels through the operator, on drawn shapes, groups, dtypes and offsets of every kind."""
+"""Drawn shapes, groups, dtypes and offsets of every kind through the operator, by backends "triton" and "torch"."""
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.triton_dcn.cases import Case, make_case, relative
+from tests.triton_dcn.cases import Case, device_of, make_case, relative, two_threads
 from triton_dcn import deform_conv2d
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STRANGE = (float("nan"), float("inf"), -float("inf"), 1e30, -3e9, 4e4, -7.0)
+DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+KINDS = st.sampled_from(["fractional", "whole", "strange"])
 
 
 @st.composite
@@ -52,18 +53,12 @@ def run(case: Case, backend: str, dtype: torch.dtype):
     return output, *(None if leaf is None else leaf.grad for leaf in leaves)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
-@given(
-    specs(),
-    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-    st.sampled_from(["fractional", "whole", "strange"]),
-)
-def test_as_good_as_the_reference_in_its_dtype(spec, dtype, kind):
+def as_good_as_the_reference(backend: str, spec: tuple, dtype: torch.dtype, kind: str) -> None:
     """Error against float64 on the same rounded inputs: at most twice that of the reference in this dtype."""
-    case = make_case(spec, dtype, DEVICE)
+    case = make_case(spec, dtype, device_of(backend))
     place(case, kind)
     truth, plain, found = (
-        run(case, *how) for how in (("reference", torch.float64), ("reference", dtype), ("triton", dtype))
+        run(case, *how) for how in (("reference", torch.float64), ("reference", dtype), (backend, dtype))
     )
     floor = 2 * torch.finfo(dtype).eps
     for exact, reference, value in zip(truth, plain, found, strict=True):
@@ -71,3 +66,16 @@ def test_as_good_as_the_reference_in_its_dtype(spec, dtype, kind):
         if exact is not None:
             assert value.dtype == dtype
             assert relative(value, exact) <= 2 * relative(reference, exact) + floor
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(specs(), DTYPES, KINDS)
+def test_triton(spec, dtype, kind):
+    as_good_as_the_reference("triton", spec, dtype, kind)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(specs(), DTYPES, KINDS)
+def test_torch_on_two_threads(spec, dtype, kind):
+    with two_threads():
+        as_good_as_the_reference("torch", spec, dtype, kind)

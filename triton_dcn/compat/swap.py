@@ -68,6 +68,8 @@ def convert_layers(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.M
     for name, layer in model.named_modules():
         old = type(layer)
         if old in classes:
+            if not hasattr(layer, "bias"):  # as in mmcv's version 1
+                layer.register_parameter("bias", None)
             layer.__class__ = classes[old]
             layer.__dict__[ORIGINAL] = old
             names.append(name)
@@ -75,11 +77,16 @@ def convert_layers(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.M
 
 
 def revert_layers(model: nn.Module, originals: Iterable[type[nn.Module]]) -> list[str]:
-    """Undo `convert_layers` for the layers that were of one of the classes `originals`; return their names."""
+    """Undo `convert_layers` for the layers that were of one of the classes `originals`; return their names.
+
+    Raises:
+        ValueError: a layer has been fused with a rectifier, which the original class does not know; all are left.
+    """
     originals = tuple(originals)
-    names = []
-    for name, layer in model.named_modules():
-        if layer.__dict__.get(ORIGINAL) in originals:
-            layer.__class__ = layer.__dict__.pop(ORIGINAL)
-            names.append(name)
-    return names
+    layers = [(name, layer) for name, layer in model.named_modules() if layer.__dict__.get(ORIGINAL) in originals]
+    for name, layer in layers:
+        if layer.relu:
+            raise ValueError(f"{name or 'the layer'} rectifies its output, which {layer.__dict__[ORIGINAL]} does not")
+    for _, layer in layers:
+        layer.__class__ = layer.__dict__.pop(ORIGINAL)
+    return [name for name, _ in layers]
