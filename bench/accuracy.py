@@ -10,19 +10,19 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+import traceback
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from bench.cases import Case, select
-from bench.deform_conv import DTYPES, allow_tf32, environment, write_csv
-from bench.measure import check_inputs, errors, exact, first_line, worst
-from bench.providers import FACTORIES, Provider, available
-from bench.report import table
+from bench.deform_conv import DTYPES, allow_tf32, environment
+from bench.measure import check_inputs, errors, exact, first_line, surviving, worst
+from bench.providers import FACTORIES, OURS, Provider, available
+from bench.report import table, write_csv
 
 QUANTITIES = ("output", "grad_input", "grad_offset", "grad_mask", "grad_weight")
-OURS = ("triton", "torch")
 
 
 def measure(case: Case, dtype: str, device: torch.device, providers: dict[str, Provider]) -> dict[str, list[float]]:
@@ -39,6 +39,8 @@ def measure(case: Case, dtype: str, device: torch.device, providers: dict[str, P
                 if name == "reference":
                     raise
                 tqdm.write(f"{case.name}: {name} cannot: {first_line(error)}", file=sys.stderr)
+                if name in OURS:
+                    traceback.print_exc()
     return found
 
 
@@ -77,23 +79,24 @@ def main(arguments: list[str] | None = None) -> int:
     for name, reason in missing.items():
         print(f"skipped {name}: {reason}", file=sys.stderr)
     providers = {name: provider for name, provider in providers.items() if provider.checked}
-    rows, lines, wrong, where = [], [], [], environment(device)
+    rows, lines, wrong, failed, where = [], [], [], [], environment(device)
     ours = [name for name in OURS if name in names]
     for case, dtype in tqdm(list(itertools.product(cases, options.dtypes)), unit="case", disable=None):
-        found = measure(case, dtype, device, providers)
+        found = {}
+        with surviving(f"{case.name} {dtype}", failed):
+            found = measure(case, dtype, device, providers)
         lines.append([case.name, dtype, *(f"{worst(found[n]):.1e}" if n in found else "-" for n in providers)])
         wrong += [f"{case.name} {dtype}: {line}" for line in too_far(found, ours, dtype)]
         for name, values in found.items():
             for quantity, value in zip(QUANTITIES, values, strict=True):
                 keys = {"case": case.name, "shape": case.shape, "dtype": dtype, "quantity": quantity}
                 rows.append({"provider": name, **keys, "error": f"{value:.3e}", **where})
+        write_csv(options.csv, rows)
     print("relative l2 error to float64, the largest of output and gradients\n")
     print(table(["case", "dtype", *providers], lines))
     for line in wrong:
         print(line, file=sys.stderr)
-    if options.csv:
-        write_csv(options.csv, rows)
-    return int(bool(wrong))
+    return int(bool(wrong or failed))
 
 
 if __name__ == "__main__":

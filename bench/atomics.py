@@ -19,12 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bench.cases import Inputs, make_inputs, select
+from bench.cases import Case, Inputs, make_inputs, select
 from bench.ceilings import measure_ceilings
 from bench.choices import Choice
-from bench.deform_conv import DTYPES, allow_tf32, environment, gpu_or_dry_run, timing_row, write_csv
-from bench.measure import TOLERANCE, check_inputs, exact, interleave, relative_errors, worst
-from bench.report import markdown
+from bench.deform_conv import DTYPES, allow_tf32, environment, gpu_or_dry_run, timing_row
+from bench.measure import TOLERANCE, check_inputs, exact, interleave, relative_errors, surviving, worst
+from bench.report import markdown, write_csv
 from triton_dcn import configs, launch, stages
 from triton_dcn.kernels.sampling import column_offset, corner_rows, corner_weights
 from triton_dcn.products import accumulate
@@ -127,7 +127,7 @@ def ways(inputs: Inputs, mode: str) -> dict[str, Callable[[], list[Tensor]]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure the machine, then every case; print the table, write the CSV, return 1 where a way disagreed."""
+    """Measure the machine, then every case; print the table, write the CSV, return 1 where a way was left out."""
     parser = argparse.ArgumentParser(prog="python -m bench.atomics", description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=["r50"], help="sets or names of bench.cases")
     parser.add_argument("--batch", type=int, help="instead of each case's own")
@@ -145,36 +145,49 @@ def main(arguments: list[str] | None = None) -> int:
         cases = select(options.cases, options.batch)
     except ValueError as error:
         sys.exit(f"bench: {error}")
-    rows, left_out = [], False
-    for name, (moved, timing) in measure_ceilings(device, 2 * options.seconds, **sizes).items():
-        print(f"{name}: {moved / timing.p50 / 1e9:.3f} TB/s")
-        rows.append(timing_row("machine", name, f"{moved} bytes", "float32", "", timing, where))
+    rows, failed = [], []
+    with surviving("ceilings", failed):
+        for name, (moved, timing) in measure_ceilings(device, failed, 2 * options.seconds, **sizes).items():
+            print(f"{name}: {moved / timing.p50 / 1e9:.3f} TB/s")
+            rows.append(timing_row("machine", name, f"{moved} bytes", "float32", "", timing, where))
+    write_csv(options.csv, rows)
     for case, dtype in itertools.product(cases, options.dtypes):
-        shape = case.shape + (" smooth" if options.smooth else "")
-        judged = check_inputs(case, DTYPES[dtype], device, 2.0)
-        inputs = make_inputs(case, DTYPES[dtype], device, 2.0, channels_last=True, smooth=options.smooth)
-        truth = exact(judged)[1:]
-        for mode in MODES:
-            with allow_tf32(dtype == "tf32"):
-                every, agreeing = ways(inputs, mode), _agreeing(judged, truth, dtype, mode)
-                timings = interleave({name: every[name] for name in agreeing}, device, options.seconds)
-            left_out |= len(agreeing) < len(every)
-            rows += [timing_row(name, case.name, shape, dtype, mode, t, where) for name, t in timings.items()]
-    if options.csv:
+        with surviving(f"{case.name} {dtype}", failed):
+            rows += _measure(case, dtype, device, options, where, failed)
         write_csv(options.csv, rows)
     print("\n" + markdown(rows))
-    return int(left_out)
+    return int(bool(failed))
 
 
-def _agreeing(judged: Inputs, truth: list[Tensor], dtype: str, mode: str) -> list[str]:
-    """The ways whose gradients agree with those of the float64 reference, `truth`; the others are told."""
+def _measure(
+    case: Case, dtype: str, device: torch.device, options: argparse.Namespace, where: dict[str, str], failed: list[str]
+) -> list[dict]:
+    """Rows of one case: every way that agrees, in every mode."""
+    shape, rows = case.shape + (" smooth" if options.smooth else ""), []
+    judged = check_inputs(case, DTYPES[dtype], device, 2.0)
+    inputs = make_inputs(case, DTYPES[dtype], device, 2.0, channels_last=True, smooth=options.smooth)
+    truth = exact(judged)[1:]
+    for mode in MODES:
+        with allow_tf32(dtype == "tf32"):
+            every, agreeing = ways(inputs, mode), _agreeing(judged, truth, dtype, mode, failed)
+            functions, what = {name: every[name] for name in agreeing}, f"{case.name} {dtype} {mode}"
+            timings = interleave(functions, device, options.seconds, what, failed)
+        rows += [timing_row(name, case.name, shape, dtype, mode, t, where) for name, t in timings.items()]
+    return rows
+
+
+def _agreeing(judged: Inputs, truth: list[Tensor], dtype: str, mode: str, failed: list[str]) -> list[str]:
+    """The ways whose gradients agree with those of the float64 reference, `truth`; the others are told, and failed."""
     asked, agreed = list(itertools.compress(truth, MODES[mode])), []
     for name, call in ways(judged, mode).items():
-        error = worst(relative_errors(call(), asked))
-        if error < TOLERANCE[dtype]:
-            agreed.append(name)
-        else:
-            print(f"{judged.case.name}: {name} disagrees by {error:.1e} and is not timed", file=sys.stderr)
+        what = f"{judged.case.name} {dtype} {mode}: {name}"
+        with surviving(what, failed):
+            error = worst(relative_errors(call(), asked))
+            if error < TOLERANCE[dtype]:
+                agreed.append(name)
+            else:
+                print(f"{what} disagrees by {error:.1e} and is not timed", file=sys.stderr)
+                failed.append(what)
     return agreed
 
 

@@ -79,12 +79,13 @@ def add_rows(target: Tensor, width: int, rows: int) -> tuple[Callable[[], object
 
 
 def measure_ceilings(
-    device: torch.device, seconds: float = 1.0, nbytes: int = BUFFER_BYTES, rows: int = ROWS
+    device: torch.device, failed: list[str], seconds: float = 1.0, nbytes: int = BUFFER_BYTES, rows: int = ROWS
 ) -> dict[str, tuple[int, Timing]]:
     """Return, by name, the bytes that a call moved and its times.
 
     Args:
         device: a GPU, or the CPU for a dry run in the interpreter.
+        failed: what cannot be measured is added.
         seconds: for all rounds together.
         nbytes, rows: of the buffer of the atomics, and added to it.
     """
@@ -94,5 +95,5 @@ def measure_ceilings(
         for width in (64, 256):
             for how, target in (("aligned", buffer[:-1]), ("single floats", buffer[1:])):
                 work[f"atomics in {where}, {width * 4} B rows, {how}"] = add_rows(target, width, rows * 64 // width)
-    timings = interleave({name: call for name, (call, _) in work.items()}, device, seconds)
-    return {name: (moved, timings[name]) for name, (_, moved) in work.items()}
+    timings = interleave({name: call for name, (call, _) in work.items()}, device, seconds, "ceilings", failed)
+    return {name: (work[name][1], timing) for name, timing in timings.items()}

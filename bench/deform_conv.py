@@ -1,17 +1,18 @@
 """Time deformable convolutions side by side: `python -m bench.deform_conv --cases r50 --modes fwd both --csv FILE`.
 
 Every provider is first checked against the float64 reference and not timed where it disagrees; then all take turns.
+The exit status is 1 where one of ours was left out so, or anything failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import os
 import platform
 import subprocess
 import sys
+import traceback
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -30,10 +31,11 @@ from bench.measure import (
     exact,
     first_line,
     interleave,
+    surviving,
     worst,
 )
-from bench.providers import FACTORIES, Provider, available
-from bench.report import markdown
+from bench.providers import FACTORIES, OURS, Provider, available
+from bench.report import markdown, write_csv
 from bench.roofline import Machine, measure_machine
 
 COLUMNS = (
@@ -43,8 +45,8 @@ COLUMNS = (
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line, measure, print the table and write the CSV."""
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, measure, print the table, write the CSV; return the exit status."""
     options = _parse(arguments)
     device = torch.device(options.device)
     if options.threads:
@@ -56,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"bench: {error}")
     for name, reason in missing.items():
         print(f"skipped {name}: {reason}", file=sys.stderr)
-    rows, where = [], environment(device)
+    rows, failed, where = [], [], environment(device)
     for dtype in options.dtypes:
         with allow_tf32(dtype == "tf32"):
             machine = measure_machine(DTYPES[dtype], device)
@@ -64,10 +66,11 @@ def main(arguments: list[str] | None = None) -> None:
             bar = tqdm(cases, desc=dtype, unit="case", disable=None)
             for case in bar:
                 bar.set_postfix_str(case.name)
-                rows += _measure(case, dtype, device, providers, machine, options, where)
-    if options.csv:
-        write_csv(options.csv, rows)
+                with surviving(f"{case.name} {dtype}", failed):
+                    rows += _measure(case, dtype, device, providers, machine, options, where, failed)
+                write_csv(options.csv, rows)
     print(markdown(rows))
+    return int(bool(failed))
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -97,17 +100,22 @@ def _measure(
     machine: Machine,
     options: argparse.Namespace,
     where: dict[str, str],
+    failed: list[str],
 ) -> list[dict]:
     """Rows of one case: every provider that agrees, in every mode, and the roofline."""
     agreed = _agreeing(case, dtype, device, providers, options.offset_magnitude)
+    failed += [f"{case.name} {dtype}: {name}" for name in OURS if name in providers and name not in agreed]
     layout = {"channels_last": options.channels_last, "smooth": options.smooth}
     inputs = make_inputs(case, DTYPES[dtype], device, options.offset_magnitude, **layout)
     shape = case.shape + (" nhwc" if options.channels_last else "") + f" off{options.offset_magnitude:g}"
     shape += " smooth" if options.smooth else ""
     rows = []
     for mode in options.modes:
-        functions = {name: calls(provider, inputs, mode) for name, provider in agreed.items()}
-        timings = interleave(functions, device, options.seconds)
+        what, functions = f"{case.name} {dtype} {mode}", {}
+        for name, provider in agreed.items():
+            with surviving(f"{what}: {name}", failed):
+                functions[name] = calls(provider, inputs, mode)
+        timings = interleave(functions, device, options.seconds, what, failed)
         least = machine.least_ms(case, mode, DTYPES[dtype].itemsize)
         timings["roofline"] = Timing(least, least, least, None)
         rows += [timing_row(name, case.name, shape, dtype, mode, timing, where) for name, timing in timings.items()]
@@ -127,6 +135,8 @@ def _agreeing(
                 error = worst(errors(provider, judged, truth))
             except Exception as reason:  # whatever a compiler or a peer has against the case
                 tqdm.write(f"{case.name}: {name} cannot: {first_line(reason)}", file=sys.stderr)
+                if name in OURS:
+                    traceback.print_exc()
                 continue
             if not error < TOLERANCE[dtype]:
                 tqdm.write(f"{case.name}: {name} disagrees by {error:.1e} and is not timed", file=sys.stderr)
@@ -198,14 +208,5 @@ def environment(device: torch.device) -> dict[str, str]:
     return dict(zip(COLUMNS[-6:], (name, driver, torch.__version__, triton, commit, date), strict=True))
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write rows in the long format, one per measurement; all have the keys of the first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0] if rows else COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,13 +7,16 @@ Options are measured one by one against the plain float32 step; each is a provid
 - `tf32`: float32 products on tensor cores, CUDA only.
 - `fused`: batch norms folded into the convolutions, detection only.
 - `compile`: `torch.compile` of the network and its losses; minutes of compilation before the first step.
-- `graph`: one CUDA graph per shape of the batch, CUDA only.
+- `graph`: one CUDA graph per shape of the batch, CUDA only; measured after all others, since a capture that fails may
+  leave the device unusable.
+
+What fails is named, gives the exit status 1, and leaves the rows of the others.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import itertools
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -24,9 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from bench.deform_conv import COLUMNS, environment
-from bench.measure import Timing, interleave
-from bench.report import markdown
+from bench.deform_conv import COLUMNS, allow_tf32, environment
+from bench.measure import Timing, interleave, peak_memory, surviving
+from bench.report import markdown, write_csv
 from bench.stages import Stages
 from detector import Batch, FasterRCNN, FasterRCNNConfig, Target, fuse_batch_norms
 from train.config import PRESETS
@@ -39,6 +42,7 @@ except (ImportError, RuntimeError):  # RuntimeError: a build for another torch
 
 OPTIONS = ("channels_last", "bf16", "tf32", "fused", "compile", "graph")
 CUDA_ONLY = ("tf32", "graph")
+PROVIDERS = {"plain": "triton_dcn", "torchvision": "torchvision"}  # the options are called "triton_dcn OPTION"
 EXTRA = ("images_per_second", "launches", "waits")
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
@@ -54,11 +58,13 @@ class Step:
         run: makes the step.
         dtype: of the products.
         stages: of the model, if they can be told apart.
+        peak_mib: what a graph's pool held at most while it was captured; a replay allocates nothing. None: to measure.
     """
 
     run: Callable[[], object]
     dtype: str
     stages: Stages | None = None
+    peak_mib: float | None = None
 
 
 def command_line(prog: str, doc: str) -> argparse.ArgumentParser:
@@ -86,8 +92,8 @@ def command_line(prog: str, doc: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run(make: Callable, mode: str, options: argparse.Namespace) -> None:
-    """Measure every size with every option, print a table and write the CSV.
+def run(make: Callable, mode: str, options: argparse.Namespace) -> int:
+    """Measure every size with every option, print a table and write the CSV; return 1 where something failed.
 
     Args:
         make: (model, batch, option, device) -> `Step`; the model is ours or torchvision's.
@@ -99,40 +105,39 @@ def run(make: Callable, mode: str, options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    config, rows, where = configure(options), [], environment(device)
+    config, rows, failed, where = configure(options), [], [], environment(device)
     chosen = [name for name in options.options if device.type == "cuda" or name not in CUDA_ONLY]
     if mode != "detect" or config.norm == "gn":
         chosen = [name for name in chosen if name != "fused"]
     case = f"r{config.depth} {config.dcn or 'plain'}" + (" mask" if config.mask else "")
-    for size in zip(options.size[::2], options.size[1::2], strict=True):
-        batch = make_batch(config, options.batch, size).to(device)
-        steps = {}
-        for name in ("plain", *chosen):
-            step = make(build(config, device), batch, name, device)
-            if name == "tf32":
-                step = replace(step, run=on_tensor_cores(step.run), dtype="tf32")
-            steps["triton_dcn" if name == "plain" else f"triton_dcn {name}"] = step
-        if options.peer and PeerFasterRCNN is None:
-            print("skipped torchvision: it cannot be imported", file=sys.stderr)
-        elif options.peer:
-            steps["torchvision"] = make(build_peer(config, size, device), batch, "plain", device)
+    names = ["plain", *(name for name in chosen if name != "graph")]
+    if options.peer and PeerFasterRCNN is None:
+        print("skipped torchvision: it cannot be imported", file=sys.stderr)
+    elif options.peer:
+        names.append("torchvision")
+    rounds = [names, ["graph"]] if "graph" in chosen else [names]
+    blank = dict.fromkeys(COLUMNS + EXTRA, "")
+    for size, names in itertools.product(zip(options.size[::2], options.size[1::2], strict=True), rounds):
         shape = f"{options.batch}x3x{size[0]}x{size[1]}"
-        rows += [
-            {**dict(zip(COLUMNS[:5], (name, case, shape, *key), strict=True)), **values, **where}
-            for name, key, values in measure(steps, mode, options.batch, device, options.seconds)
-        ]
-    if options.csv:
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS + EXTRA)
-            writer.writeheader()
-            writer.writerows(rows)
+        seconds = options.seconds * len(names) / sum(map(len, rounds))
+        # not cuDNN's default: the convolutions called float32 would use tf32, and the deformable ones not
+        with surviving(f"{mode} {shape} {', '.join(names)}", failed), allow_tf32(False):
+            batch, steps = make_batch(config, options.batch, size).to(device), {}
+            for name in names:
+                with surviving(f"{mode} {shape} {name}", failed):
+                    step = build_step(make, name, config, batch, size, device)
+                    steps[PROVIDERS.get(name, f"triton_dcn {name}")] = step
+            for name, key, values in measure(steps, mode, options.batch, device, seconds, failed):
+                keys = dict(zip(COLUMNS[:5], (name, case, shape, *key), strict=True))
+                rows.append({**blank, **keys, **values, **where})
+        write_csv(options.csv, rows)
     print(markdown(rows))
     for row in rows:
         if row["mode"] == mode:
             rate, launches, waits = (row[key] for key in EXTRA)
-            counts = f"{launches} launches, {waits} waits" if waits != "" else f"{launches} operators"
+            counts = f"{launches} launches, {waits} waits" if waits != "" else f"{launches or 'unknown'} operators"
             print(f"{row['provider']}, {row['shape']}: {rate} images/s, {counts} per step")
+    return int(bool(failed))
 
 
 def configure(options: argparse.Namespace) -> FasterRCNNConfig:
@@ -142,6 +147,16 @@ def configure(options: argparse.Namespace) -> FasterRCNNConfig:
     if options.dcn == "none":
         changes["dcn"] = None
     return replace(PRESETS[options.preset].model, **changes)
+
+
+def build_step(
+    make: Callable, name: str, config: FasterRCNNConfig, batch: Batch, size: tuple[int, int], device: torch.device
+) -> Step:
+    """Return the step of our detector with an option or "plain", or the plain one of "torchvision"."""
+    if name == "torchvision":
+        return make(build_peer(config, size, device), batch, "plain", device)
+    step = make(build(config, device), batch, name, device)
+    return replace(step, run=on_tensor_cores(step.run), dtype="tf32") if name == "tf32" else step
 
 
 def build(config: FasterRCNNConfig, device: torch.device) -> FasterRCNN:
@@ -213,21 +228,16 @@ def precision(option: str, device: torch.device) -> tuple[Callable[[], AbstractC
 
 def on_tensor_cores(step: Callable[[], object]) -> Callable[[], object]:
     """Return the step with tf32 allowed in its float32 products."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
 
     def run() -> object:
-        before = matmul.allow_tf32, cudnn.allow_tf32
-        matmul.allow_tf32 = cudnn.allow_tf32 = True
-        try:
+        with allow_tf32(True):
             return step()
-        finally:
-            matmul.allow_tf32, cudnn.allow_tf32 = before
 
     return run
 
 
-def capture(step: Callable[[], object]) -> Callable[[], None]:
-    """Record a step on a CUDA device, after warming up, and return what replays it."""
+def capture(step: Callable[[], object]) -> tuple[Callable[[], None], float | None]:
+    """Record a step on a CUDA device, after warming up; return what replays it, and the MiB it needs at most."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -235,13 +245,19 @@ def capture(step: Callable[[], object]) -> Callable[[], None]:
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+
+    def record() -> None:
+        with torch.cuda.graph(graph):
+            step()
+
+    peak = peak_memory(record, torch.device("cuda"))
+    return graph.replay, peak
 
 
-def measure(steps: dict[str, Step], mode: str, images: int, device: torch.device, seconds: float) -> list[tuple]:
-    """Time steps side by side, then their stages, then count what they launch.
+def measure(
+    steps: dict[str, Step], mode: str, images: int, device: torch.device, seconds: float, failed: list[str]
+) -> list[tuple]:
+    """Time steps side by side, then count what they launch, then time their stages; what fails is added to `failed`.
 
     Returns:
         (provider, (dtype, mode), columns) for each step, and for each of its stages, whose mode is "MODE STAGE".
@@ -251,18 +267,21 @@ def measure(steps: dict[str, Step], mode: str, images: int, device: torch.device
     def several(step: Step) -> Callable[[], None]:
         return lambda: [step.run() for _ in range(burst)] and None
 
-    timings = interleave({name: several(step) for name, step in steps.items()}, device, seconds)
+    timings = interleave({name: several(step) for name, step in steps.items()}, device, seconds, mode, failed)
     rows = []
-    for name, step in steps.items():
-        timing = timings[name]
-        timing = Timing(timing.p50 / burst, timing.p20 / burst, timing.p80 / burst, timing.peak_mib)
-        launches, waits = count(step, device)
-        rate = f"{1000 * images / timing.p50:.3g}"
-        extra = dict(zip(EXTRA, (rate, launches, "" if waits is None else waits), strict=True))
-        rows.append((name, (step.dtype, mode), {**_columns(timing), **extra}))
-        for stage, spent in shares(step, device).items():
-            found = Timing(spent * timing.p50, spent * timing.p20, spent * timing.p80, None)
-            rows.append((name, (step.dtype, f"{mode} {stage}"), {**_columns(found), **dict.fromkeys(EXTRA, "")}))
+    for name, timing in timings.items():
+        step = steps[name]
+        peak = timing.peak_mib if step.peak_mib is None else step.peak_mib
+        timing = Timing(timing.p50 / burst, timing.p20 / burst, timing.p80 / burst, peak)
+        values = {**_columns(timing), EXTRA[0]: f"{1000 * images / timing.p50:.3g}"}
+        rows.append((name, (step.dtype, mode), values))
+        with surviving(f"{mode}: {name}: counting", failed):
+            launches, waits = count(step, device)
+            values.update(zip(EXTRA[1:], (launches, "" if waits is None else waits), strict=True))
+        with surviving(f"{mode}: {name}: stages", failed):
+            for stage, spent in shares(step, device).items():
+                found = Timing(spent * timing.p50, spent * timing.p20, spent * timing.p80, None)
+                rows.append((name, (step.dtype, f"{mode} {stage}"), _columns(found)))
     return rows
 
 

@@ -6,6 +6,8 @@ Beside ours stands torchvision's Faster R-CNN, where it can be imported: the sam
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import nn
 
@@ -20,7 +22,7 @@ def make_step(model: nn.Module, batch: Batch, option: str, device: torch.device)
     model = stored(model, option).eval()
     context, dtype = precision(option, device)
     stages = Stages(model, device) if ours and option not in ("compile", "graph") else None
-    inputs = (batch,) if ours else peer_inputs(batch)[:1]
+    inputs, peak = (batch,) if ours else peer_inputs(batch)[:1], None
     if option in ("compile", "graph"):
         found: list = []
         detect = compiled(model.detect, option == "compile")
@@ -28,7 +30,7 @@ def make_step(model: nn.Module, batch: Batch, option: str, device: torch.device)
         def fill() -> None:
             found[:] = detect(batch)
 
-        replay = capture(fill) if option == "graph" else fill
+        replay, peak = capture(fill) if option == "graph" else (fill, None)
 
         def step() -> list[int]:
             with torch.no_grad():
@@ -41,15 +43,15 @@ def make_step(model: nn.Module, batch: Batch, option: str, device: torch.device)
             with torch.no_grad(), context():
                 return model(*inputs)
 
-    return Step(step, dtype, stages)
+    return Step(step, dtype, stages, peak)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line, measure, print the table and write the CSV."""
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, measure, print the table, write the CSV; return the exit status."""
     command = command_line("bench.inference", __doc__)
     command.set_defaults(batch=1)
-    run(make_step, "detect", command.parse_args(arguments))
+    return run(make_step, "detect", command.parse_args(arguments))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

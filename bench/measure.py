@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +22,8 @@ from triton_dcn import reference
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "tf32": 5e-3, "float16": 5e-3, "bfloat16": 4e-2}
 """Relative l2 error to the float64 reference above which a provider is not timed."""
 MODES = ("fwd", "bwd", "both")
+SLEEP_CYCLES = 2_000_000
+"""About 1 ms that a CUDA device sleeps before a call: the host launches ahead, or its time would be measured."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,20 @@ def errors(provider: Provider, inputs: Inputs, truth: list[Tensor]) -> list[floa
     return relative_errors([output, *torch.autograd.grad(output, inputs.leaves, inputs.grad)], truth)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its name where it says nothing."""
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+@contextmanager
+def surviving(what: str, failed: list[str]) -> Iterator[None]:
+    """Go on after an exception of the block: told with its traceback, and `what` is added to `failed`."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:  # the other measurements are worth having
+        traceback.print_exc()
+        print(f"bench: {what} failed: {first_line(error)}", file=sys.stderr, flush=True)
+        failed.append(what)
 
 
 def check_inputs(case: Case, dtype: torch.dtype, device: torch.device, magnitude: float) -> Inputs:
@@ -89,7 +105,13 @@ def calls(provider: Provider, inputs: Inputs, mode: str) -> Callable[[], object]
 
 
 def interleave(
-    functions: dict[str, Callable[[], object]], device: torch.device, seconds: float, least: int = 3, most: int = 100
+    functions: dict[str, Callable[[], object]],
+    device: torch.device,
+    seconds: float,
+    what: str,
+    failed: list[str],
+    least: int = 3,
+    most: int = 100,
 ) -> dict[str, Timing]:
     """Time functions side by side: after a warm-up, rounds of one call each until `seconds` have passed.
 
@@ -97,20 +119,23 @@ def interleave(
         functions: by provider.
         device: chooses the clock.
         seconds: budget of the rounds together.
+        what: is timed, for messages.
+        failed: a function whose warm-up fails is left out, and added here.
         least, most: number of rounds in any case.
     """
     peaks = {}
     for name, function in functions.items():
-        function()
-        peaks[name] = peak_memory(function, device)
-    spans: dict[str, list[float]] = {name: [] for name in functions}
+        with surviving(f"{what}: {name}", failed):
+            function()
+            peaks[name] = peak_memory(function, device)
+    spans: dict[str, list[float]] = {name: [] for name in peaks}
     clock = _cuda_clock(device) if device.type == "cuda" else _cpu_clock
     end = time.perf_counter() + seconds
     for done in range(most):
         if done >= least and time.perf_counter() > end:
             break
-        for name, function in functions.items():
-            spans[name].append(clock(function))
+        for name, values in spans.items():
+            values.append(clock(functions[name]))
     return {name: _summary(values, peaks[name]) for name, values in spans.items()}
 
 
@@ -134,6 +159,7 @@ def _cuda_clock(device: torch.device) -> Callable[[Callable[[], object]], float]
     def clock(function: Callable[[], object]) -> float:
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         flush.zero_()
+        torch.cuda._sleep(SLEEP_CYCLES)
         start.record()
         function()
         stop.record()

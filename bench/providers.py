@@ -104,6 +104,9 @@ FACTORIES: dict[str, Callable[[], Provider]] = {
     "tvdcn": _tvdcn,
 }
 
+OURS = ("triton", "torch")
+"""Whose absence from a measurement is a failure."""
+
 
 def available(names: list[str] | None, device: torch.device) -> tuple[dict[str, Provider], dict[str, str]]:
     """Return the providers that can run, and for the others the reason why not.

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from bench.cases import CASES
+from bench.cases import CASES, Case
 
 KEY = ("case", "shape", "dtype", "mode")
 COLORS = {
@@ -35,6 +36,20 @@ def read_csv(path: Path) -> list[dict]:
     """Read the rows of a CSV of `bench.deform_conv`."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def write_csv(path: Path | None, rows: list[dict]) -> None:
+    """Write rows, one per measurement, all with the keys of the first; None: nowhere.
+
+    Called anew after each case, so that a run that is ended early leaves what it measured.
+    """
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0] if rows else ())
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _groups(rows: list[dict]) -> dict[tuple[str, ...], dict[str, dict]]:
@@ -126,7 +141,6 @@ def draw_roofline(rows: list[dict], path: Path) -> None:
     Raises:
         ValueError: the rows hold no measurement of the machine.
     """
-    known = {case.name: case for cases in CASES.values() for case in cases}
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     limits = [row for row in rows if row["provider"] == "machine"]
@@ -140,9 +154,8 @@ def draw_roofline(rows: list[dict], path: Path) -> None:
         itemsize = 2 if dtype in ("float16", "bfloat16") else 4
         points: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
-            case = known.get(row["case"])
+            case = case_of(row)
             if case and (row["dtype"], row["mode"]) == (dtype, "fwd") and row["provider"] != "roofline":
-                case = replace(case, batch=int(row["shape"].split("x")[0]))
                 flops = case.flops("fwd")
                 point = flops / case.traffic("fwd", itemsize), flops / float(row["ms_p50"]) / 1e6
                 points.setdefault(row["provider"], []).append(point)
@@ -152,6 +165,16 @@ def draw_roofline(rows: list[dict], path: Path) -> None:
     axis.legend(fontsize=8, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
+
+
+def case_of(row: dict) -> Case | None:
+    """Return the case of a row with the batch and offset groups of its shape; None for one about the machine."""
+    known = {case.name: case for cases in CASES.values() for case in cases}
+    if row["case"] not in known:
+        return None
+    groups = re.search(r" dg(\d+)", row["shape"])
+    batch = int(row["shape"].split("x")[0])
+    return replace(known[row["case"]], batch=batch, offset_groups=int(groups[1]) if groups else 1)
 
 
 def roof(limits: list[dict]) -> tuple[float, float]:

@@ -50,7 +50,8 @@ def measure_machine(dtype: torch.dtype, device: torch.device, seconds: float = 3
         ),
     }
     with torch.no_grad():
-        timings = interleave({name: call for name, (call, _, _) in work.items()}, device, seconds)
+        functions = {name: call for name, (call, _, _) in work.items()}
+        timings = interleave(functions, device, seconds, "machine", [])  # one that fails is missed in the next line
     speed = {name: amount / timings[name].p20 for name, (_, _, amount) in work.items()}
     rows = tuple((name, shape, timings[name]) for name, (_, shape, _) in work.items())
     return Machine(speed["copy"], max(speed["matmul"], speed["conv2d"]), rows)

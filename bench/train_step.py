@@ -6,6 +6,7 @@ R-CNN, where it can be imported: the same depth, without deformable layers.
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 
 import torch
@@ -37,13 +38,14 @@ def make_step(model: nn.Module, batch: Batch, option: str, device: torch.device)
         with stage("optimiser"):
             optimiser.step()
 
-    return Step(capture(step) if option == "graph" else step, dtype, stages)
+    ready, peak = capture(step) if option == "graph" else (step, None)
+    return Step(ready, dtype, stages, peak)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line, measure, print the table and write the CSV."""
-    run(make_step, "train", command_line("bench.train_step", __doc__).parse_args(arguments))
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, measure, print the table, write the CSV; return the exit status."""
+    return run(make_step, "train", command_line("bench.train_step", __doc__).parse_args(arguments))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

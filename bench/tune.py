@@ -21,8 +21,9 @@ from torch import Tensor
 from bench import static
 from bench.cases import Case, Inputs, make_inputs, select
 from bench.choices import Choice, choices
-from bench.deform_conv import DTYPES, allow_tf32, environment, gpu_or_dry_run, timing_row, write_csv
-from bench.measure import TOLERANCE, Timing, check_inputs, exact, interleave, relative_errors
+from bench.deform_conv import DTYPES, allow_tf32, environment, gpu_or_dry_run, timing_row
+from bench.measure import TOLERANCE, Timing, check_inputs, exact, interleave, relative_errors, surviving
+from bench.report import write_csv
 from triton_dcn import launch
 from triton_dcn.configs import Row
 
@@ -49,7 +50,9 @@ def function(stage: str, inputs: Inputs, choice: Choice) -> Callable[[], list[Te
     return call
 
 
-def tune(stage: str, case: Case, dtype: str, device: torch.device, options: argparse.Namespace) -> dict[Choice, Timing]:
+def tune(
+    stage: str, case: Case, dtype: str, device: torch.device, options: argparse.Namespace, failed: list[str]
+) -> dict[Choice, Timing]:
     """Return the times of every choice that compiles and agrees with the reference, fastest first."""
     small = check_inputs(case, DTYPES[dtype], device, 2.0)
     truth = exact(small)
@@ -65,7 +68,8 @@ def tune(stage: str, case: Case, dtype: str, device: torch.device, options: argp
             agreed[choice.label] = choice
         else:
             print(f"{stage} {case.name}: {choice.label} disagrees by {errors}", file=sys.stderr)
-    timed = interleave({k: function(stage, inputs, v) for k, v in agreed.items()}, device, options.seconds)
+    functions = {label: function(stage, inputs, choice) for label, choice in agreed.items()}
+    timed = interleave(functions, device, options.seconds, f"{stage} {case.name} {dtype}", failed)
     return {agreed[label]: timed[label] for label in sorted(timed, key=lambda label: timed[label].p50)}
 
 
@@ -82,10 +86,11 @@ def new_row(timed: dict[Choice, Timing]) -> Row | None:
     return replace(best.row, registers=(report.registers,), shared=report.shared)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Time the stages, print their tables and the new rows, write the CSV."""
+def main(arguments: list[str] | None = None) -> int:
+    """Time the stages, print their tables and the new rows, write the CSV, return 1 where something failed."""
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=["r50"], help="sets or names of bench.cases")
+    parser.add_argument("--batch", type=int, help="instead of each case's own")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "tf32", "float32"], choices=list(DTYPES))
     parser.add_argument("--stages", nargs="+", default=list(NEEDS), choices=list(NEEDS))
     parser.add_argument("--most", type=int, default=16, help="tiles of each form")
@@ -95,23 +100,25 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = gpu_or_dry_run(options.dry_run)
     if options.dry_run:
-        options.cases, options.dtypes, options.most, options.seconds = ["dry"], ["bfloat16"], 2, 0.0
-    lines, rows, where = [], [], environment(device)
-    for dtype, case, stage in itertools.product(options.dtypes, select(options.cases), options.stages):
+        options.cases, options.batch, options.dtypes = ["dry"], None, ["bfloat16"]
+        options.most, options.seconds = 2, 0.0
+    lines, rows, failed, where = [], [], [], environment(device)
+    for dtype, case, stage in itertools.product(options.dtypes, select(options.cases, options.batch), options.stages):
         case = replace(case, offset_groups=4) if stage == "g_form" else case
-        with allow_tf32(dtype == "tf32"):
-            timed = tune(stage, case, dtype, device, options)
-        print(f"\n{stage}, {case.name} {case.shape}, {dtype}")
-        for choice, timing in timed.items():
-            print(f"    {timing.p50:9.4f} ms  {choice.label}")
-            lines.append(timing_row(choice.label, case.name, case.shape, dtype, stage, timing, where))
-        rows += [row for row in (new_row(timed),) if row and row not in rows]
+        with surviving(f"{stage} {case.name} {dtype}", failed):
+            with allow_tf32(dtype == "tf32"):
+                timed = tune(stage, case, dtype, device, options, failed)
+            print(f"\n{stage}, {case.name} {case.shape}, {dtype}")
+            for choice, timing in timed.items():
+                print(f"    {timing.p50:9.4f} ms  {choice.label}")
+                lines.append(timing_row(choice.label, case.name, case.shape, dtype, stage, timing, where))
+            write_csv(options.csv, lines)
+            rows += [row for row in (new_row(timed),) if row and row not in rows]
     print("\nrows that beat the table:" if rows else "\nno row beats the table")
     for row in rows:
         print(f"    {row},")
-    if options.csv:
-        write_csv(options.csv, lines)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

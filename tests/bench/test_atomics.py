@@ -6,6 +6,7 @@ import torch
 from bench import atomics, ceilings
 from bench.cases import CASES, Case, make_inputs
 from bench.measure import check_inputs, exact
+from bench.report import read_csv
 
 ODD = Case("odd", 2, 24, 8, 5, 7, (3, 2), (2, 1), (1, 1), (1, 2), groups=2, offset_groups=4)
 
@@ -32,8 +33,10 @@ def test_every_way_is_right(case, mode):
 def test_wrong_gradients_are_told(monkeypatch, capsys):
     monkeypatch.setattr(atomics, "by_atomics", lambda inputs, mode: [torch.zeros_like(inputs.input)])
     judged = check_inputs(CASES["dry"][0], torch.float32, torch.device("cpu"), 2.0)
-    agreed = atomics._agreeing(judged, exact(judged)[1:], "float32", "grad_input")
+    failed: list[str] = []
+    agreed = atomics._agreeing(judged, exact(judged)[1:], "float32", "grad_input", failed)
     assert agreed == ["bins", "stable sort"]
+    assert failed == ["dry float32 grad_input: atomics"]
     assert "atomics disagrees by 1.0e+00" in capsys.readouterr().err
 
 
@@ -43,6 +46,22 @@ def test_dry_run(tmp_path, capsys):
     assert "| atomics |" in printed.replace("  ", "")
     assert "l2 read: " in printed
     assert len((tmp_path / "atomics.csv").read_text().splitlines()) == 1 + 9 + 2 * 3
+
+
+def test_a_failure_leaves_the_rest(tmp_path, monkeypatch, capsys):
+    def fails():
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(ceilings, "read_l2", lambda device, nbytes: (lambda: torch.ones(8).sum(), 32))
+    monkeypatch.setattr(ceilings, "add_rows", lambda target, width, rows: (fails, 32))
+    monkeypatch.setattr(atomics, "ways", lambda inputs, mode: {"bins": lambda: exact(inputs)[1:2], "atomics": fails})
+    monkeypatch.setattr(atomics, "MODES", {"grad_input": atomics.MODES["grad_input"]})
+    assert atomics.main(["--dry-run", "--csv", str(tmp_path / "atomics.csv")]) == 1
+    rows = read_csv(tmp_path / "atomics.csv")
+    assert [(row["provider"], row["case"]) for row in rows] == [("machine", "l2 read"), ("bins", "dry")]
+    err = capsys.readouterr().err
+    assert "bench: ceilings: atomics in L2, 256 B rows, aligned failed: no kernel" in err
+    assert "bench: dry bfloat16 grad_input: atomics failed: no kernel" in err
 
 
 @pytest.mark.parametrize("first", [0, 1], ids=["aligned", "single"])

@@ -7,6 +7,7 @@ import torch
 
 from bench import deform_conv, measure, providers, report
 from bench.cases import CASES, make_inputs, select
+from bench.roofline import Machine
 
 SMALLEST = ["--cases", "odd-pointwise", "--seconds", "0", "--device", "cpu", "--threads", "1"]
 
@@ -39,7 +40,7 @@ def test_who_disagrees_or_fails_is_not_timed(monkeypatch, capsys):
         "failing": lambda: providers.Provider(fails),
     }
     monkeypatch.setattr(providers, "FACTORIES", {**providers.FACTORIES, **wrong})
-    deform_conv.main([*SMALLEST, "--modes", "fwd", "--providers", "wrong", "failing", "torch"])
+    assert deform_conv.main([*SMALLEST, "--modes", "fwd", "--providers", "wrong", "failing", "torch"]) == 0
     out, err = capsys.readouterr()
     assert "wrong disagrees" in err
     assert "failing cannot: no kernel" in err
@@ -47,6 +48,67 @@ def test_who_disagrees_or_fails_is_not_timed(monkeypatch, capsys):
     assert [cell.strip() for cell in header.split("|")[4:-1]] == ["torch", "roofline"]
 
 
+@pytest.fixture
+def quick_machine(monkeypatch):
+    monkeypatch.setattr(deform_conv, "measure_machine", lambda dtype, device: Machine(1e6, 1e6, ()))
+
+
+@pytest.mark.usefixtures("quick_machine")
+def test_a_failure_while_timing_leaves_the_rest(tmp_path, monkeypatch, capsys):
+    right = providers.FACTORIES["torch"]().call
+
+    def fails_in_large(inputs):
+        if inputs.case.batch > 1:  # the check takes one image
+            raise RuntimeError("out of memory")
+        return right(inputs)
+
+    monkeypatch.setitem(providers.FACTORIES, "mmcv", lambda: providers.Provider(fails_in_large))
+    file = tmp_path / "run.csv"
+    names = ["--providers", "mmcv", "torch"]
+    assert deform_conv.main([*SMALLEST, "--modes", "fwd", "bwd", *names, "--csv", str(file)]) == 1
+    assert {(row["provider"], row["mode"]) for row in report.read_csv(file)} == {
+        (name, mode) for name in ("torch", "roofline") for mode in ("fwd", "bwd")
+    }
+    err = capsys.readouterr().err
+    assert "bench: odd-pointwise float32 fwd: mmcv failed: out of memory" in err
+    assert "bench: odd-pointwise float32 bwd: mmcv failed: out of memory" in err
+    assert "Traceback" in err
+
+
+@pytest.mark.usefixtures("quick_machine")
+def test_a_failed_case_leaves_the_others_and_each_is_written_at_once(tmp_path, monkeypatch, capsys):
+    file, written, measured = tmp_path / "run.csv", [], deform_conv._measure
+
+    def measure_or_fail(case, *others):
+        if case.name == "micro-32":
+            written.extend(report.read_csv(file))
+            raise RuntimeError("no kernel")
+        return measured(case, *others)
+
+    monkeypatch.setattr(deform_conv, "_measure", measure_or_fail)
+    names = ["--modes", "fwd", "--providers", "torch", "--csv", str(file)]
+    assert deform_conv.main([*SMALLEST, "--cases", "odd-pointwise", "micro-32", "odd-kernel", *names]) == 1
+    assert {row["case"] for row in written} == {"odd-pointwise"}
+    assert {row["case"] for row in report.read_csv(file)} == {"odd-pointwise", "odd-kernel"}
+    assert "bench: micro-32 float32 failed: no kernel" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("quick_machine")
+def test_ours_must_not_be_left_out(monkeypatch, capsys):
+    right = providers.FACTORIES["torch"]().call
+    monkeypatch.setitem(providers.FACTORIES, "torch", lambda: providers.Provider(lambda t: right(t) * 1.01))
+    assert deform_conv.main([*SMALLEST, "--modes", "fwd", "--providers", "torch"]) == 1
+    assert "torch disagrees" in capsys.readouterr().err
+
+
+def test_rows_are_placed_by_their_own_shape():
+    for case in select(["r50", "odd"], batch=16) + select(["r50", "odd"], offset_groups=4):
+        for shape in (case.shape, case.shape + " nhwc off2 smooth"):
+            assert report.case_of({"case": case.name, "shape": shape}) == case
+    assert report.case_of({"case": "copy", "shape": "67108864 bytes"}) is None
+
+
+@pytest.mark.usefixtures("quick_machine")
 def test_a_nan_among_the_gradients_is_not_timed(monkeypatch, capsys):
     right = providers.FACTORIES["torch"]().call
 

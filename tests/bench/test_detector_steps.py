@@ -5,7 +5,8 @@ import csv
 import pytest
 import torch
 
-from bench import inference, train_step
+from bench import detector_steps, inference, report, train_step
+from bench.deform_conv import COLUMNS, allow_tf32
 from bench.detector_steps import OPTIONS, command_line, configure, make_batch
 from bench.stages import PARTS, Stages
 from detector import FasterRCNN
@@ -50,6 +51,46 @@ def test_rows(module, mode, option, dtype, tmp_path, capsys):
     assert float(plain[mode]["images_per_second"]) == pytest.approx(2000 / whole, rel=0.01)
     assert int(plain[mode]["launches"]) > 100
     assert "operators per step" in capsys.readouterr().out
+
+
+def test_a_failure_leaves_the_other_options(tmp_path, monkeypatch, capsys):
+    made, make_step, count = {}, inference.make_step, detector_steps.count
+
+    def make(model, batch, option, device):
+        made[option] = torch.backends.cudnn.allow_tf32
+        if option == "bf16":
+            raise RuntimeError("no capture")
+        return make_step(model, batch, option, device)
+
+    def count_or_fail(step, device):
+        if len(made) == 3:
+            made["counted"] = True
+            raise RuntimeError("no profiler")
+        return count(step, device)
+
+    monkeypatch.setattr(inference, "make_step", make)
+    monkeypatch.setattr(detector_steps, "count", count_or_fail)
+    file = tmp_path / "rows.csv"
+    arguments = [*TINY, "--size", "64", "64", "--options", "bf16", "channels_last", "--csv", str(file)]
+    assert inference.main(arguments) == 1
+    rows = {row["provider"]: row for row in report.read_csv(file) if row["mode"] == "detect"}
+    assert set(rows) == {"triton_dcn", "triton_dcn channels_last"}
+    assert rows["triton_dcn"]["launches"] == ""
+    assert int(rows["triton_dcn channels_last"]["launches"]) > 100
+    assert list(rows["triton_dcn"]) == [*COLUMNS, *detector_steps.EXTRA]
+    err = capsys.readouterr().err
+    assert "bench: detect 2x3x64x64 bf16 failed: no capture" in err
+    assert "bench: detect: triton_dcn: counting failed: no profiler" in err
+    assert not any(made[option] for option in ("plain", "bf16", "channels_last"))  # float32 is not tf32
+
+
+def test_tf32_is_of_one_option_alone():
+    def flags():
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    with allow_tf32(False):
+        assert detector_steps.on_tensor_cores(flags)() == (True, True)
+        assert flags() == (False, False)
 
 
 def test_masks_are_a_stage():

@@ -1,9 +1,11 @@
 """The command for a GPU works the first time: its dry run, and what it says without a GPU."""
 
+import sys
+
 import pytest
 import torch
 
-from bench import gpu
+from bench import deform_conv, gpu
 
 
 def test_dry_run_writes_tables_and_pictures(tmp_path, monkeypatch, capsys):
@@ -23,6 +25,21 @@ def test_failed_and_late_parts_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert gpu.main(["--dry-run", "--out", str(tmp_path), "--minutes", "-1", "--only", "stages-n2"]) == 1
     assert "no time left for stages-n2" in capsys.readouterr().err
+
+
+def test_a_failure_costs_its_part_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(deform_conv, "main", lambda arguments: 0)  # writes nothing, so that the picture fails
+    monkeypatch.setitem(sys.modules, "bench.train_step", None)  # as where a package that it imports is missing
+    folder = tmp_path / "not" / "there"
+    only = ["stages-n2", "train-step", "inference"]
+    assert gpu.main(["--dry-run", "--out", str(folder), "--only", *only]) == 1
+    assert [path.name for path in folder.iterdir()] == ["dry-run-inference.csv"]
+    out, err = capsys.readouterr()
+    assert "missing: stages-n2, train-step\n" in out
+    assert "bench: stages-n2 failed" in err
+    assert "bench: train-step failed" in err
+    assert err.count("Traceback") == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

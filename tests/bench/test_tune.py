@@ -6,6 +6,8 @@ import torch
 from bench import choices, tune
 from bench.cases import CASES, make_inputs
 from bench.deform_conv import DTYPES
+from bench.measure import Timing
+from bench.report import read_csv
 from triton_dcn import configs
 
 
@@ -14,7 +16,7 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled here, not interpreted")
     before = configs.TABLE, configs.STRIP_MIN_WIDTH
-    tune.main(["--dry-run", "--csv", str(tmp_path / "tune.csv")])
+    assert tune.main(["--dry-run", "--csv", str(tmp_path / "tune.csv")]) == 0
     assert before == (configs.TABLE, configs.STRIP_MIN_WIDTH)
     assert not torch.are_deterministic_algorithms_enabled()
     printed = capsys.readouterr()
@@ -30,8 +32,32 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
 def test_a_wrong_kernel_is_not_timed(monkeypatch, capsys):
     monkeypatch.setattr(tune, "exact", lambda inputs: [torch.ones(1, dtype=torch.float64)] * 5)
     options = type("Options", (), {"most": 0, "seconds": 0.0})
-    assert not tune.tune("columns", CASES["dry"][0], "float32", torch.device("cpu"), options)
+    assert not tune.tune("columns", CASES["dry"][0], "float32", torch.device("cpu"), options, [])
     assert "table disagrees" in capsys.readouterr().err
+
+
+def test_a_failure_leaves_what_was_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled here, not interpreted")
+    found = {choices.Choice("table", ()): Timing(2.0, 1.0, 3.0, None)}
+
+    def tune_or_fail(stage, *others):
+        if stage == "columns":
+            raise RuntimeError("no kernel")
+        return found
+
+    def fails(timed):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(tune, "tune", tune_or_fail)
+    monkeypatch.setattr(tune, "new_row", fails)
+    stages = ["--stages", "forward", "columns", "g_form"]
+    assert tune.main(["--dry-run", *stages, "--csv", str(tmp_path / "tune.csv")]) == 1
+    assert [row["mode"] for row in read_csv(tmp_path / "tune.csv")] == ["forward", "g_form"]
+    err = capsys.readouterr().err
+    assert "bench: columns dry bfloat16 failed: no kernel" in err
+    assert "bench: g_form dry bfloat16 failed: no compiler" in err
 
 
 def test_new_rows_are_rows_of_the_table():
