@@ -82,7 +82,8 @@ class RPN(nn.Module):
         for logit, delta, anchor in zip(logits, deltas, anchors, strict=True):
             keep = min(self.candidates[0 if self.training else 1], logit.shape[1])
             score, index = logit.to(anchor.dtype).sigmoid().sort(dim=1, descending=True, stable=True)
-            score, index = score[:, :keep], index[:, :keep]
+            # copies: torch.export guards the layout of a slice, which is another one where a level has few candidates
+            score, index = score.narrow_copy(1, 0, keep), index.narrow_copy(1, 0, keep)
             delta = delta.to(anchor.dtype).gather(1, index[:, :, None].expand(-1, -1, 4))
             found.append((box_ops.clip(box_ops.decode(anchor[index], delta, STDS), sizes), score))
         most = max(score.shape[1] for _, score in found)

@@ -59,7 +59,9 @@ def make_images(batch, height, width):
     return Batch(torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8), sizes)
 
 
-SIZES = pytest.mark.parametrize("size", [(2, 128, 160), (1, 192, 96), (3, 96, 256)], ids=str)
+SIZES = pytest.mark.parametrize(  # the last two: levels of more and of fewer candidates than in the program's example
+    "size", [(2, 128, 160), (1, 192, 96), (3, 96, 256), (2, 320, 448), (1, 96, 96)], ids=str
+)
 
 
 @SIZES

@@ -12,6 +12,7 @@ from train.config import PRESETS, as_dict, parse
 def test_default_is_the_recipe_with_a_gpu_and_small_without():
     assert parse([], gpu=True) == replace(PRESETS["coco-1x"], out=Path("runs/coco-1x"))
     assert parse([], gpu=False) == replace(PRESETS["small"], out=Path("runs/small"))
+    assert parse(["--data.root", "coco"], gpu=False).preset == "small"
 
 
 def test_recipe():
