@@ -1,6 +1,7 @@
 """Library matrix products over channel groups that accumulate in float32, whatever the dtype and the device.
 
-On a GPU these are cuBLAS calls in the dtype of the operands; TF32 is used where `torch.backends.cuda.matmul` allows it.
+On a GPU these are cuBLAS calls in the dtype of the operands. `torch.backends.cuda.matmul` rules over them as over every
+product: TF32 where it is allowed, and in half precision what its `allow_*_reduction` and `allow_fp16_accumulation` say.
 On a CPU, half-precision operands are widened first, because products there need not accumulate in float32.
 """
 
