@@ -26,6 +26,7 @@ from bench.deform_conv import DTYPES, allow_tf32, environment, gpu_or_dry_run, t
 from bench.measure import TOLERANCE, check_inputs, exact, interleave, relative_errors, surviving, worst
 from bench.report import markdown, write_csv
 from triton_dcn import configs, launch, stages
+from triton_dcn.kernels.jit import kernel
 from triton_dcn.kernels.sampling import column_offset, corner_rows, corner_weights
 from triton_dcn.products import accumulate
 
@@ -33,7 +34,7 @@ MODES = {"grad_input": (True, False, False, False), "grad_input, grad_weight": (
 """What is computed: T-columns give the gradient of the weight nearly for free, atomics need columns for it."""
 
 
-@triton.jit
+@kernel
 def scatter_kernel(
     grad_column_ptr,
     cell_ptr,

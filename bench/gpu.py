@@ -100,7 +100,7 @@ PLAN = (
         ("--cases", "r50-c4", "--batch", "16", "--dtypes", "bfloat16", "--most", "10"),
         ("--dry-run",),
     ),
-    # last: where a capture fails, CUDA's random numbers do for the rest of the process
+    # last, since after a capture that fails the process may draw no more random numbers on the GPU
     Part("train-step-graph", "train_step", (*TRAIN, "--options", "graph", "--no-peer"), DRY_STEP),
     Part("inference-graph", "inference", (*DETECT, "--options", "graph", "--no-peer"), DRY_STEP),
 )  # fmt: skip
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
             _draw(part, path)
             if status:
                 failed.append(part.name)
-    print(f"\nresults: {options.out / name}-*" + (f"; missing: {', '.join(failed)}" if failed else ""))
+    print(f"\nresults: {options.out / name}-*" + (f"; not, or not all, of {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
 
 

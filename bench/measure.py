@@ -120,7 +120,7 @@ def interleave(
         device: chooses the clock.
         seconds: budget of the rounds together.
         what: is timed, for messages.
-        failed: a function whose warm-up fails is left out, and added here.
+        failed: a function that fails is left out, and added here.
         least, most: number of rounds in any case.
     """
     peaks = {}
@@ -134,8 +134,12 @@ def interleave(
     for done in range(most):
         if done >= least and time.perf_counter() > end:
             break
-        for name, values in spans.items():
-            values.append(clock(functions[name]))
+        for name in list(spans):
+            before = len(failed)
+            with surviving(f"{what}: {name}", failed):
+                spans[name].append(clock(functions[name]))
+            if len(failed) > before:
+                del spans[name]
     return {name: _summary(values, peaks[name]) for name, values in spans.items()}
 
 

@@ -39,17 +39,19 @@ def read_csv(path: Path) -> list[dict]:
 
 
 def write_csv(path: Path | None, rows: list[dict]) -> None:
-    """Write rows, one per measurement, all with the keys of the first; None: nowhere.
+    """Write rows, one per measurement, all with the keys of the first. None: nowhere; no rows: what is there stays.
 
     Called anew after each case, so that a run that is ended early leaves what it measured.
     """
-    if path is None:
+    if path is None or not rows:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0] if rows else ())
+    unfinished = path.with_suffix(".tmp")
+    with unfinished.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+    unfinished.replace(path)
 
 
 def _groups(rows: list[dict]) -> dict[tuple[str, ...], dict[str, dict]]:

@@ -63,11 +63,13 @@ def tune(
             errors = relative_errors(function(stage, small, choice)(), truth)
         except Exception as error:  # whatever the compiler or the driver has against a tile
             print(f"{stage} {case.name}: {choice.label} cannot: {str(error).splitlines()[:1]}", file=sys.stderr)
-            continue
-        if all(error < TOLERANCE[dtype] for error in errors):
-            agreed[choice.label] = choice
         else:
-            print(f"{stage} {case.name}: {choice.label} disagrees by {errors}", file=sys.stderr)
+            if all(error < TOLERANCE[dtype] for error in errors):
+                agreed[choice.label] = choice
+            else:
+                print(f"{stage} {case.name}: {choice.label} disagrees by {errors}", file=sys.stderr)
+    if "table" not in agreed:
+        failed.append(f"{stage} {case.name} {dtype}: table")
     functions = {label: function(stage, inputs, choice) for label, choice in agreed.items()}
     timed = interleave(functions, device, options.seconds, f"{stage} {case.name} {dtype}", failed)
     return {agreed[label]: timed[label] for label in sorted(timed, key=lambda label: timed[label].p50)}
@@ -75,9 +77,9 @@ def tune(
 
 def new_row(timed: dict[Choice, Timing]) -> Row | None:
     """Return the fastest tile with what the compiler made of it, or None where it gains less than `GAIN`."""
-    table = next((timing.p50 for choice, timing in timed.items() if choice.label == "table"), float("inf"))
+    table = next((timing.p50 for choice, timing in timed.items() if choice.label == "table"), None)
     best = next((choice for choice in timed if choice.row), None)
-    if best is None or timed[best].p50 > table / GAIN:
+    if table is None or best is None or timed[best].p50 > table / GAIN:
         return None
     (arch,) = best.row.archs
     if arch not in static.TARGETS:

@@ -22,10 +22,9 @@ def pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
         ValueError: `value` is neither an int nor two ints; names the argument.
     """
     values = tuple(value) if isinstance(value, Sequence) else (value, value)
-    try:
-        y, x = (v if isinstance(v, (int, torch.SymInt)) else operator.index(v) for v in values)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be an int or a pair of ints, got {value!r}") from None
+    if len(values) != 2 or not all(isinstance(v, (int, torch.SymInt)) or hasattr(v, "__index__") for v in values):
+        raise ValueError(f"{name} must be an int or a pair of ints, got {value!r}")
+    y, x = (v if isinstance(v, (int, torch.SymInt)) else operator.index(v) for v in values)
     return y, x
 
 
@@ -65,7 +64,7 @@ def deform_conv2d(
     Raises:
         ValueError: shapes disagree, or the backend cannot run here; names the argument, expected and found.
         TypeError: dtypes, layouts or devices disagree.
-        NotImplementedError: forward-mode differentiation.
+        NotImplementedError: forward-mode differentiation, outside of torch.compile.
 
     Source:
         Zhu et al., Deformable ConvNets v2, CVPR 2019, section 3; signature of torchvision.ops.deform_conv2d; gradient

@@ -84,6 +84,8 @@ class ConvGeometry:
         kernel, taps = (kernel_y, kernel_x), kernel_y * kernel_x
         if 0 in weight.shape:
             raise ValueError(f"weight must not be empty, got shape {tuple(weight.shape)}")
+        if height < 1 or width < 1:
+            raise ValueError(f"input has images of {height}x{width}, expected at least 1x1")
         if in_channels == 0 or in_channels % group_channels:
             raise ValueError(
                 f"input has {in_channels} channels, expected a multiple of weight.shape[1] = {group_channels}"

@@ -206,9 +206,8 @@ def _slices(geom: ConvGeometry, need: str) -> Iterator[tuple[ConvGeometry, slice
         if count >= most:
             raise ValueError(f"input of {geom.height}x{geom.width} gives {count} {what} an image, expected < {most}")
     bytes_per_image = samples * configs.SAMPLE_BYTES[need]
-    if (
-        geom.offset_groups > 1 and need != "arrays"
-    ):  # one chunk of column gradients a slice: each goes through all bins of the slice
+    if geom.offset_groups > 1 and need != "arrays":
+        # one chunk of column gradients a slice: each goes through all bins of the slice
         bytes_per_image = max(bytes_per_image, geom.positions * geom.taps * geom.in_channels * 4)
     fit = max(1, min((configs.MAX_PIXELS - 1) // pixels, configs.WORKSPACE_BYTES // bytes_per_image))
     step = math.ceil(geom.batch / math.ceil(geom.batch / fit)) if geom.batch else 1

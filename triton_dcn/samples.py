@@ -129,7 +129,7 @@ def make_samples(
         lower, upper = ly, 1 - ly
     else:
         mask = per_sample(geom, mask, images, positions).to(dtype).contiguous()
-        if not mask.sum().isfinite():  # what lies outside has no mask, be it NaN
+        if not mask.is_cpu or not mask.sum().isfinite():  # what lies outside has no mask, be it NaN; a GPU is not asked
             mask = torch.where((y < -1) | (y == geom.height) | (x == geom.width), 0, mask)
         lower = ly * mask
         upper = mask - lower

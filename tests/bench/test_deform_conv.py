@@ -29,6 +29,22 @@ def test_run_and_reports(tmp_path, capsys):
     assert (tmp_path / "b.png").stat().st_size > 1000
 
 
+def test_who_fails_between_two_rounds_costs_nobody_else_a_row(capsys):
+    calls = {"steady": 0, "failing": 0}
+
+    def call(name):
+        calls[name] += 1
+        if name == "failing" and calls[name] > 3:
+            raise RuntimeError("out of memory")
+
+    failed = []
+    functions = {name: lambda name=name: call(name) for name in calls}
+    assert list(measure.interleave(functions, torch.device("cpu"), 0.0, "case", failed)) == ["steady"]
+    assert failed == ["case: failing"]
+    assert calls["steady"] > calls["failing"]
+    assert "case: failing failed: out of memory" in capsys.readouterr().err
+
+
 def test_who_disagrees_or_fails_is_not_timed(monkeypatch, capsys):
     right = providers.FACTORIES["torch"]().call
 

@@ -36,7 +36,7 @@ def test_a_failure_costs_its_part_alone(tmp_path, monkeypatch, capsys):
     assert gpu.main(["--dry-run", "--out", str(folder), "--only", *only]) == 1
     assert [path.name for path in folder.iterdir()] == ["dry-run-inference.csv"]
     out, err = capsys.readouterr()
-    assert "missing: stages-n2, train-step\n" in out
+    assert "not, or not all, of stages-n2, train-step\n" in out
     assert "bench: stages-n2 failed" in err
     assert "bench: train-step failed" in err
     assert err.count("Traceback") == 2

@@ -32,7 +32,9 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
 def test_a_wrong_kernel_is_not_timed(monkeypatch, capsys):
     monkeypatch.setattr(tune, "exact", lambda inputs: [torch.ones(1, dtype=torch.float64)] * 5)
     options = type("Options", (), {"most": 0, "seconds": 0.0})
-    assert not tune.tune("columns", CASES["dry"][0], "float32", torch.device("cpu"), options, [])
+    failed = []
+    assert not tune.tune("columns", CASES["dry"][0], "float32", torch.device("cpu"), options, failed)
+    assert failed == ["columns dry float32: table"]
     assert "table disagrees" in capsys.readouterr().err
 
 

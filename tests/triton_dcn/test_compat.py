@@ -260,6 +260,16 @@ def test_revert_refuses_what_has_been_fused_with_a_rectifier(torchvision_stub):
     assert compat_torchvision.revert(layer) == [""]
 
 
+def test_revert_refuses_a_bias_that_the_original_would_ignore(mmcv_stub):
+    layer = mmcv_stub.DeformConv2d(4, 4, 3)
+    compat_mmcv.convert(layer)
+    fused = triton_dcn.fuse_batch_norm(layer, nn.BatchNorm2d(4).eval())
+    with pytest.raises(ValueError, match="has a bias since it was fused, which DeformConv2d does not"):
+        compat_mmcv.revert(fused)
+    assert compat_mmcv.revert(layer) == [""]
+    assert not hasattr(layer, "bias")
+
+
 def test_mmcv_functions_check_their_arguments(mmcv_stub):
     x, offset, weight = torch.randn(1, 4, 5, 5), torch.randn(1, 18, 5, 5), torch.randn(4, 4, 3, 3)
     with compat_mmcv.patch():

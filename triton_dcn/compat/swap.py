@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 ORIGINAL = "_class_before_triton_dcn"
+WITHOUT_BIAS = "_without_bias_before_triton_dcn"
 
 
 class Patch:
@@ -70,6 +71,7 @@ def convert_layers(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.M
         if old in classes:
             if not hasattr(layer, "bias"):  # as in mmcv's version 1
                 layer.register_parameter("bias", None)
+                layer.__dict__[WITHOUT_BIAS] = True
             layer.__class__ = classes[old]
             layer.__dict__[ORIGINAL] = old
             names.append(name)
@@ -80,13 +82,20 @@ def revert_layers(model: nn.Module, originals: Iterable[type[nn.Module]]) -> lis
     """Undo `convert_layers` for the layers that were of one of the classes `originals`; return their names.
 
     Raises:
-        ValueError: a layer has been fused with a rectifier, which the original class does not know; all are left.
+        ValueError: a layer has been given a rectifier or a bias that its original class does not know; all are left.
     """
     originals = tuple(originals)
     layers = [(name, layer) for name, layer in model.named_modules() if layer.__dict__.get(ORIGINAL) in originals]
     for name, layer in layers:
-        if layer.relu:
-            raise ValueError(f"{name or 'the layer'} rectifies its output, which {layer.__dict__[ORIGINAL]} does not")
+        for what, there in (
+            ("rectifies its output", layer.relu),
+            ("has a bias", WITHOUT_BIAS in layer.__dict__ and layer.bias is not None),
+        ):
+            if there:
+                original = layer.__dict__[ORIGINAL].__name__
+                raise ValueError(f"{name or 'the layer'} {what} since it was fused, which {original} does not")
     for _, layer in layers:
+        if layer.__dict__.pop(WITHOUT_BIAS, False):
+            del layer.bias
         layer.__class__ = layer.__dict__.pop(ORIGINAL)
     return [name for name, _ in layers]
