@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"skipped {name}: {reason}", file=sys.stderr)
     rows, failed, where = [], [], environment(device)
     for dtype in options.dtypes:
-        with allow_tf32(dtype == "tf32"):
+        with surviving(dtype, failed), allow_tf32(dtype == "tf32"):
             machine = measure_machine(DTYPES[dtype], device)
             rows += _machine_rows(machine, dtype, where)
             bar = tqdm(cases, desc=dtype, unit="case", disable=None)
