@@ -135,11 +135,9 @@ def interleave(
         if done >= least and time.perf_counter() > end:
             break
         for name in list(spans):
-            before = len(failed)
+            values = spans.pop(name)  # back again unless the call fails
             with surviving(f"{what}: {name}", failed):
-                spans[name].append(clock(functions[name]))
-            if len(failed) > before:
-                del spans[name]
+                spans[name] = [*values, clock(functions[name])]
     return {name: _summary(values, peaks[name]) for name, values in spans.items()}
 
 

@@ -139,6 +139,15 @@ TABLE: tuple[Row, ...] = (
 )
 
 
+def serves(device: torch.device) -> bool:
+    """Tell whether the table is for `device`: on older GPUs its tiles fit neither registers nor shared memory."""
+    if device.type != "cuda":
+        return False
+    if torch.version.hip or not torch.cuda.is_available():  # the latter: a fake tensor
+        return True
+    return bool(torch.cuda.get_device_properties(device).major >= 8)
+
+
 def architecture(device: torch.device) -> str:
     """Return the table's name for `device`."""
     if device.type == "cpu":

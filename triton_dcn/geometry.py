@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -76,8 +77,7 @@ class ConvGeometry:
             if tensor is not None and tensor.dim() != 4:
                 raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")
         for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-            if min(pair) < least:
-                raise ValueError(f"{name} must be at least {least} in both directions, got {tuple(pair)}")
+            check_least(name, pair, least)
         batch, in_channels, height, width = input.shape
         out_channels, group_channels, kernel_y, kernel_x = weight.shape
         (stride_y, stride_x), (padding_y, padding_x), (dilation_y, dilation_x) = stride, padding, dilation
@@ -123,3 +123,15 @@ class ConvGeometry:
             batch, in_channels, height, width, out_channels, kernel, (stride_y, stride_x), (padding_y, padding_x),
             (dilation_y, dilation_x), groups, offset_groups, *extent,
         )  # fmt: skip
+
+
+def check_least(name: str, pair: Sequence[int], least: int) -> None:
+    """Raise ValueError, which names the argument, where one of a pair is below `least`."""
+    if min(pair) < least:
+        raise ValueError(f"{name} must be at least {least} in both directions, got {tuple(pair)}")
+
+
+def spans(total: int, most: int) -> list[slice]:
+    """Cut range(total) into even slices of at most `most`."""
+    step = math.ceil(total / math.ceil(total / most)) if total else 1
+    return [slice(start, min(start + step, total)) for start in range(0, total, step)]

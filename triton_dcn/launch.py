@@ -8,7 +8,6 @@ Letters: see `triton_dcn.kernels.sampling`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from triton_dcn import configs, stages
-from triton_dcn.geometry import ConvGeometry
+from triton_dcn.geometry import ConvGeometry, spans
 from triton_dcn.products import accumulate, multiply, multiply_groups
 from triton_dcn.stages import Samples
 
@@ -116,9 +115,8 @@ def backward(
         grad_mask,
         torch.zeros_like(weight_like, dtype=torch.float32) if needs[3] else None,
     )  # all but the weight's are written in full
-    bins = "sort" if torch.are_deterministic_algorithms_enabled() else "ranks"
     with _on(x.device):
-        for part, images in _slices(geom, bins if needs[0] else "arrays"):
+        for part, images in _slices(geom, stages.bins_by() if needs[0] else "arrays"):
             rows = grad[images.start * geom.positions : images.stop * geom.positions]
             samples = stages.sample(part, offset[images], None if mask is None else mask[images], mask_logits)
             step = _backward_by_t if by_t else _backward_by_columns
@@ -210,10 +208,8 @@ def _slices(geom: ConvGeometry, need: str) -> Iterator[tuple[ConvGeometry, slice
         # one chunk of column gradients a slice: each goes through all bins of the slice
         bytes_per_image = max(bytes_per_image, geom.positions * geom.taps * geom.in_channels * 4)
     fit = max(1, min((configs.MAX_PIXELS - 1) // pixels, configs.WORKSPACE_BYTES // bytes_per_image))
-    step = math.ceil(geom.batch / math.ceil(geom.batch / fit)) if geom.batch else 1
-    for first in range(0, geom.batch, step):
-        last = min(first + step, geom.batch)
-        yield replace(geom, batch=last - first), slice(first, last)
+    for images in spans(geom.batch, fit):
+        yield replace(geom, batch=images.stop - images.start), images
 
 
 def _chunks(geom: ConvGeometry, x: Tensor) -> Iterator[tuple[int, int]]:

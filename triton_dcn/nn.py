@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_dcn.functional import convolve, pair
+from triton_dcn.geometry import check_least
 
 
 class DeformConv2d(nn.Module):
@@ -89,7 +90,7 @@ class DeformConv2dPack(nn.Module):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in `DeformConv2d`.
         deform_groups: groups D of input channels that share offsets.
-        bias: whether to learn a bias; mmcv's version 1 cannot.
+        bias: whether to learn a bias; None: as in mmcv, where version 2 does and version 1 cannot.
 
     Shape:
         (B, C, H, W) -> (B, O, Ho, Wo).
@@ -102,6 +103,7 @@ class DeformConv2dPack(nn.Module):
     """
 
     channels_per_tap = 2
+    usual_bias = False
     relu = False  # set by `fuse_batch_norm`
 
     def __init__(
@@ -114,7 +116,7 @@ class DeformConv2dPack(nn.Module):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         deform_groups: int = 1,
-        bias: bool = False,
+        bias: bool | None = None,
     ):
         super().__init__()
         _check_channels(in_channels, out_channels, groups)
@@ -125,7 +127,8 @@ class DeformConv2dPack(nn.Module):
         self.kernel_size, self.stride = _extent("kernel_size", kernel_size), _extent("stride", stride)
         self.padding, self.dilation = _extent("padding", padding, least=0), _extent("dilation", dilation)
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
-        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        biased = self.usual_bias if bias is None else bias
+        self.bias = nn.Parameter(torch.empty(out_channels)) if biased else None
         taps = self.kernel_size[0] * self.kernel_size[1]
         self.conv_offset = nn.Conv2d(
             in_channels, self.channels_per_tap * deform_groups * taps, self.kernel_size, self.stride, self.padding,
@@ -134,14 +137,15 @@ class DeformConv2dPack(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw `weight` from U(+-sqrt(6*G/(C*K))) and set everything else to zero, as mmcv does."""
-        nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
-        self._reset_rest()
-
-    def _reset_rest(self) -> None:
+        """Draw `weight` and set everything else to zero, as mmcv does."""
+        self.draw_weight()
         for zero in (self.bias, self.conv_offset.weight, self.conv_offset.bias):
             if zero is not None:
                 nn.init.zeros_(zero)
+
+    def draw_weight(self) -> None:
+        """Draw `weight` from U(+-sqrt(6*G/(C*K))), as mmcv does."""
+        nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
 
     def forward(self, input: Tensor) -> Tensor:
         """Predict the offsets, and the masks of version 2, and convolve with them."""
@@ -155,7 +159,8 @@ class DeformConv2dPack(nn.Module):
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, "
-            f"deform_groups={self.deform_groups}, bias={self.bias is not None}" + ", relu=True" * self.relu
+            f"deform_groups={self.deform_groups}, bias={self.bias is not None}"
+            f"{', relu=True' if self.relu else ''}"
         )
 
 
@@ -163,35 +168,19 @@ class ModulatedDeformConv2dPack(DeformConv2dPack):
     """Deformable convolution v2 that predicts its own offsets and masks from its input.
 
     `conv_offset` gives 3*D*K channels: the first two thirds are the offsets, the sigmoid of the last third the mask.
-    Arguments and parameters as in `DeformConv2dPack`, but with a bias unless it is declined.
+    Arguments and parameters as in `DeformConv2dPack`.
 
     Source:
         mmcv.ops.ModulatedDeformConv2dPack; Zhu et al., Deformable ConvNets v2, CVPR 2019.
     """
 
     channels_per_tap = 3
+    usual_bias = True
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        deform_groups: int = 1,
-        bias: bool = True,
-    ):
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deform_groups, bias
-        )  # fmt: skip
-
-    def reset_parameters(self) -> None:
-        """Draw `weight` from U(+-1/sqrt(C*K)) and set everything else to zero, as mmcv does."""
+    def draw_weight(self) -> None:
+        """Draw `weight` from U(+-1/sqrt(C*K)), as mmcv does."""
         bound = 1 / math.sqrt(self.in_channels * self.kernel_size[0] * self.kernel_size[1])
         nn.init.uniform_(self.weight, -bound, bound)
-        self._reset_rest()
 
 
 def fuse_batch_norm(
@@ -258,6 +247,5 @@ def _extent(name: str, value: int | tuple[int, int], least: int = 1) -> tuple[in
         ValueError: it is no pair of ints, or below `least`.
     """
     extent = pair(name, value)
-    if min(extent) < least:
-        raise ValueError(f"{name} must be at least {least} in both directions, got {extent}")
+    check_least(name, extent, least)
     return extent

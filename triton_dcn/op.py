@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_dcn import gather, reference
+from triton_dcn import configs, gather, reference
 from triton_dcn.geometry import ConvGeometry
 
 PLAIN_BACKENDS = {"torch": gather, "reference": reference}
@@ -31,7 +31,7 @@ def choose_backend(name: str | None, input: Tensor) -> str:
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if name is None:
-        if not HAS_TRITON or not _has_kernels(input.device):
+        if not HAS_TRITON or not configs.serves(input.device):
             return "torch"
         return "reference" if input.dtype == torch.float64 else "triton"
     if name not in BACKENDS:
@@ -44,7 +44,7 @@ def choose_backend(name: str | None, input: Tensor) -> str:
                 "backend='triton' on CPU tensors runs in Triton's interpreter: set TRITON_INTERPRET=1 before triton is "
                 "imported, or use backend=None"
             )
-        if input.device.type not in ("cpu", "meta") and not _has_kernels(input.device):
+        if input.device.type not in ("cpu", "meta") and not configs.serves(input.device):
             raise ValueError(
                 "backend='triton' needs an AMD GPU or an NVIDIA GPU of compute capability 8.0 or later, got input on "
                 f"{input.device}; use backend=None"
@@ -52,15 +52,6 @@ def choose_backend(name: str | None, input: Tensor) -> str:
         if input.dtype == torch.float64:
             raise ValueError("backend='triton' computes in float32 or half precision, got float64 input")
     return name
-
-
-def _has_kernels(device: torch.device) -> bool:
-    """Tell whether the tile table is for `device`: on older GPUs its tiles fit neither registers nor shared memory."""
-    if device.type != "cuda":
-        return False
-    if torch.version.hip or not torch.cuda.is_available():  # the latter: a fake tensor
-        return True
-    return bool(torch.cuda.get_device_properties(device).major >= 8)
 
 
 def split_map(predicted: Tensor) -> tuple[Tensor, Tensor]:

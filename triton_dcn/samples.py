@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from triton_dcn.geometry import ConvGeometry
+from triton_dcn.geometry import ConvGeometry, spans
 
 CHUNK_BYTES = 8 << 20
 """Size of the columns and indices of one piece; the backward pass holds a few such buffers."""
@@ -52,17 +52,11 @@ def cut(geom: ConvGeometry, itemsize: int) -> Iterator[tuple[slice, list[tuple[s
     image = max(geom.positions * column, (geom.height + 3) * (geom.width + 2) * pixel)
     piece = max(CHUNK_BYTES, CHUNK_WEIGHTS * geom.out_channels * geom.taps * pixel // geom.groups)
     blocks = [
-        (block, _spans(block.stop - block.start, max(1, piece // column)))
-        for block in _spans(geom.positions, max(1, CHUNK_BYTES // sample))
+        (block, spans(block.stop - block.start, max(1, piece // column)))
+        for block in spans(geom.positions, max(1, CHUNK_BYTES // sample))
     ]
-    for images in _spans(geom.batch, max(1, CHUNK_BYTES // image)):
+    for images in spans(geom.batch, max(1, CHUNK_BYTES // image)):
         yield images, blocks
-
-
-def _spans(total: int, most: int) -> list[slice]:
-    """Cut range(total) into even slices of at most `most`."""
-    step = math.ceil(total / math.ceil(total / most)) if total else 1
-    return [slice(start, min(start + step, total)) for start in range(0, total, step)]
 
 
 def tap_grid(geom: ConvGeometry, device: torch.device) -> Tensor:

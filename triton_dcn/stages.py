@@ -134,8 +134,13 @@ def grad_sample(
     )  # fmt: skip
 
 
+def bins_by() -> str:
+    """How samples are sorted into bins: by a stable "sort" if determinism is asked for, else by "ranks" of atomics."""
+    return "sort" if torch.are_deterministic_algorithms_enabled() else "ranks"
+
+
 def bin_samples(geom: ConvGeometry, samples: Samples) -> Bins:
-    """Sort the samples into bins: by a stable sort if determinism is asked for, else by integer atomics."""
+    """Sort the samples into bins, see `bins_by`."""
     positions, tile = geom.batch * geom.positions, tile_for("bins", geom, samples.scale)
     tiles = input_tiles(geom)
     bins = geom.batch * geom.offset_groups * tiles[0] * tiles[1] * geom.taps
@@ -149,7 +154,7 @@ def bin_samples(geom: ConvGeometry, samples: Samples) -> Bins:
             PASS=stage, BLOCK=tile.block_p, **tile.options,
         )  # fmt: skip
 
-    if torch.are_deterministic_algorithms_enabled():
+    if bins_by() == "sort":
         key = cell.new_empty(entries)
         run("keys", key, key, key, key)
         key, order = torch.sort(key, stable=True)

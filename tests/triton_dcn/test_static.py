@@ -20,20 +20,20 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("arch", configs.TESTED)
 def test_code_for(arch, tmp_path):
     report = tmp_path / "report.jsonl"
-    run = subprocess.run(
-        [sys.executable, "-m", "bench.static", "--arch", arch, "--first", "--json", str(report)],
-        cwd=ROOT, env=without_interpreter(tmp_path / "cache"), capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
+    run = compile_in("-m", "bench.static", "--arch", arch, "--first", "--json", str(report), cache=tmp_path / "cache")
     assert run.returncode == 0, run.stdout + run.stderr
     kernels = {json.loads(line)["row"]["kernel"] for line in report.read_text().splitlines()}
     assert kernels >= {"sampling", "bins", "columns", "grad_sample", "grad_sample_fused", "t_columns", "g_form"}
     assert kernels & {"forward_prefetch", "forward_transposed"}
 
 
-def without_interpreter(cache: Path) -> dict[str, str]:
-    """The environment of a process that compiles: where the interpreter is on, nothing can be."""
-    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return kept | {"TRITON_CACHE_DIR": str(cache)}
+def compile_in(*arguments: str, cache: Path, timeout: float = 280) -> subprocess.CompletedProcess:
+    """Run Python in a process of its own: where the interpreter is on, nothing can be compiled."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )  # fmt: skip
 
 
 def test_sample_gradients_take_any_number_of_output_channels(tmp_path):
@@ -47,10 +47,7 @@ def test_sample_gradients_take_any_number_of_output_channels(tmp_path):
                     report = compile_row(row, arch, OUT_CHANNELS=1024)
                     print(report.spills <= 8, report.shared <= row.shared)
     """
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=without_interpreter(tmp_path), capture_output=True, text=True,
-        timeout=280,
-    )  # fmt: skip
+    run = compile_in("-c", code, cache=tmp_path)
     assert set(run.stdout.splitlines()) == {"True True"}, run.stdout + run.stderr
 
 
@@ -64,10 +61,7 @@ def test_no_kernel_is_compiled_anew_for_a_size(tmp_path):
                     print(kernel.__name__, each.name)
         print("done")
     """
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=without_interpreter(tmp_path), capture_output=True, text=True,
-        timeout=60,
-    )  # fmt: skip
+    run = compile_in("-c", code, cache=tmp_path, timeout=60)
     assert run.stdout == "done\n", run.stdout + run.stderr
 
 
