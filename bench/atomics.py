@@ -25,10 +25,10 @@ from bench.choices import Choice
 from bench.deform_conv import DTYPES, allow_tf32, environment, gpu_or_dry_run, timing_row
 from bench.measure import TOLERANCE, check_inputs, exact, interleave, relative_errors, surviving, worst
 from bench.report import markdown, write_csv
-from triton_dcn import configs, launch, stages
+from triton_dcn import launchers, tile_table, triton_backend
 from triton_dcn.kernels.jit import kernel
 from triton_dcn.kernels.sampling import column_offset, corner_rows, corner_weights
-from triton_dcn.products import accumulate
+from triton_dcn.matmul import accumulate
 
 MODES = {"grad_input": (True, False, False, False), "grad_input, grad_weight": (True, False, False, True)}
 """What is computed: T-columns give the gradient of the weight nearly for free, atomics need columns for it."""
@@ -89,11 +89,11 @@ def by_atomics(inputs: Inputs, mode: str) -> list[Tensor]:
     grad_weight = None
     if MODES[mode][3]:
         grad_weight = torch.zeros(geom.groups, geom.out_channels // geom.groups, w[0].numel(), device=x.device)
-    samples = stages.sample(geom, offset, mask, False)
-    tile = stages.tile_for("columns", geom, x)
-    for first, rows in launch._chunks(geom, x):
+    samples = launchers.sample(geom, offset, mask, False)
+    tile = launchers.tile_for("columns", geom, x)
+    for first, rows in triton_backend._chunks(geom, x):
         part = grad[first : first + rows]
-        grad_columns = launch._grad_columns(geom, part, w)
+        grad_columns = triton_backend._grad_columns(geom, part, w)
         scatter_kernel[(triton.cdiv(rows, tile.block_p) * geom.offset_groups * geom.taps,)](
             grad_columns, *samples, total, geom.batch * geom.positions, first, rows, geom.width,
             CHANNELS=geom.in_channels, GROUPS=geom.groups, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
@@ -101,10 +101,10 @@ def by_atomics(inputs: Inputs, mode: str) -> list[Tensor]:
         )  # fmt: skip
         if grad_weight is not None:
             left = part.view(rows, geom.groups, -1).permute(1, 2, 0)
-            accumulate(grad_weight, left, stages.columns(geom, x_last, samples, first, rows))
+            accumulate(grad_weight, left, launchers.columns(geom, x_last, samples, first, rows))
     found = [total.to(x.dtype).permute(0, 3, 1, 2)]
     if grad_weight is not None:
-        found.append(launch._finish_weight(geom, grad_weight, False).to(x.dtype))
+        found.append(triton_backend._finish_weight(geom, grad_weight, False).to(x.dtype))
     return found
 
 
@@ -115,14 +115,14 @@ def ways(inputs: Inputs, mode: str) -> dict[str, Callable[[], list[Tensor]]]:
     def by_bins(choice: Choice) -> Callable[[], list[Tensor]]:
         def call() -> list[Tensor]:
             with choice.in_force():
-                found = launch.backward(inputs.geometry, inputs.grad, *tensors, MODES[mode])
+                found = triton_backend.backward(inputs.geometry, inputs.grad, *tensors, MODES[mode])
             return [grad for grad in found if grad is not None]
 
         return call
 
     return {
-        "bins": by_bins(Choice("bins", configs.TABLE)),
-        "stable sort": by_bins(Choice("stable sort", configs.TABLE, deterministic=True)),
+        "bins": by_bins(Choice("bins", tile_table.TABLE)),
+        "stable sort": by_bins(Choice("stable sort", tile_table.TABLE, deterministic=True)),
         "atomics": lambda: by_atomics(inputs, mode),
     }
 

@@ -184,7 +184,7 @@ def make_inputs(
         dtype, device: of every tensor.
         magnitude: pixels; 0 gives offsets of exactly 0.
         channels_last: memory format of input, weight and grad.
-        smooth: whether neighbours have similar offsets, as trained layers predict them, or independent ones.
+        smooth: whether neighbors have similar offsets, as trained layers predict them, or independent ones.
         seed: of the drawing.
     """
     draw = torch.Generator().manual_seed(seed)

@@ -11,8 +11,8 @@ import torch
 from torch.utils import deterministic
 
 from bench.cases import Case, Inputs
-from triton_dcn import configs, stages
-from triton_dcn.configs import Row, Tile
+from triton_dcn import launchers, tile_table
+from triton_dcn.tile_table import Tile, TileRow
 
 GENERAL_OF = {"columns": "forward", "grad_sample": "grad_sample_fused"}
 """Stage -> the fused one in whose absence it is used."""
@@ -32,44 +32,44 @@ class Choice:
     """
 
     label: str
-    table: tuple[Row, ...]
-    row: Row | None = None
-    strip_min: int = configs.STRIP_MIN_WIDTH
+    table: tuple[TileRow, ...]
+    row: TileRow | None = None
+    strip_min: int = tile_table.STRIP_MIN_WIDTH
     deterministic: bool = False
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
         """Let the launcher use it inside the block."""
-        before = configs.TABLE, configs.STRIP_MIN_WIDTH, deterministic.fill_uninitialized_memory
+        before = tile_table.TABLE, tile_table.STRIP_MIN_WIDTH, deterministic.fill_uninitialized_memory
         was_deterministic = torch.are_deterministic_algorithms_enabled()
-        configs.TABLE, configs.STRIP_MIN_WIDTH, deterministic.fill_uninitialized_memory = (
+        tile_table.TABLE, tile_table.STRIP_MIN_WIDTH, deterministic.fill_uninitialized_memory = (
             self.table, self.strip_min, False
         )  # fmt: skip
         torch.use_deterministic_algorithms(self.deterministic)
         try:
             yield
         finally:
-            configs.TABLE, configs.STRIP_MIN_WIDTH, deterministic.fill_uninitialized_memory = before
+            tile_table.TABLE, tile_table.STRIP_MIN_WIDTH, deterministic.fill_uninitialized_memory = before
             torch.use_deterministic_algorithms(was_deterministic)
 
 
 def choices(stage: str, inputs: Inputs, most: int) -> list[Choice]:
     """Return what to time for a stage: the table first, then other ways, then at most `most` tiles of each form."""
-    general = tuple(row for row in configs.TABLE if row.stage != GENERAL_OF.get(stage))
+    general = tuple(row for row in tile_table.TABLE if row.stage != GENERAL_OF.get(stage))
     without = tuple(row for row in general if row.stage != stage)
-    kind, arch = configs.arithmetic(inputs.input), configs.architecture(inputs.input.device)
-    known = stages.row_for(stage, inputs.geometry, inputs.input)
+    kind, arch = tile_table.arithmetic(inputs.input), tile_table.architecture(inputs.input.device)
+    known = launchers.row_for(stage, inputs.geometry, inputs.input)
     found = [Choice("table", general, known)]
-    if stage in configs.EXACT_STAGES:
+    if stage in tile_table.EXACT_STAGES:
         found += [Choice("general way", without), Choice("rows", general, strip_min=1 << 30)]
         found += [Choice("strips", general, strip_min=1)]
-        known = known or Row(stage, stage, (arch,), kind, configs.ANY, Tile(64, 64, 32, 4))
+        known = known or TileRow(stage, stage, (arch,), kind, tile_table.ANY, Tile(64, 64, 32, 4))
     if stage in ("t_columns", "g_form"):
         found += [Choice("stable sort", general, deterministic=True)]
     size = inputs.case.out_channels if stage == "t_columns" else inputs.case.channels // inputs.case.offset_groups
     for kernel in FORMS.get(stage, (known.kernel,)):
         for tile in itertools.islice(tiles(known.tile, stage, inputs.case), most):
-            row = Row(stage, kernel, (arch,), kind, size, tile)
+            row = TileRow(stage, kernel, (arch,), kind, size, tile)
             if (kernel, tile) == (known.kernel, known.tile):
                 continue
             label = f"{kernel} {tile.block_p}x{tile.block_o}x{tile.block_c} {tile.num_warps}w"
@@ -86,6 +86,6 @@ def tiles(tile: Tile, stage: str, case: Case) -> Iterator[Tile]:
     for (warps, registers), change in itertools.product(bounds, blocks):
         new = replace(tile, **change, num_warps=warps, max_registers=registers)
         sizes = (case.channels // case.offset_groups, new.block_c), (case.out_channels, new.block_o)
-        divides = stage not in configs.EXACT_STAGES or not any(size % block for size, block in sizes)
+        divides = stage not in tile_table.EXACT_STAGES or not any(size % block for size, block in sizes)
         if divides and all(16 <= block <= 256 for block in (new.block_p, new.block_o, new.block_c) if block):
             yield new

@@ -3,9 +3,9 @@
     python -m bench.data [--images 118287] [--boxes 860001] [--size 480 640] [--rounds 5]
 
 Writes a JSON of COCO's size and JPEG files of COCO's shape and weight into a temporary folder, and compares
-`train.loader` with the plain loop: pycocotools, cv2, one Python dict per box, one contiguous tensor per image, `pad`
-and `stack`. Both go through PyTorch's loader with the same batches and make the same tensors, which is checked first.
-Their passes alternate; processor time is what counts where the machine is shared.
+`train.data.loader` with the plain loop: pycocotools, cv2, one Python dict per box, one contiguous tensor per image,
+`pad` and `stack`. Both go through PyTorch's loader with the same batches and make the same tensors, which is checked
+first. Their passes alternate; processor time is what counts where the machine is shared.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
-from train.coco_data import CocoDetection
-from train.loader import TrainingBatches, training_loader
-from train.transforms import Transform
+from train.data.coco_dataset import CocoDetection
+from train.data.loader import AspectRatioBatchSampler, training_loader
+from train.data.transforms import Transform
 
 FILES = 32  # different pictures; every image of the JSON is one of them
 QUALITY = 85  # of the files: about 160 KB each at 480 x 640, the mean of train2017
@@ -78,7 +78,7 @@ def plain_collate(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, lis
     return torch.stack(padded), [boxes for _, boxes in samples]
 
 
-def plain_loader(dataset: PlainLoop, batches: TrainingBatches, workers: int) -> DataLoader:
+def plain_loader(dataset: PlainLoop, batches: AspectRatioBatchSampler, workers: int) -> DataLoader:
     """Load the same batches the plain way, cv2 with one thread as well."""
     options = {"worker_init_fn": _one_thread, "multiprocessing_context": "fork"} if workers else {}
     return DataLoader(dataset, batch_sampler=batches, collate_fn=plain_collate, num_workers=workers, **options)
@@ -89,12 +89,12 @@ def _one_thread(_: int) -> None:
 
 
 def make_picture(height: int, width: int, random: np.random.Generator) -> np.ndarray:
-    """Return (H, W, 3) uint8 with the spectrum of photographs, 1 / f, and little colour."""
+    """Return (H, W, 3) uint8 with the spectrum of photographs, 1 / f, and little color."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1
     waves = np.exp(2j * np.pi * random.random((3, *frequency.shape))) / frequency
-    grey, blue, red = np.fft.irfft2(waves, s=(height, width))
-    picture = np.stack([grey + blue / 4, grey, grey + red / 4], 2)
+    gray, blue, red = np.fft.irfft2(waves, s=(height, width))
+    picture = np.stack([gray + blue / 4, gray, gray + red / 4], 2)
     return np.clip((picture - picture.mean()) / picture.std() * 55 + 118, 0, 255).astype(np.uint8)
 
 
@@ -252,7 +252,7 @@ def main() -> None:
         transform = Transform(SCALE, flip=FLIP)
         ours = open_measured("ours", lambda: CocoDetection(annotations, root, transform, training=True))
         plain = open_measured("plain loop", lambda: PlainLoop(annotations, root))
-        batches = TrainingBatches(ours.heights > ours.widths, BATCH)
+        batches = AspectRatioBatchSampler(ours.heights > ours.widths, BATCH)
         loaders = {
             "ours": lambda workers: training_loader(ours, batches, workers, False),
             "plain loop": lambda workers: plain_loader(plain, batches, workers),

@@ -175,9 +175,9 @@ def build_peer(config: FasterRCNNConfig, size: tuple[int, int], device: torch.de
     )
     model = PeerFasterRCNN(
         backbone, config.num_classes + 1, min_size=min(size), max_size=max(size),
-        rpn_pre_nms_top_n_train=config.rpn_candidates[0], rpn_pre_nms_top_n_test=config.rpn_candidates[1],
-        rpn_post_nms_top_n_train=config.rpn_proposals, rpn_post_nms_top_n_test=config.rpn_proposals,
-        rpn_batch_size_per_image=config.rpn_samples, box_batch_size_per_image=config.rcnn_samples,
+        rpn_pre_nms_top_n_train=config.rpn_pre_nms_top_n[0], rpn_pre_nms_top_n_test=config.rpn_pre_nms_top_n[1],
+        rpn_post_nms_top_n_train=config.rpn_post_nms_top_n, rpn_post_nms_top_n_test=config.rpn_post_nms_top_n,
+        rpn_batch_size_per_image=config.rpn_batch_size, box_batch_size_per_image=config.roi_batch_size,
     )  # fmt: skip
     _give_work(model.rpn.head.bbox_pred, model.roi_heads.box_predictor.cls_score)
     return model.to(device)
@@ -186,7 +186,7 @@ def build_peer(config: FasterRCNNConfig, size: tuple[int, int], device: torch.de
 def _give_work(regressor: nn.Module, classifier: nn.Linear) -> None:
     """Make random weights propose boxes near the anchors, of which suppression leaves as many as it may, and find some.
 
-    As torchvision initialises the two layers, it proposes 199 boxes where ours proposes 1000.
+    As torchvision initializes the two layers, it proposes 199 boxes where ours proposes 1000.
     """
     nn.init.normal_(regressor.weight, std=1e-3)
     nn.init.normal_(classifier.weight, std=0.1)

@@ -15,7 +15,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 
-from triton_dcn.configs import TILE_H, TILE_W
+from triton_dcn.tile_table import TILE_H, TILE_W
 
 HEIGHT, WIDTH = 24, 38  # pixels of the input shown
 TOP, LEFT = 8, 16  # the tile in it: second row and column of tiles
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     left.set_title(f"one tap: a tile of {TILE_H} x {TILE_W} input pixels and its bin", fontsize=12, color=INK)
     left.set_xlabel(
         "dot: where an output position samples; line: how far its offset took it; square: the 2 x 2 pixels it blends\n"
-        "blue: cell inside the tile      orange: cell on the rim, also in a neighbour's bin      grey: not in this bin",
+        "blue: cell inside the tile      orange: cell on the rim, also in a neighbor's bin      gray: not in this bin",
         fontsize=9.5, color=INK,
     )  # fmt: skip
     hat = hat_matrix(places[member], scale[member])

@@ -1,4 +1,4 @@
-"""What counting costs: seconds of `train.coco_metrics.measure` with pycocotools and with faster-coco-eval, by stage.
+"""What counting costs: seconds of `measure` with pycocotools and with faster-coco-eval, by stage.
 
     python -m bench.evaluation [--images 5000] [--boxes 36781] [--detections 100]
 
@@ -21,14 +21,14 @@ from unittest import mock
 import numpy as np
 
 from bench.data import make_coco
-from train.coco_data import CocoDetection
-from train.coco_metrics import Found, Metrics, evaluator_classes, measure, results
-from train.transforms import Transform
+from train.data.coco_dataset import CocoDetection
+from train.data.transforms import Transform
+from train.evaluation.coco_metrics import CocoDetections, Metrics, evaluator_classes, measure, results
 
 STAGES = ("createIndex", "loadRes", "evaluate", "accumulate")  # methods; loadRes contains a createIndex of its own
 
 
-def detect(dataset: CocoDetection, count: int) -> Found:
+def detect(dataset: CocoDetection, count: int) -> CocoDetections:
     """Return `count` detections of every image: shifted boxes of the truth, half of them of its class."""
     random = np.random.default_rng(1)
     parts = []
@@ -41,8 +41,8 @@ def detect(dataset: CocoDetection, count: int) -> Found:
         labels = np.where(foreign, random.integers(0, len(dataset.classes), count), labels[chosen])
         boxes = boxes[chosen] + random.normal(0, 8, (count, 1)).astype(np.float32)
         scores = np.sort(random.random(count).astype(np.float32))[::-1]
-        parts.append(Found(np.full(count, image_id), boxes, scores, labels))
-    return Found.join(parts)
+        parts.append(CocoDetections(np.full(count, image_id), boxes, scores, labels))
+    return CocoDetections.join(parts)
 
 
 def clocked(method: Callable, name: str, seconds: Counter) -> Callable:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 PARTS = {
-    "normalise": (("", "normalise"),),
+    "normalize": (("", "normalize"),),
     "backbone": (("backbone", "forward"),),
     "fpn": (("neck", "forward"),),
     "rpn": (("rpn_head", "forward"),),

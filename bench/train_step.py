@@ -23,7 +23,7 @@ def make_step(model: nn.Module, batch: Batch, option: str, device: torch.device)
     model = stored(model, option).train()
     context, dtype = precision(option, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.SGD(trained, 1e-4, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(trained, 1e-4, momentum=0.9, weight_decay=1e-4)
     stages = Stages(model, device) if ours and option not in ("compile", "graph") else None
     stage = nullcontext if stages is None else stages.stage
     forward, inputs = (model.losses, (batch,)) if ours else (model, peer_inputs(batch))
@@ -32,11 +32,11 @@ def make_step(model: nn.Module, batch: Batch, option: str, device: torch.device)
     def step() -> None:
         with context():
             loss = sum(forward(*inputs).values())
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         with stage("backward"):
             loss.backward()
-        with stage("optimiser"):
-            optimiser.step()
+        with stage("optimizer"):
+            optimizer.step()
 
     ready, peak = capture(step) if option == "graph" else (step, None)
     return Step(ready, dtype, stages, peak)

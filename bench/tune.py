@@ -2,7 +2,7 @@
 
 Every stage is timed through the call that uses it, with the table as it is, with tiles around its row, and with the
 other way to the same result: columns for the fused forms, the stable sort for atomic ranks, rows for strips. What
-disagrees with the float64 reference is not timed. Ends with rows for `triton_dcn/configs.py`. `--dry-run` makes the
+disagrees with the float64 reference is not timed. Ends with rows for `triton_dcn/tile_table.py`. `--dry-run` makes the
 same calls on a CPU, in Triton's interpreter (TRITON_INTERPRET=1), and finds out nothing about speed.
 """
 
@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench import static
+from bench import compiled_code
 from bench.cases import Case, Inputs, make_inputs, select
 from bench.choices import Choice, choices
 from bench.deform_conv import DTYPES, allow_tf32, environment, gpu_or_dry_run, timing_row
 from bench.measure import TOLERANCE, Timing, check_inputs, exact, interleave, relative_errors, surviving
 from bench.report import write_csv
-from triton_dcn import launch
-from triton_dcn.configs import Row
+from triton_dcn import triton_backend
+from triton_dcn.tile_table import TileRow
 
 NEEDS = {
     "forward": None, "columns": None, "grad_sample_fused": (False, True, True, False),
@@ -44,8 +44,12 @@ def function(stage: str, inputs: Inputs, choice: Choice) -> Callable[[], list[Te
     def call() -> list[Tensor]:
         with choice.in_force():
             if NEEDS[stage] is None:
-                return [launch.forward(inputs.geometry, *tensors, None)]
-            return [g for g in launch.backward(inputs.geometry, inputs.grad, *tensors, NEEDS[stage]) if g is not None]
+                return [triton_backend.forward(inputs.geometry, *tensors, None)]
+            return [
+                g
+                for g in triton_backend.backward(inputs.geometry, inputs.grad, *tensors, NEEDS[stage])
+                if g is not None
+            ]
 
     return call
 
@@ -75,16 +79,16 @@ def tune(
     return {agreed[label]: timed[label] for label in sorted(timed, key=lambda label: timed[label].p50)}
 
 
-def new_row(timed: dict[Choice, Timing]) -> Row | None:
+def new_row(timed: dict[Choice, Timing]) -> TileRow | None:
     """Return the fastest tile with what the compiler made of it, or None where it gains less than `GAIN`."""
     table = next((timing.p50 for choice, timing in timed.items() if choice.label == "table"), None)
     best = next((choice for choice in timed if choice.row), None)
     if table is None or best is None or timed[best].p50 > table / GAIN:
         return None
     (arch,) = best.row.archs
-    if arch not in static.TARGETS:
+    if arch not in compiled_code.TARGETS:
         return best.row
-    report = static.compile_row(best.row, arch)
+    report = compiled_code.compile_row(best.row, arch)
     return replace(best.row, registers=(report.registers,), shared=report.shared)
 
 

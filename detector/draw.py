@@ -1,4 +1,4 @@
-"""Pictures of detections: boxes in the colour of their class, labels that keep out of each other's way."""
+"""Pictures of detections: boxes in the color of their class, labels that keep out of each other's way."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from detector.structures import Detections, Target
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
-WHITE, BLACK, GREY = (255, 255, 255), (0, 0, 0), (235, 235, 235)
+WHITE, BLACK, GRAY = (255, 255, 255), (0, 0, 0), (235, 235, 235)
 GOLDEN_RATIO = 0.618034
 
 
-def class_colour(label: int) -> tuple[int, int, int]:
-    """Return the colour (R, G, B) of a class; neighbouring labels get hues far apart."""
+def class_color(label: int) -> tuple[int, int, int]:
+    """Return the color (R, G, B) of a class; neighboring labels get hues far apart."""
     hue = (0.02 + label * GOLDEN_RATIO) % 1.0
     value = (1.0, 0.8, 0.6)[label // 12 % 3]
     return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, 0.85, value))
@@ -32,7 +32,7 @@ def draw_boxes(
     scores: Tensor | None = None,
     masks: Iterable[np.ndarray] = (),
 ) -> np.ndarray:
-    """Draw boxes and, on each, the name of its class and its score; masks are tinted in the colours of their classes.
+    """Draw boxes and, on each, the name of its class and its score; masks are tinted in the colors of their classes.
 
     Labels are placed best score first, each on the first spot around its box that is free.
 
@@ -61,13 +61,13 @@ def draw_boxes(
     order = sorted(range(len(labels)), key=lambda i: -(scores[i] or 0.0))
     corners = np.clip(np.nan_to_num(boxes), -1e6, 1e6).round().astype(int)
     for label, mask in zip(labels, masks, strict=False):
-        _tint(picture, mask, class_colour(label), size)
+        _tint(picture, mask, class_color(label), size)
     for i in reversed(order):  # the best on top
-        _rectangle(picture, corners[i], class_colour(labels[i]), size)
+        _rectangle(picture, corners[i], class_color(labels[i]), size)
     taken: list[tuple[int, int, int, int]] = []
     for i in order:
         text = class_names[labels[i]] if scores[i] is None else f"{class_names[labels[i]]} {scores[i]:.2f}"
-        taken.append(_label(picture, text, corners[i], class_colour(labels[i]), size, taken))
+        taken.append(_label(picture, text, corners[i], class_color(labels[i]), size, taken))
     return picture
 
 
@@ -101,7 +101,7 @@ def draw_comparison(
     titles = f"detected ({len(detections.labels)})", f"ground truth ({len(target.labels)})"
     picture = side_by_side([left, right], titles)
     present = sorted(set(torch.cat([detections.labels.cpu(), target.labels.cpu()]).tolist()))
-    entries = [(class_names[label], class_colour(label)) for label in present]
+    entries = [(class_names[label], class_color(label)) for label in present]
     return np.vstack([picture, _legend(entries, picture.shape[1], _font_size(image))])
 
 
@@ -143,27 +143,27 @@ def _thickness(size: float) -> int:
     return max(1, round(size * 1.6))
 
 
-def _rectangle(picture: np.ndarray, corners: np.ndarray, colour: tuple[int, int, int], size: float) -> None:
-    """Draw a box, a large one with a dark rim, so that it shows on a background of its own colour."""
+def _rectangle(picture: np.ndarray, corners: np.ndarray, color: tuple[int, int, int], size: float) -> None:
+    """Draw a box, a large one with a dark rim, so that it shows on a background of its own color."""
     x1, y1, x2, y2 = corners.tolist()
     width = max(2, round(size * 2.5))
     if min(x2 - x1, y2 - y1) > 10 * width:
         cv2.rectangle(picture, (x1, y1), (x2, y2), BLACK, width + 2, cv2.LINE_AA)
-    cv2.rectangle(picture, (x1, y1), (x2, y2), colour, width, cv2.LINE_AA)
+    cv2.rectangle(picture, (x1, y1), (x2, y2), color, width, cv2.LINE_AA)
 
 
-def _tint(picture: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], size: float) -> None:
-    """Mix a colour into the pixels of a mask (H, W) and draw its outline."""
-    picture[mask] = (0.6 * picture[mask] + 0.4 * np.array(colour)).astype(np.uint8)
+def _tint(picture: np.ndarray, mask: np.ndarray, color: tuple[int, int, int], size: float) -> None:
+    """Mix a color into the pixels of a mask (H, W) and draw its outline."""
+    picture[mask] = (0.6 * picture[mask] + 0.4 * np.array(color)).astype(np.uint8)
     outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    cv2.drawContours(picture, outlines, -1, colour, _thickness(size), cv2.LINE_AA)
+    cv2.drawContours(picture, outlines, -1, color, _thickness(size), cv2.LINE_AA)
 
 
 def _label(
     picture: np.ndarray,
     text: str,
     corners: np.ndarray,
-    colour: tuple[int, int, int],
+    color: tuple[int, int, int],
     size: float,
     taken: Sequence[tuple[int, int, int, int]],
 ) -> tuple[int, int, int, int]:
@@ -178,8 +178,8 @@ def _label(
     spots = [(min(max(x, 0), room_x), min(max(y, 0), room_y)) for x, y in spots]
     covered = [sum(_overlap((x, y, x + width, y + total), other) for other in taken) for x, y in spots]
     x, y = spots[covered.index(min(covered))]
-    cv2.rectangle(picture, (x, y), (x + width - 1, y + total - 1), colour, -1)
-    ink = BLACK if np.dot(colour, (0.299, 0.587, 0.114)) > 140 else WHITE
+    cv2.rectangle(picture, (x, y), (x + width - 1, y + total - 1), color, -1)
+    ink = BLACK if np.dot(color, (0.299, 0.587, 0.114)) > 140 else WHITE
     cv2.putText(picture, text, (x + pad, y + height + pad // 2), FONT, size, ink, _thickness(size), cv2.LINE_AA)
     return x, y, x + width, y + total
 
@@ -197,7 +197,7 @@ def _heading(text: str, width: int, size: float) -> np.ndarray:
 
 
 def _legend(entries: Sequence[tuple[str, tuple[int, int, int]]], width: int, size: float) -> np.ndarray:
-    """Draw a strip of colour swatches with names, in as many rows as they need."""
+    """Draw a strip of color swatches with names, in as many rows as they need."""
     _, height, depth = _text_extent("", size)
     row = round(1.6 * (height + depth))
     spots, x, y = [], row // 2, 0
@@ -207,9 +207,9 @@ def _legend(entries: Sequence[tuple[str, tuple[int, int, int]]], width: int, siz
             x, y = row // 2, y + row
         spots.append((x, y))
         x += extent
-    strip = np.full((y + row + depth, width, 3), GREY, np.uint8)
-    for (name, colour), (x, y) in zip(entries, spots, strict=True):
+    strip = np.full((y + row + depth, width, 3), GRAY, np.uint8)
+    for (name, color), (x, y) in zip(entries, spots, strict=True):
         top, base = y + (row - height) // 2 + depth // 2, y + (row + height) // 2 + depth // 2
-        cv2.rectangle(strip, (x, top), (x + row - depth, base), colour, -1)
+        cv2.rectangle(strip, (x, top), (x + row - depth, base), color, -1)
         cv2.putText(strip, name, (x + row, base), FONT, size, BLACK, _thickness(size), cv2.LINE_AA)
     return strip

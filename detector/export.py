@@ -22,11 +22,11 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from detector.faster_rcnn import FasterRCNN
 from detector.image import STRIDE, read_image, resize_keep_ratio, stack_images
-from detector.load import load
-from detector.onnx_run import AVAILABLE, difference, run_onnx
+from detector.model.faster_rcnn import FasterRCNN
+from detector.onnx.runtime import AVAILABLE, difference, run_onnx
 from detector.structures import Batch
+from detector.weights.load import load
 
 INPUTS = ("images", "sizes")
 OUTPUTS = ("boxes", "scores", "labels", "valid", "masks")
@@ -151,7 +151,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: str | Path, classes:
     with _quiet():
         graph = torch.onnx.export(
             program, dynamo=True, opset_version=OPSET, input_names=INPUTS, output_names=outputs, verbose=False,
-            custom_translation_table=importlib.import_module("detector.onnx_ops").TRANSLATIONS,
+            custom_translation_table=importlib.import_module("detector.onnx.translations").TRANSLATIONS,
         )  # fmt: skip
     assert graph is not None  # it would be with an argument `f`
     graph.model.metadata_props["classes"] = json.dumps(list(classes))

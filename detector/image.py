@@ -20,7 +20,7 @@ STRIDE = 32  # sides of a batch are multiples of this
 def read_image(path: str | Path) -> np.ndarray:
     """Decode an image file to RGB.
 
-    Grey images become three equal channels, transparency is dropped, 16 bits become 8, and the orientation that a
+    Gray images become three equal channels, transparency is dropped, 16 bits become 8, and the orientation that a
     camera wrote into the file (EXIF) is applied.
 
     Args:
@@ -119,7 +119,7 @@ def stack_images(images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
 
 
 def _is_cut_off(data: bytes) -> bool:
-    """Tell whether a JPEG or PNG lacks its end marker: decoders fill the missing part with grey and do not complain."""
+    """Tell whether a JPEG or PNG lacks its end marker: decoders fill the missing part with gray and do not complain."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data.rfind(b"IEND") < 0  # from the end, where it is
     if not data.startswith(b"\xff\xd8\xff"):

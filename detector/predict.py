@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from detector.draw import draw_boxes
 from detector.image import read_image, resize_keep_ratio, stack_images, write_image
-from detector.load import load
-from detector.mask_head import paste_masks
-from detector.rle import encode_mask
+from detector.model.mask_head import paste_masks
+from detector.ops.rle import encode_mask
 from detector.structures import Batch, Detections
+from detector.weights.load import load
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # taken as images inside a folder
 RESULTS = "detections.json"

@@ -1,4 +1,4 @@
-"""The types that travel through the detector: plain dataclasses, tensors inside, no behaviour beyond moving them."""
+"""The types that travel through the detector: plain dataclasses, tensors inside, no behavior beyond moving them."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Detections:
         scores: (N,) in [0, 1], falling.
         labels: (N,) int64, classes from 0.
         masks: (N, 28, 28) in [0, 1], how likely each cell of the box belongs to the object; None if the model predicts
-            boxes only. `detector.mask_head.paste_masks` draws them into an image.
+            boxes only. `detector.model.mask_head.paste_masks` draws them into an image.
     """
 
     boxes: Tensor

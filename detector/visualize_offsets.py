@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from detector.draw import BLACK, WHITE, enlarge, side_by_side
 from detector.image import read_image, resize_keep_ratio, stack_images, write_image
-from detector.load import load
 from detector.predict import predict_images
 from detector.structures import Batch
+from detector.weights.load import load
 from triton_dcn.nn import DeformConv2dPack, ModulatedDeformConv2dPack
 
 MIN_SIDE = 640  # smaller images are enlarged before points are drawn
@@ -135,7 +135,7 @@ def sampling_points(
     found = []
     for name, chain in stages.items():
         chain = chain[-layers:]
-        stride = batch.images.shape[2] / chain[-1].y.shape[2]  # cell i of a map is centred on pixel i * stride
+        stride = batch.images.shape[2] / chain[-1].y.shape[2]  # cell i of a map is centerd on pixel i * stride
         positions = torch.tensor([point], dtype=torch.float64) * to_pixels / stride
         weights = torch.ones(1, dtype=torch.float64)
         for layer in reversed(chain):
@@ -158,7 +158,7 @@ def _watch(model: nn.Module, batch: Batch) -> dict[str, list[_Layer]]:
 
             hooks.append(module.conv_offset.register_forward_hook(note))
     try:
-        model.backbone(model.normalise(batch))
+        model.backbone(model.normalize(batch))
     finally:
         for hook in hooks:
             hook.remove()
@@ -177,18 +177,18 @@ def draw_sampling_points(image: np.ndarray, point: tuple[float, float], found: S
         A picture (H', W', 3) uint8, RGB.
     """
     image, factor = enlarge(image, MIN_SIDE)
-    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    gray = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     radius = max(2, max(image.shape[:2]) // 250)
     pictures = []
     for points in found:
-        picture = grey.copy()
+        picture = gray.copy()
         opacity = points.weights / points.weights.max().clamp(min=1e-12) if len(points.weights) else points.weights
         order = opacity.argsort()  # what counts most on top
         for (x, y), share in zip((points.positions[order] * factor).tolist(), opacity[order].tolist(), strict=True):
             _dot(picture, round(x), round(y), radius, share)
-        centre = round(point[0] * factor), round(point[1] * factor)
-        cv2.drawMarker(picture, centre, BLACK, cv2.MARKER_CROSS, 8 * radius, radius + 2, cv2.LINE_AA)
-        cv2.drawMarker(picture, centre, WHITE, cv2.MARKER_CROSS, 8 * radius, max(1, radius - 1), cv2.LINE_AA)
+        center = round(point[0] * factor), round(point[1] * factor)
+        cv2.drawMarker(picture, center, BLACK, cv2.MARKER_CROSS, 8 * radius, radius + 2, cv2.LINE_AA)
+        cv2.drawMarker(picture, center, WHITE, cv2.MARKER_CROSS, 8 * radius, max(1, radius - 1), cv2.LINE_AA)
         pictures.append(picture)
     return side_by_side(pictures, [f"{points.name}: {len(points.weights)} positions" for points in found])
 

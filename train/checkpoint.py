@@ -31,14 +31,14 @@ CANDIDATE = "candidate.pt"  # may become the best: it is being counted
 
 
 @dataclass
-class State:
+class TrainState:
     """What a run changes, and where it is.
 
     Attributes:
         model: without wrappers; `average`: of its weights, or None.
         optimizer, scaler: of the parameters and of the loss.
         epoch: finished passes over the data; batch: finished batches of the present pass, per process.
-        step: finished optimiser steps.
+        step: finished optimizer steps.
     """
 
     model: nn.Module
@@ -55,7 +55,7 @@ class State:
         return self.model if self.average is None else self.average.module
 
 
-def pack(state: State, about: dict[str, Any]) -> dict[str, Any]:
+def pack(state: TrainState, about: dict[str, Any]) -> dict[str, Any]:
     """Return all of `state` as plain values and tensors, together with `about`.
 
     `model` holds the weights that are evaluated, so that a reader needs to know nothing of averages.
@@ -73,7 +73,7 @@ def pack(state: State, about: dict[str, Any]) -> dict[str, Any]:
     return content | about
 
 
-def restore(state: State, content: dict[str, Any]) -> None:
+def restore(state: TrainState, content: dict[str, Any]) -> None:
     """Put the content of a checkpoint into `state`; the opposite of `pack`."""
     state.model.load_state_dict(content.get("raw_model", content["model"]))
     state.optimizer.load_state_dict(content["optimizer"])

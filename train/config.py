@@ -133,7 +133,7 @@ class Config:
 
 _SCRATCH = FasterRCNNConfig(
     depth=18, base_channels=32, norm="gn", norm_eval=False, frozen_stages=-1, fpn_channels=64, fc_channels=256,
-    rpn_samples=128, rpn_candidates=(500, 300), rpn_proposals=200, rcnn_samples=64, image_scale=(256, 256),
+    rpn_batch_size=128, rpn_pre_nms_top_n=(500, 300), rpn_post_nms_top_n=200, roi_batch_size=64, image_scale=(256, 256),
 )  # fmt: skip
 
 PRESETS: dict[str, Config] = {
@@ -245,7 +245,7 @@ def _check(config: Config) -> None:
 
 
 def _check_norm(config: Config, gpu: bool, processes: int) -> None:
-    """Raise ValueError where --model.norm syncbn has nothing to synchronise or no GPU to do it, or bn would need it."""
+    """Raise ValueError where --model.norm syncbn has nothing to synchronize or no GPU to do it, or bn would need it."""
     if config.model.norm == "gn" or config.eval_only:
         return
     if config.model.norm == "bn":
@@ -257,7 +257,7 @@ def _check_norm(config: Config, gpu: bool, processes: int) -> None:
         return
     flag = "--model.norm syncbn needs"
     if config.model.norm_eval:
-        raise ValueError(f"{flag} --model.no-norm-eval: statistics that are kept need no synchronising")
+        raise ValueError(f"{flag} --model.no-norm-eval: statistics that are kept need no synchronizing")
     if config.model.frozen_stages == 4:
         raise ValueError(f"{flag} --model.frozen-stages below 4: all stages are frozen, and their statistics kept")
     if processes > 1 and (config.device == "cpu" or not gpu):

@@ -17,10 +17,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from train.checkpoint import CANDIDATE, find, mark
-from train.coco_data import CocoDetection
-from train.coco_metrics import write_results
-from train.rundir import RunFolder
-from train.validation import count
+from train.data.coco_dataset import CocoDetection
+from train.evaluation.coco_metrics import write_results
+from train.evaluation.validation import count
+from train.run_folder import RunFolder
 
 PATIENCE = 0.2  # seconds between two looks at signals
 
@@ -32,7 +32,7 @@ class Counting:
     locks of threads and the state of the GPU.
 
     Args:
-        run, dataset, evaluator: see `train.validation.count`.
+        run, dataset, evaluator: see `train.evaluation.validation.count`.
 
     Attributes:
         step: after which the model was evaluated; None if nothing is being counted.

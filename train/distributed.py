@@ -71,7 +71,7 @@ class World:
         dist.gather_object(value, values)
         return values or []
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return the first process's value to all of them."""
         if self.size == 1:
             return value

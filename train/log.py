@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from train.data.loader import Loaded
 from train.distributed import World
-from train.loader import Loaded
 
 BROKEN_SHARE = 0.01  # of the images may be unreadable
 

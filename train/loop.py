@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from train.checkpoint import State
-from train.coco_data import BrokenImage
-from train.coco_metrics import Found
-from train.loader import Loaded, on_device
+from train.checkpoint import TrainState
+from train.data.coco_dataset import BrokenImage
+from train.data.loader import Loaded, on_device
+from train.evaluation.coco_metrics import CocoDetections
 from train.log import TrainLog
 from train.schedule import Schedule, set_rate
 
@@ -21,7 +21,7 @@ AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train_one_epoch(
-    state: State,
+    state: TrainState,
     network: Callable[..., dict[str, Tensor]],
     batches: Iterable[Loaded],
     schedule: Schedule,
@@ -39,7 +39,7 @@ def train_one_epoch(
     At a yield `state` is complete: it may be saved, and the caller may stop.
 
     Args:
-        state: model, optimiser and position; all are moved on.
+        state: model, optimizer and position; all are moved on.
         network: `state.model` or a wrapper of it (parallel, compiled), called with a batch; returns the losses.
         batches: from number `state.batch` of the epoch on.
         schedule: learning rate.
@@ -80,8 +80,8 @@ def train_one_epoch(
         yield state.step
 
 
-def _update(state: State, rate: float, clip_grad: float) -> None:
-    """Take one optimiser step with the gradients at hand."""
+def _update(state: TrainState, rate: float, clip_grad: float) -> None:
+    """Take one optimizer step with the gradients at hand."""
     set_rate(state.optimizer, rate)
     if clip_grad:
         state.scaler.unscale_(state.optimizer)
@@ -116,7 +116,7 @@ def evaluate(
     *,
     amp: str = "none",
     between: Callable[[], None] = lambda: None,
-) -> tuple[Found, list[BrokenImage]]:
+) -> tuple[CocoDetections, list[BrokenImage]]:
     """Detect in every image of `batches`.
 
     Args:
@@ -139,7 +139,7 @@ def evaluate(
         with autocast(device, amp):
             detections = model(loaded.batch)
         found += [
-            Found.of(one, *about)
+            CocoDetections.of(one, *about)
             for one, *about in zip(detections, loaded.image_ids, loaded.scales, loaded.sizes, strict=True)
         ]
-    return Found.join(found), broken
+    return CocoDetections.join(found), broken

@@ -18,21 +18,21 @@ if __name__ == "__main__":  # find the packages from any folder; this one's file
 import torch
 
 import detector
-from detector.checkpoint import read_checkpoint
+from detector.weights.checkpoint import read_checkpoint
 from train import errors, report
-from train.checkpoint import State, find, mark, newest, pack, save
-from train.coco_data import CocoDetection
-from train.coco_metrics import evaluator_classes
+from train.build import build, check_weights, open_split, resume
+from train.checkpoint import TrainState, find, mark, newest, pack, save
 from train.config import Config, as_dict, parse
 from train.counting import Counting
+from train.data.coco_dataset import CocoDetection
+from train.data.loader import AspectRatioBatchSampler, training_loader
 from train.distributed import Interrupted, StopRequest, World, announced, join, leave
-from train.loader import TrainingBatches, training_loader
+from train.evaluation.coco_metrics import evaluator_classes
+from train.evaluation.validation import count, detect
 from train.log import TrainLog
 from train.loop import train_one_epoch
-from train.rundir import RunFolder, provenance
+from train.run_folder import RunFolder, provenance
 from train.schedule import Schedule
-from train.setup import build, check_weights, open_split, resume
-from train.validation import count, detect
 
 
 def main() -> int:
@@ -66,11 +66,11 @@ def train(config: Config, world: World) -> None:
     val_set = open_split(config, world, "val", scale, train_set.classes, masks=masks)
     config = replace(config, model=replace(config.model, num_classes=len(train_set.classes)))
     run = RunFolder(config.out)
-    notes = world.from_first(run.claim(config, world.size) if world.first else None)
+    notes = world.broadcast(run.claim(config, world.size) if world.first else None)
 
     state, network = build(config, world)
     upright = train_set.heights > train_set.widths
-    batches = TrainingBatches(upright, config.data.batch, config.seed, world.rank, world.size)
+    batches = AspectRatioBatchSampler(upright, config.data.batch, config.seed, world.rank, world.size)
     loader = training_loader(train_set, batches, config.data.workers, world.device.type == "cuda")
     schedule = Schedule(config.optim, config.data.batch * world.size * config.optim.accumulate, config.epochs)
     notes += resume(state, run, config, world, train_set.classes, len(batches))
@@ -123,7 +123,7 @@ def evaluate_only(config: Config, world: World) -> None:
     begin, run = time.monotonic(), RunFolder(config.out)
     if config.weights:
         check_weights(config.weights)
-    path = config.weights or world.from_first(newest(run.checkpoints, print) if world.first else None)
+    path = config.weights or world.broadcast(newest(run.checkpoints, print) if world.first else None)
     if path is None:
         raise ValueError(f"--eval-only needs --weights, or a checkpoint in {run.checkpoints}")
     model, names = detector.load(path, world.device)
@@ -141,20 +141,20 @@ def evaluate_only(config: Config, world: World) -> None:
         print(f"took {report.duration(time.monotonic() - begin)}")
 
 
-def _is_finished(state: State, config: Config) -> bool:
+def _is_finished(state: TrainState, config: Config) -> bool:
     return state.epoch >= config.epochs or 0 < config.max_steps <= state.step
 
 
-def _evaluation_is_due(state: State, config: Config, run: RunFolder, world: World, counting: Counting) -> bool:
+def _evaluation_is_due(state: TrainState, config: Config, run: RunFolder, world: World, counting: Counting) -> bool:
     """Tell whether this is a place for an evaluation, and it has not been made before an interruption."""
     at_end_of_epoch = state.batch == 0 and state.epoch > 0 and state.epoch % config.eval_every == 0
     steps = [counting.step, *(line["step"] for line in run.evaluations())] if world.first else []
-    known = world.from_first(state.step in steps)
+    known = world.broadcast(state.step in steps)
     return (at_end_of_epoch or _is_finished(state, config)) and not known
 
 
 def _evaluate(
-    state: State, dataset: CocoDetection, config: Config, world: World, run: RunFolder, log: TrainLog,
+    state: TrainState, dataset: CocoDetection, config: Config, world: World, run: RunFolder, log: TrainLog,
     stop: StopRequest, counting: Counting,
 ) -> None:  # fmt: skip
     """Let the model as it is now detect, and count: at once, or beside the next epoch where that takes long."""

@@ -14,7 +14,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib import pyplot
 
-from train.rundir import RunFolder, read_lines
+from train.run_folder import RunFolder, read_lines
 
 MOST_POINTS = 300  # of a loss curve: more are averaged
 
@@ -69,7 +69,7 @@ def draw(runs: Sequence[Path], out: Path) -> None:
 
 
 def _thin(steps: Sequence[int], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Average neighbours until few enough points are left to see the course."""
+    """Average neighbors until few enough points are left to see the course."""
     width = -(-len(steps) // MOST_POINTS) or 1
     groups = [slice(start, start + width) for start in range(0, len(steps), width)]
     columns = (np.array([np.mean(column[group]) for group in groups]) for column in (steps, values))

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from train.coco_data import CocoDetection
-from train.coco_metrics import NAMES
 from train.config import BASE_BATCH, Config
+from train.data.coco_dataset import CocoDetection
 from train.distributed import World
-from train.rundir import RunFolder
+from train.evaluation.coco_metrics import NAMES
+from train.run_folder import RunFolder
 from train.schedule import Schedule
 
 WIDTH = 80  # columns

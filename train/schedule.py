@@ -1,4 +1,4 @@
-"""The learning rate as a function of where the run is, and the optimiser that uses it."""
+"""The learning rate as a function of where the run is, and the optimizer that uses it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Schedule:
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> optim.Optimizer:
-    """Make the optimiser of every parameter that is trained; weight decay applies to all of them."""
+    """Make the optimizer of every parameter that is trained; weight decay applies to all of them."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [{"params": [parameter for name, parameter in trained if "conv_offset" not in name], "share": 1.0}]
     offsets = [parameter for name, parameter in trained if "conv_offset" in name]

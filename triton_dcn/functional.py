@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from triton_dcn.geometry import ConvGeometry
-from triton_dcn.op import choose_backend, forward_op, split_map
+from triton_dcn.operator import choose_backend, forward_op, split_map
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -28,7 +28,7 @@ class DeformConv2d(nn.Module):
         ValueError: channels and groups do not fit.
 
     Source:
-        The interface of torchvision.ops.DeformConv2d; initialised like torch.nn.Conv2d.
+        The interface of torchvision.ops.DeformConv2d; initialized like torch.nn.Conv2d.
     """
 
     relu = False  # set by `fuse_batch_norm`
@@ -188,7 +188,7 @@ def fuse_batch_norm(
 ) -> DeformConv2d | DeformConv2dPack:
     """Return a copy of `layer` that computes `norm(layer(...))`, for inference.
 
-    The normalisation is an affine map of each output channel, which goes into `weight` and `bias`; offsets and masks
+    The normalization is an affine map of each output channel, which goes into `weight` and `bias`; offsets and masks
     are predicted as before.
 
     Args:

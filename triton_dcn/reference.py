@@ -37,7 +37,7 @@ def sampling_positions(geom: ConvGeometry, offset: Tensor) -> tuple[Tensor, Tens
 def _corners(
     geom: ConvGeometry, input: Tensor, offset: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, int]]:
-    """Yield the four neighbours of every sample.
+    """Yield the four neighbors of every sample.
 
     Each is (value, index of the pixel, whether it counts, weight in y, weight in x, and their derivatives, -1 or +1):
     value (B, D, C/D, K, Ho, Wo), the others (B, D, K, Ho, Wo). A sample at or beyond -1, H or W, or nowhere, has none.

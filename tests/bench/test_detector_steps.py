@@ -14,7 +14,7 @@ from detector import FasterRCNN
 TINY = ["--preset", "tiny", "--size", "96", "90", "--batch", "2", "--seconds", "0", "--no-peer", "--device", "cpu"]
 STAGES = {
     "train": {
-        "normalise",
+        "normalize",
         "backbone",
         "fpn",
         "rpn",
@@ -23,9 +23,9 @@ STAGES = {
         "roi",
         "roi loss",
         "backward",
-        "optimiser",
+        "optimizer",
     },
-    "detect": {"normalise", "backbone", "fpn", "rpn", "proposals", "roi", "detections"},
+    "detect": {"normalize", "backbone", "fpn", "rpn", "proposals", "roi", "detections"},
 }
 
 

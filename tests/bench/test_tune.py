@@ -8,16 +8,16 @@ from bench.cases import CASES, make_inputs
 from bench.deform_conv import DTYPES
 from bench.measure import Timing
 from bench.report import read_csv
-from triton_dcn import configs
+from triton_dcn import tile_table
 
 
 def test_dry_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled here, not interpreted")
-    before = configs.TABLE, configs.STRIP_MIN_WIDTH
+    before = tile_table.TABLE, tile_table.STRIP_MIN_WIDTH
     assert tune.main(["--dry-run", "--csv", str(tmp_path / "tune.csv")]) == 0
-    assert before == (configs.TABLE, configs.STRIP_MIN_WIDTH)
+    assert before == (tile_table.TABLE, tile_table.STRIP_MIN_WIDTH)
     assert not torch.are_deterministic_algorithms_enabled()
     printed = capsys.readouterr()
     for stage in tune.NEEDS:
@@ -69,7 +69,7 @@ def test_new_rows_are_rows_of_the_table():
     assert found
     for choice in found:
         with choice.in_force():
-            assert configs.choose("forward", *choice.row.archs, choice.row.arithmetic, 16, 16) is choice.row
+            assert tile_table.choose("forward", *choice.row.archs, choice.row.arithmetic, 16, 16) is choice.row
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

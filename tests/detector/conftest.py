@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from detector.fpn import FPN
-from detector.resnet import ResNet
+from detector.model.fpn import FPN
+from detector.model.resnet import ResNet
 from tests.detector.golden_model import fill_model
 
 MEAN = np.array([123.675, 116.28, 103.53], np.float32)
@@ -15,7 +15,7 @@ STD = np.array([58.395, 57.12, 57.375], np.float32)
 
 @pytest.fixture(scope="session")
 def golden_images(golden):
-    """The golden model's input: (2, 3, H, W) float64, normalised in float32 and padded with zeros."""
+    """The golden model's input: (2, 3, H, W) float64, normalized in float32 and padded with zeros."""
     arrays, parameters = golden("model")
     images = [(arrays[f"img{i}.image_bgr"][..., ::-1].astype(np.float32) - MEAN) / STD for i in (0, 1)]
     height, width = (-(-max(side) // 32) * 32 for side in zip(*parameters["spec"]["sizes"], strict=True))

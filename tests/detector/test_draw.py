@@ -7,26 +7,26 @@ import pytest
 import torch
 
 from detector import Detections, Target, draw
-from detector.draw import class_colour, draw_boxes, draw_comparison
+from detector.draw import class_color, draw_boxes, draw_comparison
 
 NAMES = ["disc", "ring", "traffic light"]
 
 
-def test_colours_of_neighbouring_classes_differ():
-    colours = np.array([class_colour(label) for label in range(80)], int)
-    distances = np.abs(colours[1:] - colours[:-1]).sum(1)
+def test_colors_of_neighboring_classes_differ():
+    colors = np.array([class_color(label) for label in range(80)], int)
+    distances = np.abs(colors[1:] - colors[:-1]).sum(1)
     assert distances.min() > 100
-    assert len({tuple(colour) for colour in colours}) == 80
+    assert len({tuple(color) for color in colors}) == 80
 
 
-def test_box_is_drawn_in_its_colour_and_the_input_left_alone():
+def test_box_is_drawn_in_its_color_and_the_input_left_alone():
     image = np.full((200, 300, 3), 77, np.uint8)
     boxes, labels = torch.tensor([[60.0, 80.0, 160.0, 150.0]], requires_grad=True), torch.tensor([1])
     picture = draw_boxes(image, boxes, labels, NAMES, torch.tensor([0.5]))
     assert (image == 77).all()
     assert picture.shape == image.shape
     for x, y in ((60, 120), (160, 120), (110, 150)):
-        assert tuple(picture[y, x]) == class_colour(1)
+        assert tuple(picture[y, x]) == class_color(1)
     np.testing.assert_array_equal(picture[90:140, 70:150], image[90:140, 70:150])
     np.testing.assert_array_equal(picture[160:], image[160:])
 
@@ -37,7 +37,7 @@ def test_masks_are_tinted():
     mask[20:60, 30:70] = True
     boxes = torch.tensor([[5.0, 5.0, 95.0, 95.0]])
     picture = draw_boxes(image, boxes, torch.tensor([1]), NAMES, masks=[mask])
-    np.testing.assert_array_equal(picture[40, 50], (60 + 0.4 * np.array(class_colour(1))).astype(int))
+    np.testing.assert_array_equal(picture[40, 50], (60 + 0.4 * np.array(class_color(1))).astype(int))
     assert (picture[70:90, 70:90] == 100).all()
 
 
@@ -85,9 +85,9 @@ def test_comparison_has_both_halves_and_a_legend(size, count):
     assert max(picture.shape[0], picture.shape[1] // 2) >= 640
     left, right = picture[:, : picture.shape[1] // 2 - 8], picture[:, picture.shape[1] // 2 + 8 :]
     if count:
-        third = np.array(class_colour(2))  # detected, but not in the ground truth; in the legend once
+        third = np.array(class_color(2))  # detected, but not in the ground truth; in the legend once
         assert (left == third).all(-1).sum() > 2 * (right == third).all(-1).sum()
-        assert (right == np.array(class_colour(0))).all(-1).any()
+        assert (right == np.array(class_color(0))).all(-1).any()
 
 
 def test_long_legend_wraps():

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from detector import Batch, Detections, FasterRCNN, FasterRCNNConfig, export, onnx_run
-from detector.checkpoint import save_weights
+from detector import Batch, Detections, FasterRCNN, FasterRCNNConfig, export
 from detector.image import write_image
-from detector.nms import batched_nms
-from detector.roi_align import roi_align
+from detector.onnx import runtime
+from detector.ops.nms import batched_nms
+from detector.ops.roi_align import roi_align
+from detector.weights.checkpoint import save_weights
 
 CLASSES = ["red", "green", "blue"]
 
@@ -25,7 +26,7 @@ def model():
     model = FasterRCNN(
         FasterRCNNConfig(
             depth=18, num_classes=3, dcn_stages=(False, False, False, True), fpn_channels=32, fc_channels=32,
-            rpn_candidates=(100, 50), rpn_proposals=50, detections=20, image_scale=(160, 128),
+            rpn_pre_nms_top_n=(100, 50), rpn_post_nms_top_n=50, max_detections=20, image_scale=(160, 128),
         )
     ).eval()  # fmt: skip
     for name, parameter in model.named_parameters():
@@ -74,9 +75,9 @@ def test_program_detects_the_same(model, program, size):
 @SIZES
 def test_onnx_detects_the_same(model, onnx_file, size):
     batch = make_images(*size)
-    expected, found = model(batch), onnx_run.run_onnx(onnx_file, batch)
+    expected, found = model(batch), runtime.run_onnx(onnx_file, batch)
     assert all(len(image.boxes) for image in expected)
-    boxes, scores = onnx_run.difference(expected, found)
+    boxes, scores = runtime.difference(expected, found)
     assert boxes < 2e-3
     assert scores < 2e-5
 
@@ -105,7 +106,7 @@ class Suppress(nn.Module):
 def run_graph(module, *inputs):
     """Export a module for the first `inputs` and return the outputs of the graph for each."""
     onnxruntime = pytest.importorskip("onnxruntime", minversion="1.31", reason="older ones have no DeformConv")
-    translations = pytest.importorskip("detector.onnx_ops").TRANSLATIONS
+    translations = pytest.importorskip("detector.onnx.translations").TRANSLATIONS
     program = torch.onnx.export(
         module.eval(), inputs[0], dynamo=True, opset_version=export.OPSET, custom_translation_table=translations,
         verbose=False,
@@ -167,10 +168,10 @@ def test_difference_finds_partners():
     one = Detections(torch.tensor([[0.0, 0, 9, 9], [5, 5, 9, 9]]), torch.tensor([0.5, 0.5]), torch.tensor([0, 1]))
     swapped = Detections(one.boxes.flip(0) + 0.25, one.scores.flip(0) - 0.125, one.labels.flip(0))
     none = Detections(one.boxes[:0], one.scores[:0], one.labels[:0])
-    assert onnx_run.difference([one], [swapped]) == (0.25, 0.125)
-    assert onnx_run.difference([none], [none]) == (0, 0)
-    assert onnx_run.difference([none], [one]) == (float("inf"), float("inf"))
-    assert onnx_run.difference([one], [none])[0] == float("inf")
+    assert runtime.difference([one], [swapped]) == (0.25, 0.125)
+    assert runtime.difference([none], [none]) == (0, 0)
+    assert runtime.difference([none], [one]) == (float("inf"), float("inf"))
+    assert runtime.difference([one], [none])[0] == float("inf")
 
 
 def test_arguments(model):
@@ -218,6 +219,6 @@ def test_missing_packages_are_named(model, monkeypatch):
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="no package onnx and no onnxscript; pip install"):
         export.export_onnx(model, "never.onnx")
-    monkeypatch.setattr(onnx_run, "AVAILABLE", False)
+    monkeypatch.setattr(runtime, "AVAILABLE", False)
     with pytest.raises(ValueError, match="no package onnxruntime"):
-        onnx_run.run_onnx("never.onnx", make_images(1, 32, 32))
+        runtime.run_onnx("never.onnx", make_images(1, 32, 32))

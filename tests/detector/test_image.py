@@ -65,7 +65,7 @@ def test_unknown_picture_format_is_named(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_orientation_grey_alpha_and_depth(tmp_path):
+def test_orientation_gray_alpha_and_depth(tmp_path):
     pixels = np.zeros((8, 16, 3), np.uint8)
     pixels[:, :8] = 255
     exif = Image.Exif()
@@ -75,8 +75,8 @@ def test_orientation_grey_alpha_and_depth(tmp_path):
     assert turned.shape == (16, 8, 3)
     assert turned[:6].min() > 200
     assert turned[10:].max() < 50
-    Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "grey.png"), pixels)
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "gray.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "gray.png"), pixels)
     Image.fromarray(np.dstack([pixels, pixels[..., :1] // 2])).save(tmp_path / "alpha.png")
     np.testing.assert_array_equal(read_image(tmp_path / "alpha.png"), pixels)
     Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")

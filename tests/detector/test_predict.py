@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from detector import FasterRCNN, FasterRCNNConfig
-from detector.checkpoint import save_weights
 from detector.image import read_image, resize_keep_ratio, stack_images, write_image
-from detector.mask_head import paste_masks
+from detector.model.mask_head import paste_masks
+from detector.ops.rle import encode_mask
 from detector.predict import find_images, full_masks, main, predict_images
-from detector.rle import encode_mask
 from detector.structures import Batch
+from detector.weights.checkpoint import save_weights
 
 CLASSES = ["disc", "ring", "star"]
 
@@ -26,7 +26,7 @@ def model():
     torch.manual_seed(3)
     config = FasterRCNNConfig(
         depth=18, num_classes=3, dcn=None, norm="gn", fpn_channels=32, fc_channels=16, image_scale=(96, 64),
-        rpn_candidates=(50, 50), rpn_proposals=50, detections=10,
+        rpn_pre_nms_top_n=(50, 50), rpn_post_nms_top_n=50, max_detections=10,
     )  # fmt: skip
     return FasterRCNN(config).eval()
 
@@ -97,7 +97,7 @@ def test_wrong_arguments_are_named(model):
 def test_masks(tmp_path, photos):
     config = FasterRCNNConfig(
         depth=18, num_classes=3, dcn=None, mask=True, norm="gn", fpn_channels=32, fc_channels=16, image_scale=(96, 64),
-        rpn_candidates=(50, 50), rpn_proposals=50, detections=10,
+        rpn_pre_nms_top_n=(50, 50), rpn_post_nms_top_n=50, max_detections=10,
     )  # fmt: skip
     model = FasterRCNN(config).eval()
     (found,) = predict_images(model, [photos / "b.jpg"])

@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from detector import FasterRCNN, FasterRCNNConfig
-from detector.checkpoint import save_weights
 from detector.image import read_image, write_image
 from detector.visualize_offsets import _Layer, draw_sampling_points, main, sampling_points
+from detector.weights.checkpoint import save_weights
 from triton_dcn import DeformConv2dPack, ModulatedDeformConv2dPack, deform_conv2d
 
 CONFIG = FasterRCNNConfig(
     depth=18, num_classes=3, dcn="v2", dcn_stages=(False, True, False, True), norm="gn", fpn_channels=32,
-    fc_channels=16, image_scale=(96, 64), rpn_proposals=50,
+    fc_channels=16, image_scale=(96, 64), rpn_post_nms_top_n=50,
 )  # fmt: skip
 IMAGE = np.random.default_rng(0).integers(0, 256, (128, 192, 3), np.uint8)  # shown to the model at half its size
 

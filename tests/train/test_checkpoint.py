@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import train.checkpoint
-from train.checkpoint import State, find, load, load_newest, mark, newest, pack, restore, save
+from train.checkpoint import TrainState, find, load, load_newest, mark, newest, pack, restore, save
 from train.config import OptimConfig
 from train.schedule import make_optimizer
 
@@ -14,7 +14,9 @@ def make_state(seed=0, average=False):
     torch.manual_seed(seed)
     model = nn.Linear(3, 2)
     averaged = torch.optim.swa_utils.AveragedModel(model) if average else None
-    state = State(model, make_optimizer(model, OptimConfig()), torch.amp.GradScaler("cpu", enabled=False), averaged)
+    state = TrainState(
+        model, make_optimizer(model, OptimConfig()), torch.amp.GradScaler("cpu", enabled=False), averaged
+    )
     return state
 
 

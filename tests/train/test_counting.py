@@ -9,11 +9,11 @@ import pytest
 
 import train.loop
 from tests.train.conftest import command, environment, lines, make_split, run
-from tests.train.test_coco_data import open_coco
+from tests.train.data.test_coco_dataset import open_coco
 from train.checkpoint import load
 from train.counting import Counting
 from train.distributed import Interrupted
-from train.rundir import RunFolder
+from train.run_folder import RunFolder
 
 COMMON = ("--pictures", 0, "--epochs", 2, "--checkpoint.every", 1, "--checkpoint.keep", 1)  # epochs of 4 steps
 

@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 
-from train.coco_data import BrokenImage
+from train.data.coco_dataset import BrokenImage
+from train.data.loader import Loaded
 from train.distributed import World
-from train.loader import Loaded
 from train.log import TrainLog
 
 WORLD = World(0, 1, 0, torch.device("cpu"))

@@ -8,11 +8,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from detector import Batch, Detections, FasterRCNN, FasterRCNNConfig, Target
 from tests.detector.golden_model import assert_summary, fill_model, make_batch
-from train.checkpoint import State
-from train.coco_data import BrokenImage
+from train.checkpoint import TrainState
 from train.config import OptimConfig
+from train.data.coco_dataset import BrokenImage
+from train.data.loader import Loaded
 from train.distributed import World
-from train.loader import Loaded
 from train.log import TrainLog
 from train.loop import evaluate, train_one_epoch
 from train.schedule import Schedule, make_optimizer
@@ -23,7 +23,7 @@ LOSSES = ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", None, "loss"
 
 def train_on(model, loaded, tmp_path, optim, batches=None, average=None, **options):
     """Run `train_one_epoch` over a list; return the state and the lines of metrics.jsonl."""
-    state = State(model, make_optimizer(model, optim), torch.amp.GradScaler("cpu", enabled=False), average)
+    state = TrainState(model, make_optimizer(model, optim), torch.amp.GradScaler("cpu", enabled=False), average)
     total = batches or len(loaded)
     tmp_path.mkdir(exist_ok=True)
     log = TrainLog(tmp_path / "metrics.jsonl", tmp_path, WORLD, 1, total, 0, 10_000)
@@ -103,15 +103,15 @@ def test_whole_training_equals_mmdetection(golden, tmp_path, variant):
 
 
 class Toy(nn.Module):
-    """A stand-in for the detector: two losses of the mean colour, one fixed detection per image."""
+    """A stand-in for the detector: two losses of the mean color, one fixed detection per image."""
 
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(3, 2)
 
     def forward(self, batch):
-        colour = batch.images.to(self.layer.weight.dtype).mean((2, 3)) / 255
-        out = self.layer(colour)
+        color = batch.images.to(self.layer.weight.dtype).mean((2, 3)) / 255
+        out = self.layer(color)
         if self.training:
             goal = torch.stack([target.boxes.mean() for target in batch.targets]).to(out.dtype)
             return {"loss_cls": (out[:, 0] - 1).square().mean(), "loss_bbox": (out[:, 1] - goal).square().mean()}

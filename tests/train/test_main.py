@@ -11,7 +11,7 @@ import torch
 import detector
 import train.loop
 from tests.train.conftest import lines
-from tests.train.test_coco_data import edit
+from tests.train.data.test_coco_dataset import edit
 from train.checkpoint import find, load
 from train.config import PRESETS
 

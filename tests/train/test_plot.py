@@ -2,7 +2,7 @@ import pytest
 
 from detector.image import read_image
 from train.plot import main
-from train.rundir import RunFolder
+from train.run_folder import RunFolder
 
 
 def make_run(path, steps):
@@ -20,7 +20,7 @@ def test_draws_several_runs(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(tmp_path / "c.png")
     picture = read_image(tmp_path / "c.png")
     assert picture.shape[0] > 500
-    assert len({tuple(colour) for colour in picture.reshape(-1, 3)[::7].tolist()}) > 20
+    assert len({tuple(color) for color in picture.reshape(-1, 3)[::7].tolist()}) > 20
 
 
 @pytest.mark.parametrize("out", ["c.png", "c.nonsense"])

@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 
 from tests.triton_dcn.cases import DEVICE, deterministic, make_case, relative
-from triton_dcn import configs, launch, reference, stages
-from triton_dcn.configs import ANY, Row, Tile
+from triton_dcn import launchers, reference, tile_table, triton_backend
 from triton_dcn.geometry import ConvGeometry
-from triton_dcn.kernels.sampling import column_offset, corner_rows, strip_order
+from triton_dcn.kernels.sampling import column_offset, corner_rows, swizzle
 from triton_dcn.kernels.sampling import widen as widen_tile
+from triton_dcn.tile_table import ANY, Tile, TileRow
 
-ARCH = configs.architecture(torch.device(DEVICE))
+ARCH = tile_table.architecture(torch.device(DEVICE))
 QUANTITIES = ("output", "grad_input", "grad_offset", "grad_mask", "grad_weight")
 FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # half: machine epsilon
 # batch, in, out, (H, W), kernel, stride, padding, dilation, groups, offset groups, mask, bias
@@ -36,7 +36,7 @@ def case_of(spec, dtype=torch.float32, **extra):
     return make_case(SPECS[spec], dtype, DEVICE, **extra)
 
 
-def run(case, needs=None, backend=launch, **extra):
+def run(case, needs=None, backend=triton_backend, **extra):
     """Forward and backward of `backend`: a dict by quantity."""
     output = backend.forward(case.geom, *case.tensors, case.bias, **extra)
     needs = case.needs if needs is None else needs
@@ -63,7 +63,7 @@ def agree(found, exact, limit):
 
 def put(monkeypatch, *rows):
     """Place `rows` before those of the table."""
-    monkeypatch.setattr(configs, "TABLE", (*rows, *configs.TABLE))
+    monkeypatch.setattr(tile_table, "TABLE", (*rows, *tile_table.TABLE))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -79,16 +79,16 @@ def test_half(spec, dtype):
 @pytest.mark.parametrize("kernel", ["forward_prefetch", "forward_transposed"])
 @pytest.mark.parametrize("spec", ["two-blocks", "offset-groups"])
 def test_forward_forms(spec, kernel, dtype, monkeypatch):
-    put(monkeypatch, Row("forward", kernel, (ARCH,), "any", ANY, Tile(64, 16, 16, max_registers=128)))
+    put(monkeypatch, TileRow("forward", kernel, (ARCH,), "any", ANY, Tile(64, 16, 16, max_registers=128)))
     case = case_of(spec, dtype)
     wide = widen(case)
     exact = reference.forward(wide.geom, *wide.tensors, wide.bias)
-    assert relative(launch.forward(case.geom, *case.tensors, case.bias), exact) <= FLOOR[dtype]
+    assert relative(triton_backend.forward(case.geom, *case.tensors, case.bias), exact) <= FLOOR[dtype]
 
 
 @pytest.mark.parametrize("spec", ["two-blocks", "offset-groups"])
 def test_sample_gradients_in_one_pass(spec, monkeypatch):
-    put(monkeypatch, Row("grad_sample_fused", "grad_sample_fused", (ARCH,), "any", ANY, Tile(64, 16, 16)))
+    put(monkeypatch, TileRow("grad_sample_fused", "grad_sample_fused", (ARCH,), "any", ANY, Tile(64, 16, 16)))
     case = case_of(spec)
     needs = (False, True, True, False)
     agree(run(case, needs), run(widen(case), needs, reference), FLOOR[torch.float32])
@@ -106,10 +106,10 @@ def test_each_gradient_alone(spec, wanted):
 def test_chunks_and_slices(spec, monkeypatch):
     """A workspace that holds one row of tiles: one image a slice, several chunks of columns and of T."""
     case = case_of(spec)
-    monkeypatch.setattr(configs, "WORKSPACE_BYTES", 20_000)
-    parts = [part.batch for part, _ in launch._slices(case.geom, "ranks")]
+    monkeypatch.setattr(tile_table, "WORKSPACE_BYTES", 20_000)
+    parts = [part.batch for part, _ in triton_backend._slices(case.geom, "ranks")]
     assert parts == [1] * case.geom.batch
-    assert len(list(launch._chunks(case.geom, case.tensors[0]))) > 1 or spec == "groups"
+    assert len(list(triton_backend._chunks(case.geom, case.tensors[0]))) > 1 or spec == "groups"
     agree(run(case), run(widen(case), backend=reference), FLOOR[torch.float32])
 
 
@@ -118,14 +118,14 @@ def test_chunks_and_slices(spec, monkeypatch):
 def test_column_gradients_of_an_image_beyond_the_workspace(spec, most, dtype, monkeypatch):
     """Several offset groups: the column gradients come in bounded chunks, too, and each adds to grad_input."""
     case, sizes = case_of(spec, dtype), []
-    monkeypatch.setattr(configs, "WORKSPACE_BYTES", most)
-    g_form = stages.g_form
+    monkeypatch.setattr(tile_table, "WORKSPACE_BYTES", most)
+    g_form = launchers.g_form
 
     def counted(geom, grad_columns, *rest):
         sizes.append(grad_columns.nbytes)
         g_form(geom, grad_columns, *rest)
 
-    monkeypatch.setattr(stages, "g_form", counted)
+    monkeypatch.setattr(launchers, "g_form", counted)
     found = run(case)
     assert len(sizes) > case.geom.batch
     assert max(sizes) <= most
@@ -133,11 +133,11 @@ def test_column_gradients_of_an_image_beyond_the_workspace(spec, most, dtype, mo
 
 
 def test_strips(monkeypatch):
-    monkeypatch.setattr(configs, "STRIP_MIN_WIDTH", 17)
-    put(monkeypatch, Row("forward", "forward_prefetch", (ARCH,), "any", ANY, Tile(64, 16, 16)))
-    put(monkeypatch, Row("grad_sample_fused", "grad_sample_fused", (ARCH,), "any", ANY, Tile(64, 16, 16)))
+    monkeypatch.setattr(tile_table, "STRIP_MIN_WIDTH", 17)
+    put(monkeypatch, TileRow("forward", "forward_prefetch", (ARCH,), "any", ANY, Tile(64, 16, 16)))
+    put(monkeypatch, TileRow("grad_sample_fused", "grad_sample_fused", (ARCH,), "any", ANY, Tile(64, 16, 16)))
     case = case_of("offset-groups")
-    assert configs.strip(case.geom.out_width) == 16
+    assert tile_table.strip(case.geom.out_width) == 16
     needs = (False, True, True, False)
     agree(run(case, needs), run(widen(case), needs, reference), FLOOR[torch.float32])
 
@@ -156,12 +156,12 @@ def test_bins_hold_the_samples_of_their_tile():
     """Both ways list the same samples, the stable one in their order; every entry touches the tile of its bin."""
     case = case_of("offset-groups")
     geom, (_, offset, mask, _) = case.geom, case.tensors
-    samples = stages.sample(geom, offset, mask, False)
-    ranked = stages.bin_samples(geom, samples)
+    samples = launchers.sample(geom, offset, mask, False)
+    ranked = launchers.bin_samples(geom, samples)
     with deterministic():
-        stable = stages.bin_samples(geom, samples)
+        stable = launchers.bin_samples(geom, samples)
     assert torch.equal(ranked.start, stable.start)
-    rows, columns = stages.input_tiles(geom)
+    rows, columns = launchers.input_tiles(geom)
     inside = int((samples.cell & 15).ne(0).sum())
     assert inside <= int(stable.start[-1]) <= 4 * inside
     for number, (first, last) in enumerate(zip(stable.start[:-1].tolist(), stable.start[1:].tolist(), strict=True)):
@@ -172,9 +172,9 @@ def test_bins_hold_the_samples_of_their_tile():
         for entry in entries:
             cell = int(samples.cell.view(geom.offset_groups, -1)[group, entry])
             y, x = divmod(cell >> 4, geom.width)
-            touched = {(y + dy) // configs.TILE_H for dy in (0, (cell >> 3) & (cell >> 2) & 1)}
+            touched = {(y + dy) // tile_table.TILE_H for dy in (0, (cell >> 3) & (cell >> 2) & 1)}
             assert tile_y in touched
-            assert tile_x in {(x + dx) // configs.TILE_W for dx in (0, (cell >> 1) & cell & 1)}
+            assert tile_x in {(x + dx) // tile_table.TILE_W for dx in (0, (cell >> 1) & cell & 1)}
             assert entry // geom.positions == tap
 
 
@@ -193,17 +193,17 @@ def test_offsets_out_of_this_world():
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of numpy, in the interpreter
-@pytest.mark.parametrize("workspace", [configs.WORKSPACE_BYTES, 20_000], ids=["whole", "chunks"])
+@pytest.mark.parametrize("workspace", [tile_table.WORKSPACE_BYTES, 20_000], ids=["whole", "chunks"])
 @pytest.mark.parametrize("offset_groups", [1, 2], ids=["t_columns", "g_form"])
 def test_infinite_gradients_stay_in_their_tiles(offset_groups, workspace, monkeypatch):
-    monkeypatch.setattr(configs, "WORKSPACE_BYTES", workspace)
+    monkeypatch.setattr(tile_table, "WORKSPACE_BYTES", workspace)
     spec = (1, 4, 4, (40, 40), (1, 1), (1, 1), (0, 0), (1, 1), 1, offset_groups, False, False)
     case = make_case(spec, torch.float32, DEVICE)
     case.tensors[1].zero_()
     case.grad_output[0, 0, 0, 0] = torch.inf
     finite = run(case, (True, False, False, False))["grad_input"].isfinite()
     assert not finite[0, :, 0, 0].any()
-    finite[0, :, : configs.TILE_H, : configs.TILE_W] = True
+    finite[0, :, : tile_table.TILE_H, : tile_table.TILE_W] = True
     assert finite.all()
 
 
@@ -211,7 +211,7 @@ def test_fractions_are_those_of_the_offset():
     """Far from the origin a small offset keeps its cell and fraction: p is never rounded as a whole."""
     geom = ConvGeometry(1, 1, 1, 100_000, 1, (1, 1), (1, 1), (0, 0), (1, 1), 1, 1, 1, 100_000)
     offset = torch.full((1, 2, 1, 100_000), -(2.0**-20), device=DEVICE)
-    samples = stages.sample(geom, offset, None, False)
+    samples = launchers.sample(geom, offset, None, False)
     assert (samples.cell[0, 1:] >> 4).tolist() == list(range(99_999))
     assert bool((samples.lx == 1 - 2.0**-20).all())
 
@@ -311,7 +311,7 @@ def address_kernel(cell_ptr, corner_ptr, column_ptr, row, width, CHANNELS: tl.co
 @pytest.mark.parametrize(("width", "channels"), [(4000, 512), (1 << 20, 2048)])
 def test_addresses_beyond_2_to_the_31(width, channels, groups):
     """Offsets are exact up to the largest slice; the interpreter also checks every int32 sum and product."""
-    pixel, row = configs.MAX_PIXELS - width - 1000, (1 << 24) - 1
+    pixel, row = tile_table.MAX_PIXELS - width - 1000, (1 << 24) - 1
     cell = torch.tensor([pixel * 16 + 15 - (1 << 31 << 1) * (pixel >= 1 << 27)], dtype=torch.int32, device=DEVICE)
     corners, column = (torch.zeros(n, dtype=torch.int64, device=DEVICE) for n in (4, 1))
     address_kernel[(1,)](cell, corners, column, row, width, CHANNELS=channels, GROUPS=groups)
@@ -327,13 +327,13 @@ def test_addresses_beyond_2_to_the_31(width, channels, groups):
 def test_too_large_an_image_is_refused(size, message):
     geom = ConvGeometry(1, 1, *size, 1, (3, 3), (1, 1), (1, 1), (1, 1), 1, 1, *size)
     with pytest.raises(ValueError, match=message):
-        next(launch._slices(geom, "arrays"))
+        next(triton_backend._slices(geom, "arrays"))
 
 
 @triton.jit
 def order_kernel(out_ptr, out_height, out_width, STRIP: tl.constexpr, BLOCK: tl.constexpr):
     index = tl.arange(0, BLOCK)
-    tl.store(out_ptr + index, strip_order(index, out_height, out_width, STRIP))
+    tl.store(out_ptr + index, swizzle(index, out_height, out_width, STRIP))
 
 
 @pytest.mark.parametrize("size", [(4, 32), (5, 19), (3, 7)], ids=str)

@@ -43,7 +43,7 @@ def test_one_sample_by_hand():
     output = reference.forward(geom, x, offset, mask, weight, None)
     assert output[0, 0, 0, 0] == 6 * (0.75 * 1.5 + 0.25 * 5.5)
     assert output[0, 0, 2, 3] == 0  # x = 4.5 is outside
-    assert output[0, 0, 2, 2] == 6 * 0.75 * 0.5 * 11  # the neighbours below and to the right do not exist
+    assert output[0, 0, 2, 2] == 6 * 0.75 * 0.5 * 11  # the neighbors below and to the right do not exist
 
 
 @pytest.mark.parametrize("name", ["groups", "v1", "odd"])

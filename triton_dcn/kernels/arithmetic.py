@@ -22,7 +22,7 @@ def contract(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def narrow(x, dtype: tl.constexpr):
+def round_to(x, dtype: tl.constexpr):
     """Return float32 `x` in `dtype`, rounded to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True).to(tl.int64)

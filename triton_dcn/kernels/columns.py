@@ -5,7 +5,7 @@ Letters and sample arrays: see `sampling`.
 
 import triton.language as tl
 
-from triton_dcn.kernels.arithmetic import narrow
+from triton_dcn.kernels.arithmetic import round_to
 from triton_dcn.kernels.jit import kernel
 from triton_dcn.kernels.sampling import blend, column_offset, corner_rows, corner_weights, load_corners
 
@@ -53,7 +53,7 @@ def columns_kernel(
         x00, x01, x10, x11 = load_corners(
             base, row00, row01, row10, row11, word, inside, PER_OFFSET % BLOCK_C != 0
         )  # fmt: skip
-        value = narrow(blend(w00, w01, w10, w11, x00, x01, x10, x11), column_ptr.dtype.element_ty)
+        value = round_to(blend(w00, w01, w10, w11, x00, x01, x10, x11), column_ptr.dtype.element_ty)
         local = start + tl.arange(0, BLOCK_C)[None, :]
         c = pid_s // TAPS * PER_OFFSET + local
         to = column_offset(row[:, None], pid_s % TAPS, c, rows, CHANNELS, GROUPS, TAPS)

@@ -3,7 +3,7 @@
 Two forms of the same product, chosen by the tile table. `prefetch` carries the raw corner pixels of the next step
 across the loop, so that their latency hides behind the blend and the product; it is portable. `transposed` computes the
 transposed product with the gathered tile as right operand, which on sm_90 saves the register-to-register layout change
-of every blended tile. Both leave `num_stages` at 1: a pipelined gather would bypass the L1 cache, where neighbouring
+of every blended tile. Both leave `num_stages` at 1: a pipelined gather would bypass the L1 cache, where neighboring
 samples meet.
 
 Letters and sample arrays: see `sampling`. One channel group (G = 1); C/D and O are multiples of the blocks.
@@ -12,13 +12,13 @@ Letters and sample arrays: see `sampling`. One channel group (G = 1); C/D and O 
 import triton
 import triton.language as tl
 
-from triton_dcn.kernels.arithmetic import contract, narrow
+from triton_dcn.kernels.arithmetic import contract, round_to
 from triton_dcn.kernels.jit import kernel
-from triton_dcn.kernels.sampling import blend, corner_rows, corner_weights, load_corners, strip_order
+from triton_dcn.kernels.sampling import blend, corner_rows, corner_weights, load_corners, swizzle
 
 
 @triton.jit
-def finish(
+def epilogue(
     acc, bias_ptr, output_ptr, p, o, live, OUT_CHANNELS: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr
 ):
     """Add the bias, rectify and store a (BLOCK_P, BLOCK_O) tile of the output (M, O)."""
@@ -27,7 +27,7 @@ def finish(
     if RELU:
         acc = tl.where(acc < 0, 0.0, acc)  # NaN stays, as in torch
     to = p.to(tl.int64)[:, None] * OUT_CHANNELS + o[None, :]
-    tl.store(output_ptr + to, narrow(acc, output_ptr.dtype.element_ty), mask=live[:, None])
+    tl.store(output_ptr + to, round_to(acc, output_ptr.dtype.element_ty), mask=live[:, None])
 
 
 @kernel
@@ -68,7 +68,7 @@ def forward_prefetch_kernel(
     SAMPLES: tl.constexpr = OFFSET_GROUPS * TAPS
     index = tl.program_id(0) // BLOCKS_O * BLOCK_P + tl.arange(0, BLOCK_P)
     live = index < positions
-    p = strip_order(tl.where(live, index, 0), out_height, out_width, STRIP)
+    p = swizzle(tl.where(live, index, 0), out_height, out_width, STRIP)
     o = tl.program_id(0) % BLOCKS_O * BLOCK_O + tl.arange(0, BLOCK_O)
     c = tl.arange(0, BLOCK_C)
     weight_rows = o[None, :] * (TAPS * CHANNELS) + c[:, None]
@@ -87,7 +87,7 @@ def forward_prefetch_kernel(
         ahead = tl.minimum(sample + 1, SAMPLES - 1)
         cell = tl.load(cell_ptr + ahead * positions + p)[:, None]
         for start in tl.static_range(0, PER_OFFSET, BLOCK_C):
-            value = narrow(blend(w00, w01, w10, w11, x00, x01, x10, x11), weight_ptr.dtype.element_ty)
+            value = round_to(blend(w00, w01, w10, w11, x00, x01, x10, x11), weight_ptr.dtype.element_ty)
             if start + BLOCK_C < PER_OFFSET:
                 base = input_ptr + (first + start + BLOCK_C)
             else:
@@ -96,7 +96,7 @@ def forward_prefetch_kernel(
             x00, x01, x10, x11 = load_corners(base, row00, row01, row10, row11, c[None, :], True, False)
             weight = tl.load(weight_tap + start)  # (BLOCK_C, BLOCK_O)
             acc = contract(value, weight, acc, PRECISION)
-    finish(acc, bias_ptr, output_ptr, p, o, live, OUT_CHANNELS, HAS_BIAS, RELU)
+    epilogue(acc, bias_ptr, output_ptr, p, o, live, OUT_CHANNELS, HAS_BIAS, RELU)
 
 
 @kernel
@@ -134,7 +134,7 @@ def forward_transposed_kernel(
     BLOCKS_O: tl.constexpr = OUT_CHANNELS // BLOCK_O
     index = tl.program_id(0) // BLOCKS_O * BLOCK_P + tl.arange(0, BLOCK_P)
     live = index < positions
-    p = strip_order(tl.where(live, index, 0), out_height, out_width, STRIP)
+    p = swizzle(tl.where(live, index, 0), out_height, out_width, STRIP)
     o = tl.program_id(0) % BLOCKS_O * BLOCK_O + tl.arange(0, BLOCK_O)
     word = tl.arange(0, BLOCK_C // PACK)[None, :]
     weight_rows = o[:, None] * (TAPS * CHANNELS) + tl.arange(0, BLOCK_C)[None, :]
@@ -152,7 +152,7 @@ def forward_transposed_kernel(
         for start in tl.static_range(0, PER_OFFSET, BLOCK_C):
             base = input_ptr + (first + start) // PACK
             x00, x01, x10, x11 = load_corners(base, row00, row01, row10, row11, word, True, False)
-            value = narrow(blend(w00, w01, w10, w11, x00, x01, x10, x11), weight_ptr.dtype.element_ty)
+            value = round_to(blend(w00, w01, w10, w11, x00, x01, x10, x11), weight_ptr.dtype.element_ty)
             weight = tl.load(weight_tap + start)  # (BLOCK_O, BLOCK_C)
             acc = contract(weight, tl.trans(value), acc, PRECISION)
-    finish(tl.trans(acc), bias_ptr, output_ptr, p, o, live, OUT_CHANNELS, HAS_BIAS, RELU)
+    epilogue(tl.trans(acc), bias_ptr, output_ptr, p, o, live, OUT_CHANNELS, HAS_BIAS, RELU)

@@ -19,7 +19,7 @@ Letters and sample arrays: see `sampling`; bins: see `binning`.
 import triton
 import triton.language as tl
 
-from triton_dcn.kernels.arithmetic import contract, narrow
+from triton_dcn.kernels.arithmetic import contract, round_to
 from triton_dcn.kernels.binning import cell_origin
 from triton_dcn.kernels.jit import kernel
 from triton_dcn.kernels.sampling import column_offset
@@ -58,7 +58,7 @@ def hat_matrix(
     dx = tile_x * TILE_W + tl.arange(0, TILE_W)[:, None] - x[None, :]
     hat_y = tl.where(dy == 0, 1 - ly, tl.where(dy == 1, ly, 0.0))
     hat_x = tl.where(dx == 0, 1 - lx, tl.where(dx == 1, lx, 0.0)) * scale
-    hat = narrow(hat_y[:, None, :] * hat_x[None, :, :], dtype)
+    hat = round_to(hat_y[:, None, :] * hat_x[None, :, :], dtype)
     return tl.reshape(hat, (TILE_H * TILE_W, at.shape[0]))
 
 
@@ -128,7 +128,7 @@ def t_columns_kernel(
         acc = contract(hat, grad, acc, PRECISION)
     row = (b * height + y) * width + x - first_pixel
     to = column_offset(row[:, None], tap, o[None, :], rows, OUT_CHANNELS, GROUPS, TAPS)
-    tl.store(t_ptr + to, narrow(acc, t_ptr.dtype.element_ty), mask=((y < height) & (x < width))[:, None] & live_o)
+    tl.store(t_ptr + to, round_to(acc, t_ptr.dtype.element_ty), mask=((y < height) & (x < width))[:, None] & live_o)
 
 
 @kernel
@@ -209,4 +209,4 @@ def g_form_kernel(
     inside = ((y < height) & (x < width))[:, None] & live_c
     if ADD:
         acc += tl.load(to, mask=inside, other=0.0).to(tl.float32)
-    tl.store(to, narrow(acc, grad_input_ptr.dtype.element_ty), mask=inside)
+    tl.store(to, round_to(acc, grad_input_ptr.dtype.element_ty), mask=inside)

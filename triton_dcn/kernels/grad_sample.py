@@ -12,9 +12,9 @@ Letters and sample arrays: see `sampling`.
 import triton
 import triton.language as tl
 
-from triton_dcn.kernels.arithmetic import contract, narrow
+from triton_dcn.kernels.arithmetic import contract, round_to
 from triton_dcn.kernels.jit import kernel
-from triton_dcn.kernels.sampling import column_offset, corner_rows, load_corners, strip_order, widen
+from triton_dcn.kernels.sampling import column_offset, corner_rows, load_corners, swizzle, widen
 
 
 @triton.jit
@@ -70,14 +70,14 @@ def store_gradients(
         to = grad_offset_ptr + b * stride_ob + (2 * pid_s).to(tl.int64) * spatial + place
         grad_y = scale * ((1 - lx) * (d10 - d00) + lx * (d11 - d01))
         grad_x = scale * ((1 - ly) * (d01 - d00) + ly * (d11 - d10))
-        tl.store(to, narrow(grad_y, grad_offset_ptr.dtype.element_ty), mask=live)
-        tl.store(to + spatial, narrow(grad_x, grad_offset_ptr.dtype.element_ty), mask=live)
+        tl.store(to, round_to(grad_y, grad_offset_ptr.dtype.element_ty), mask=live)
+        tl.store(to + spatial, round_to(grad_x, grad_offset_ptr.dtype.element_ty), mask=live)
     if WANT_MASK:
         grad = (1 - ly) * ((1 - lx) * d00 + lx * d01) + ly * ((1 - lx) * d10 + lx * d11)
         if MASK_LOGITS:
             grad = grad * scale * (1 - scale)
         to = grad_mask_ptr + b * stride_mb + pid_s.to(tl.int64) * spatial + place
-        tl.store(to, narrow(grad, grad_mask_ptr.dtype.element_ty), mask=live)
+        tl.store(to, round_to(grad, grad_mask_ptr.dtype.element_ty), mask=live)
 
 
 @kernel
@@ -122,7 +122,7 @@ def grad_sample_fused_kernel(
     pid_s = tl.program_id(0) % (OFFSET_GROUPS * TAPS)
     index = tl.program_id(0) // (OFFSET_GROUPS * TAPS) * BLOCK_P + tl.arange(0, BLOCK_P)
     live = index < positions
-    p = strip_order(tl.where(live, index, 0), out_height, out_width, STRIP)
+    p = swizzle(tl.where(live, index, 0), out_height, out_width, STRIP)
     at = pid_s * positions + p
     cell = tl.load(cell_ptr + at)
     row00, row01, row10, row11 = corner_rows(cell[:, None], width, CHANNELS // PACK)
@@ -143,7 +143,7 @@ def grad_sample_fused_kernel(
             weight = tl.load(weight_block + from_o * (TAPS * CHANNELS))  # (BLOCK_O, BLOCK_C)
             grad = contract(grad_out, weight, grad, PRECISION)
         # narrow first: less shared memory on the way from the product's layout to that of the gathers
-        grad = runs(narrow(grad, weight_ptr.dtype.element_ty), BLOCK_P, BLOCK_C)
+        grad = runs(round_to(grad, weight_ptr.dtype.element_ty), BLOCK_P, BLOCK_C)
         base = input_ptr + (first + start) // PACK
         x00, x01, x10, x11 = load_corners(base, row00, row01, row10, row11, word, True, False)
         d00 += partial_dot(grad, x00, BLOCK_P, BLOCK_C)

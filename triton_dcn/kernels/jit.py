@@ -12,8 +12,8 @@ def kernel(function: Callable[..., None]) -> Any:
     """Make a Triton kernel without a variant for each of its run-time integers.
 
     Triton would compile anew where one of them becomes 1, or divisible by 16, or ceases to be: in a training run on
-    images of many sizes about ten times per kernel, for the same machine code where it matters (`bench.static` reads
-    that of the one variant). Pointers keep theirs: wide loads need the alignment.
+    images of many sizes about ten times per kernel, for the same machine code where it matters (`bench.compiled_code`
+    reads that of the one variant). Pointers keep theirs: wide loads need the alignment.
     """
     integers = [
         name

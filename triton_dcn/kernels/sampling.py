@@ -45,8 +45,8 @@ def sampling_kernel(
     stride_mc,
     stride_my,
     stride_mx,
-    step_y,
-    step_x,
+    stride_y,
+    stride_x,
     padding_y,
     padding_x,
     dilation_y,
@@ -92,8 +92,8 @@ def sampling_kernel(
     ly = offset_y - tl.floor(offset_y)
     lx = offset_x - tl.floor(offset_x)
     tap = s % TAPS
-    y = out_y * step_y - padding_y + tap // kernel_width * dilation_y + tl.floor(offset_y).to(tl.int32)
-    x = out_x * step_x - padding_x + tap % kernel_width * dilation_x + tl.floor(offset_x).to(tl.int32)
+    y = out_y * stride_y - padding_y + tap // kernel_width * dilation_y + tl.floor(offset_y).to(tl.int32)
+    x = out_x * stride_x - padding_x + tap % kernel_width * dilation_x + tl.floor(offset_x).to(tl.int32)
     # open interval (-1, size): a position of exactly -1 is outside
     inside_y = (y < height) & ((y >= 0) | ((y == -1) & (ly > 0)))
     inside_x = (x < width) & ((x >= 0) | ((x == -1) & (lx > 0)))
@@ -149,7 +149,7 @@ def load_corners(input_ptr, row00, row01, row10, row11, c, live_c, MASKED: tl.co
 def widen(x):
     """Return the channels of a tile (BLOCK_P, BLOCK_C) in float32.
 
-    A tile of int32, (BLOCK_P, BLOCK_C // 2), holds two neighbouring bfloat16 channels in each: a shift brings the lower
+    A tile of int32, (BLOCK_P, BLOCK_C // 2), holds two neighboring bfloat16 channels in each: a shift brings the lower
     half to where the bits of a float32 are, a mask the higher one. From a tile of bfloat16 the compiler takes two
     instructions for every higher half, as it moves it to the lower one first.
     """
@@ -169,8 +169,8 @@ def blend(w00, w01, w10, w11, x00, x01, x10, x11):
 
 
 @triton.jit
-def strip_order(index, out_height, out_width, STRIP: tl.constexpr):
-    """Map running numbers to output positions so that neighbours in number are neighbours in both directions.
+def swizzle(index, out_height, out_width, STRIP: tl.constexpr):
+    """Map running numbers to output positions so that neighbors in number are neighbors in both directions.
 
     Positions run row by row inside strips of STRIP columns, strips from left to right, images one after another. Then
     the programs of consecutive numbers read input pixels that overlap. STRIP = 0 is row-major order.

@@ -1,0 +1,227 @@
+"""ResNet with deformable convolutions in the stages asked for.
+
+Modules carry MMDetection's (and, but for `conv_offset`, torchvision's) names, so that weights of both load unchanged.
+With group normalization the modules are still called `bn1`, `bn2`, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from triton_dcn.nn import DeformConv2dPack, ModulatedDeformConv2dPack
+
+GROUP_CHANNELS = 16  # channels per group of a group normalization: Wu and He, ECCV 2018, table 3
+
+
+class ResNet(nn.Module):
+    """Image to the feature maps C2 to C5, of strides 4, 8, 16 and 32.
+
+    The deformable layers take the place of the 3x3 `conv2` of every block of a stage: they predict their own offsets
+    (and, in version 2, masks), starting from a regular grid.
+
+    Args:
+        depth: 18 (basic blocks), 50 or 101 (bottlenecks).
+        dcn: None, "v1" (offsets) or "v2" (offsets and masks).
+        dcn_stages: for each of the four stages, whether it is deformable; without meaning if `dcn` is None.
+        deform_groups: groups of input channels that move together.
+        frozen_stages: -1 trains everything, 0 freezes the stem, n freezes the stem and the first n stages.
+        norm: "bn" (batch), "gn" (groups of 16 channels, for training from scratch with few images a step) or "syncbn":
+            here the same as "bn"; training on several GPUs takes its statistics over all of them.
+        norm_eval: batch normalization keeps to its running statistics while training; its scale and shift still train.
+        base_channels: width of the stem and of the blocks of C2, which doubles with every stage; a multiple of 16.
+
+    Attributes:
+        out_channels: channels of C2 to C5.
+
+    Raises:
+        ValueError: an argument is not one of the above.
+
+    Source:
+        He et al., Deep residual learning, CVPR 2016; the variant with the stride in the 3x3 convolution. Zhu et al.,
+        Deformable ConvNets v2, CVPR 2019. Initial values: mmdet 3.3.0 `ResNet`.
+    """
+
+    def __init__(
+        self,
+        depth: int = 50,
+        dcn: str | None = None,
+        dcn_stages: Sequence[bool] = (False, True, True, True),
+        deform_groups: int = 1,
+        frozen_stages: int = 1,
+        norm: str = "bn",
+        norm_eval: bool = True,
+        base_channels: int = 64,
+    ) -> None:
+        super().__init__()
+        _check(depth=depth, dcn=dcn, dcn_stages=dcn_stages, frozen_stages=frozen_stages, norm=norm)
+        if base_channels < 16 or base_channels % 16:
+            raise ValueError(f"base_channels: expected a multiple of 16, found {base_channels}")
+        block, counts = _LAYOUTS[depth]
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.out_channels = [(base_channels << stage) * block.expansion for stage in range(4)]
+
+        self.conv1 = nn.Conv2d(3, base_channels, 7, stride=2, padding=3, bias=False)
+        self.bn1 = _norm(norm, base_channels)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        in_channels = base_channels
+        for stage, count in enumerate(counts):
+            blocks = []
+            for index in range(count):
+                stride = 2 if stage > 0 and index == 0 else 1
+                stage_dcn = dcn if dcn_stages[stage] else None
+                blocks.append(block(in_channels, base_channels << stage, stride, norm, stage_dcn, deform_groups))
+                in_channels = self.out_channels[stage]
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+
+        self.reset_parameters()
+        for module in self._frozen():
+            module.requires_grad_(False)
+
+    def reset_parameters(self) -> None:
+        """Draw initial weights for training without a checkpoint; every residual branch starts at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
+                module.reset_parameters()
+        for module in self.modules():  # second, because the convolutions that predict offsets are `nn.Conv2d` too
+            if isinstance(module, DeformConv2dPack | ModulatedDeformConv2dPack):
+                module.reset_parameters()
+            elif isinstance(module, BasicBlock | Bottleneck):
+                nn.init.zeros_(module.last_norm.weight)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Compute the features of normalized images.
+
+        Args:
+            images: (B, 3, H, W), floating point.
+
+        Returns:
+            [C2, C3, C4, C5], each (B, `out_channels[i]`, ceil(H / 2^(i+2)), ceil(W / 2^(i+2))).
+        """
+        x = self.maxpool(F.relu(self.bn1(self.conv1(images)), inplace=True))
+        features = []
+        for stage in self._stages():
+            x = stage(x)
+            features.append(x)
+        return features
+
+    def train(self, mode: bool = True) -> ResNet:
+        """Switch the mode; frozen stages, and with `norm_eval` every batch norm, always stay in evaluation."""
+        super().train(mode)
+        for module in self._frozen():
+            module.eval()
+        if self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+    def _stages(self) -> list[nn.Module]:
+        return [self.layer1, self.layer2, self.layer3, self.layer4]
+
+    def _frozen(self) -> list[nn.Module]:
+        return [] if self.frozen_stages < 0 else [self.conv1, self.bn1, *self._stages()[: self.frozen_stages]]
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut; the second is the deformable one."""
+
+    expansion = 1
+
+    def __init__(
+        self, in_channels: int, planes: int, stride: int, norm: str, dcn: str | None, deform_groups: int
+    ) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(in_channels, planes, stride)
+        self.bn1 = _norm(norm, planes)
+        self.conv2 = _conv3x3(planes, planes, 1, dcn, deform_groups)
+        self.bn2 = _norm(norm, planes)
+        self.downsample = _shortcut(in_channels, planes, stride, norm)
+
+    @property
+    def last_norm(self) -> nn.Module:
+        """The norm before the sum; scale 0 makes the block the identity."""
+        return self.bn2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, planes, ceil(H / stride), ceil(W / stride))."""
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        out += x if self.downsample is None else self.downsample(x)
+        return F.relu(out, inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions and a shortcut; stride and deformation sit in the 3x3."""
+
+    expansion = 4
+
+    def __init__(
+        self, in_channels: int, planes: int, stride: int, norm: str, dcn: str | None, deform_groups: int
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, planes, 1, bias=False)
+        self.bn1 = _norm(norm, planes)
+        self.conv2 = _conv3x3(planes, planes, stride, dcn, deform_groups)
+        self.bn2 = _norm(norm, planes)
+        self.conv3 = nn.Conv2d(planes, planes * self.expansion, 1, bias=False)
+        self.bn3 = _norm(norm, planes * self.expansion)
+        self.downsample = _shortcut(in_channels, planes * self.expansion, stride, norm)
+
+    @property
+    def last_norm(self) -> nn.Module:
+        """The norm before the sum; scale 0 makes the block the identity."""
+        return self.bn3
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, 4 * planes, ceil(H / stride), ceil(W / stride))."""
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        if not getattr(self.conv2, "relu", False):  # a fused one has done it
+            out = F.relu(out, inplace=True)
+        out = self.bn3(self.conv3(out))
+        out += x if self.downsample is None else self.downsample(x)
+        return F.relu(out, inplace=True)
+
+
+_LAYOUTS = {18: (BasicBlock, (2, 2, 2, 2)), 50: (Bottleneck, (3, 4, 6, 3)), 101: (Bottleneck, (3, 4, 23, 3))}
+_DEFORMABLE = {"v1": DeformConv2dPack, "v2": ModulatedDeformConv2dPack}
+
+
+def _conv3x3(
+    in_channels: int, out_channels: int, stride: int, dcn: str | None = None, deform_groups: int = 1
+) -> nn.Module:
+    if dcn is None:
+        return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+    return _DEFORMABLE[dcn](
+        in_channels, out_channels, 3, stride=stride, padding=1, deform_groups=deform_groups, bias=False
+    )
+
+
+def _norm(norm: str, channels: int) -> nn.Module:
+    return nn.GroupNorm(channels // GROUP_CHANNELS, channels) if norm == "gn" else nn.BatchNorm2d(channels)
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int, norm: str) -> nn.Sequential | None:
+    if stride == 1 and in_channels == out_channels:
+        return None
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), _norm(norm, out_channels))
+
+
+def _check(*, depth: int, dcn: str | None, dcn_stages: Sequence[bool], frozen_stages: int, norm: str) -> None:
+    allowed = {
+        "depth": (depth, tuple(_LAYOUTS)),
+        "dcn": (dcn, (None, *_DEFORMABLE)),
+        "norm": (norm, ("bn", "gn", "syncbn")),
+        "frozen_stages": (frozen_stages, (-1, 0, 1, 2, 3, 4)),
+    }
+    for name, (value, values) in allowed.items():
+        if value not in values:
+            raise ValueError(f"{name}: expected one of {values}, found {value!r}")
+    if len(dcn_stages) != 4:
+        raise ValueError(f"dcn_stages: expected four flags, one per stage, found {tuple(dcn_stages)}")

@@ -1,0 +1,251 @@
+"""RoIAlign on a GPU: all levels of the pyramid in one launch, forward and backward, without atomics.
+
+Letters: R rois, S bins per side, C channels, L the longest side of any level, N pixels of all levels and images.
+
+Bilinear weights separate: `roi_weights` says how much each pixel counts in each bin along an axis. Forward is
+
+    out[r, i, j] = sum over y, x of weights[r, 0, y, i] * weights[r, 1, x, j] * feature[y, x]
+
+Backward is the transposed sum, gathered per tile of pixels over the rois whose hull meets the tile, in the order of the
+rois: every gradient is written once, in its final dtype, and is the same in every run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from detector.ops.kernels.roi_weights import extents, merge, select
+from detector.ops.roi_align_cpu import PoolGeometry
+
+PIXELS_PER_LOAD = tl.constexpr(4)  # pixels of a line that the forward pass loads at once
+ROIS_PER_LOOK = tl.constexpr(32)  # rois that the backward pass tests at once: one per lane
+TILE = (2, 4)  # height and width of the backward pass's pixel tiles
+MAX_BLOCK_C = 256
+
+
+@triton.jit(do_not_specialize=["longest"])
+def roi_align_forward_kernel(
+    out_ptr,
+    feature_ptrs,
+    heights,
+    widths,
+    weights_ptr,
+    bounds_ptr,
+    rois_ptr,
+    levels_ptr,
+    channels,
+    longest,
+    LEVELS: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Pool the features of one bin.
+
+    Grid: (R * S * S, ceil(C / BLOCK_C)); one program owns a block of channels of one bin.
+    Reads: features, a tuple over the levels of (B, H, W, C) in any dtype; weights, bounds; rois (R, 5) float32, levels.
+    Writes: out (R, S, S, C), in full.
+    """
+    pid = tl.program_id(0)
+    roi = (pid // (BINS * BINS)).to(tl.int64)
+    bin_y = pid // BINS % BINS
+    bin_x = pid % BINS
+    level = tl.load(levels_ptr + roi)
+    image = tl.load(rois_ptr + roi * 5)
+    image = tl.where(image >= 0, image, 0.0).to(tl.int64)  # of padding, whose bounds are empty: any number will do
+    height = tl.cast(select(heights, level, LEVELS), tl.int32)
+    width = tl.cast(select(widths, level, LEVELS), tl.int32)
+    feature_ptr = select(feature_ptrs, level, LEVELS)
+    y_bounds_ptr = bounds_ptr + (roi * 2 * BINS + bin_y) * 2
+    x_bounds_ptr = bounds_ptr + ((roi * 2 + 1) * BINS + bin_x) * 2
+    x_first = tl.load(x_bounds_ptr)
+    x_stop = tl.load(x_bounds_ptr + 1)
+    y_weights_ptr = weights_ptr + roi * 2 * longest * BINS + bin_y
+    x_weights_ptr = weights_ptr + (roi * 2 + 1) * longest * BINS + bin_x
+
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    live_c = c < channels
+    pooled = tl.zeros((PIXELS_PER_LOAD, BLOCK_C), tl.float32)
+    for y in range(tl.load(y_bounds_ptr), tl.load(y_bounds_ptr + 1)):
+        y_weight = tl.load(y_weights_ptr + y * BINS)
+        line_ptr = feature_ptr + (image * height + y) * width * channels
+        for x_begin in range(x_first, x_stop, PIXELS_PER_LOAD):
+            x = x_begin + tl.arange(0, PIXELS_PER_LOAD)
+            weight = y_weight * tl.load(x_weights_ptr + x * BINS, mask=x < x_stop, other=0.0)
+            live = (x < x_stop)[:, None] & live_c[None, :]
+            value = tl.load(line_ptr + x[:, None] * channels + c[None, :], mask=live, other=0.0)
+            pooled += weight[:, None] * value.to(tl.float32)  # (PIXELS_PER_LOAD, BLOCK_C)
+    out = tl.sum(pooled, axis=0)
+    tl.store(out_ptr + pid.to(tl.int64) * channels + c, out.to(out_ptr.dtype.element_ty), mask=live_c)
+
+
+@triton.jit(do_not_specialize=["batch", "longest"])
+def roi_align_backward_kernel(
+    out_ptr,
+    grad_ptr,
+    heights,
+    widths,
+    weights_ptr,
+    bounds_ptr,
+    hulls_ptr,
+    order_ptr,
+    begins_ptr,
+    batch,
+    channels,
+    longest,
+    LEVELS: tl.constexpr,
+    BINS: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Gather the gradient of one tile of pixels from the rois that touch it.
+
+    Grid: (tiles of all levels and images, ceil(C / BLOCK_C)); one program owns TILE_H x TILE_W pixels.
+    Reads: grad (R, S, S, C) in any dtype; weights, bounds, hulls; order (R,) int64, the rois sorted by (level, image),
+        and begins (levels * B + 1,) int64 where each pair begins in it; heights, widths, tuples over the levels.
+    Writes: out (N, C), in full.
+    """
+    tile = tl.program_id(0)
+    level = 0
+    row = tl.full((), 0, tl.int64)  # of `out`, where the level begins
+    for i in tl.static_range(LEVELS - 1):
+        height = tl.cast(heights[i], tl.int32)
+        width = tl.cast(widths[i], tl.int32)
+        tiles = batch * tl.cdiv(height, TILE_H) * tl.cdiv(width, TILE_W)
+        beyond = (level == i) & (tile >= tiles)
+        tile -= tl.where(beyond, tiles, 0)
+        row += tl.where(beyond, batch * height * width, 0)
+        level += tl.where(beyond, 1, 0)
+    height = tl.cast(select(heights, level, LEVELS), tl.int32)
+    width = tl.cast(select(widths, level, LEVELS), tl.int32)
+    tiles_x = tl.cdiv(width, TILE_W)
+    tiles = tl.cdiv(height, TILE_H) * tiles_x
+    image = tile // tiles
+    y_tile = tile % tiles // tiles_x * TILE_H
+    x_tile = tile % tiles_x * TILE_W
+
+    pixel = tl.arange(0, TILE_H * TILE_W)
+    y = y_tile + pixel // TILE_W
+    x = x_tile + pixel % TILE_W
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    live_c = c < channels
+    lane = tl.arange(0, ROIS_PER_LOOK)
+    bins = tl.arange(0, BLOCK_S)
+    total = tl.zeros((TILE_H * TILE_W, BLOCK_C), tl.float32)
+    begin = tl.load(begins_ptr + level * batch + image)
+    end = tl.load(begins_ptr + level * batch + image + 1)
+    for look in range(begin, end, ROIS_PER_LOOK):
+        known = look + lane < end
+        hull_ptr = hulls_ptr + tl.load(order_ptr + look + lane, mask=known, other=0) * 4
+        meets = known & (tl.load(hull_ptr) < y_tile + TILE_H) & (tl.load(hull_ptr + 1) > y_tile)
+        meets = meets & (tl.load(hull_ptr + 2) < x_tile + TILE_W) & (tl.load(hull_ptr + 3) > x_tile)
+        hit = tl.min(tl.where(meets, lane, ROIS_PER_LOOK))
+        while hit < ROIS_PER_LOOK:
+            roi = tl.load(order_ptr + look + hit)
+            y_bounds_ptr = bounds_ptr + (roi * 2 * BINS + bins) * 2
+            x_bounds_ptr = y_bounds_ptr + BINS * 2
+            y_meets = tl.load(y_bounds_ptr, mask=bins < BINS, other=height) < y_tile + TILE_H
+            y_meets = y_meets & (tl.load(y_bounds_ptr + 1, mask=bins < BINS, other=0) > y_tile)
+            x_meets = tl.load(x_bounds_ptr, mask=bins < BINS, other=width) < x_tile + TILE_W
+            x_meets = x_meets & (tl.load(x_bounds_ptr + 1, mask=bins < BINS, other=0) > x_tile)
+            y_live = (y >= tl.load(hulls_ptr + roi * 4)) & (y < tl.load(hulls_ptr + roi * 4 + 1))
+            x_live = (x >= tl.load(hulls_ptr + roi * 4 + 2)) & (x < tl.load(hulls_ptr + roi * 4 + 3))
+            y_weights_ptr = weights_ptr + (roi * 2 * longest + y) * BINS
+            x_weights_ptr = weights_ptr + ((roi * 2 + 1) * longest + x) * BINS
+            x_begin = tl.min(tl.where(x_meets, bins, BINS))
+            x_end = tl.max(tl.where(x_meets, bins + 1, 0))
+            for bin_y in range(tl.min(tl.where(y_meets, bins, BINS)), tl.max(tl.where(y_meets, bins + 1, 0))):
+                y_weight = tl.load(y_weights_ptr + bin_y, mask=y_live, other=0.0)  # (TILE_H * TILE_W,)
+                for bin_x in range(x_begin, x_end):
+                    weight = y_weight * tl.load(x_weights_ptr + bin_x, mask=x_live, other=0.0)
+                    row_ptr = grad_ptr + ((roi * BINS + bin_y) * BINS + bin_x) * channels
+                    grad = tl.load(row_ptr + c, mask=live_c, other=0.0).to(tl.float32)
+                    total += weight[:, None] * grad[None, :]
+            hit = tl.min(tl.where(meets & (lane > hit), lane, ROIS_PER_LOOK))
+    row += (image.to(tl.int64) * height + y) * width + x
+    live = ((y < height) & (x < width))[:, None] & live_c[None, :]
+    tl.store(out_ptr + row[:, None] * channels + c[None, :], total.to(out_ptr.dtype.element_ty), mask=live)
+
+
+def forward(geometry: PoolGeometry, features: list[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
+    """Pool the features; see `detector.ops.roi_align.roi_align`. Returns (R, C, S, S) with channels_last strides."""
+    features = [feature.permute(0, 2, 3, 1).contiguous() for feature in features]
+    channels = features[0].shape[3]
+    bins = geometry.bins
+    out = features[0].new_empty(len(rois), bins, bins, channels)  # written in full
+    if out.numel() == 0 or geometry.batch == 0:
+        return out.zero_().permute(0, 3, 1, 2)
+    rois, levels = rois.float().contiguous(), levels.contiguous()
+    block_c = min(triton.next_power_of_2(channels), MAX_BLOCK_C)
+    with torch.cuda.device_of(out):
+        weights, bounds, _ = merge(geometry, rois, levels)
+        roi_align_forward_kernel[(len(rois) * bins**2, triton.cdiv(channels, block_c))](
+            out,
+            tuple(features),
+            *extents(geometry),
+            weights,
+            bounds,
+            rois,
+            levels,
+            channels,
+            weights.shape[2],
+            LEVELS=len(features),
+            BINS=bins,
+            BLOCK_C=block_c,
+            num_warps=1,
+            enable_fp_fusion=True,
+        )
+    return out.permute(0, 3, 1, 2)
+
+
+def backward(geometry: PoolGeometry, grad: Tensor, rois: Tensor, levels: Tensor) -> Tensor:
+    """Return the gradient of all levels as one (N, C) table in the dtype of `grad` (R, C, S, S)."""
+    grad = grad.permute(0, 2, 3, 1).contiguous()
+    channels = grad.shape[3]
+    out = grad.new_empty(geometry.starts[-1], channels)  # written in full
+    if len(rois) == 0 or out.numel() == 0:
+        return out.zero_()
+    rois, levels = rois.float().contiguous(), levels.contiguous()
+    order, begins = _sort(geometry, rois, levels)
+    tiles = sum(
+        geometry.batch * triton.cdiv(height, TILE[0]) * triton.cdiv(width, TILE[1])
+        for height, width in zip(geometry.heights, geometry.widths, strict=True)
+    )
+    block_c = min(triton.next_power_of_2(channels), MAX_BLOCK_C)
+    with torch.cuda.device_of(out):
+        weights, bounds, hulls = merge(geometry, rois, levels)
+        roi_align_backward_kernel[(tiles, triton.cdiv(channels, block_c))](
+            out,
+            grad,
+            *extents(geometry),
+            weights,
+            bounds,
+            hulls,
+            order,
+            begins,
+            geometry.batch,
+            channels,
+            weights.shape[2],
+            LEVELS=len(geometry.heights),
+            BINS=geometry.bins,
+            TILE_H=TILE[0],
+            TILE_W=TILE[1],
+            BLOCK_C=block_c,
+            BLOCK_S=triton.next_power_of_2(geometry.bins),
+            num_warps=1,
+            enable_fp_fusion=True,
+        )
+    return out
+
+
+def _sort(geometry: PoolGeometry, rois: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort the rois by (level, image): (order (R,), begins (levels * B + 1,)), int64; padding goes to the ends."""
+    image = rois[:, 0].clamp(-1, geometry.batch).nan_to_num(-1).long()
+    pairs = len(geometry.strides) * geometry.batch
+    exists = (image >= 0) & (image < geometry.batch) & (levels >= 0) & (levels < len(geometry.strides))
+    key, order = (levels * geometry.batch + image).where(exists, pairs).sort(stable=True)
+    return order, torch.searchsorted(key, torch.arange(pairs + 1, device=key.device))

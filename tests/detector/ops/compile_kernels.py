@@ -1,0 +1,91 @@
+"""Compile the detector's kernels ahead of time, without a GPU, and print what the machine code uses as JSON.
+
+    python -m tests.detector.ops.compile_kernels
+
+Runs as a process of its own, because Triton's interpreter, once chosen, replaces the compiler.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from detector.ops.kernels import nms, roi_align, roi_weights
+
+TARGETS = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+LEVELS = {"heights": ("fp32",) * 4, "widths": ("fp32",) * 4}
+WEIGHTS = {"weights_ptr": "*fp32", "bounds_ptr": "*i32", "hulls_ptr": "*i32"}
+ROIS = {"rois_ptr": "*fp32", "levels_ptr": "*i64"}
+NMS = {"words_ptr": "*i64", "counts_ptr": "*i32", "keep_ptr": "*i8", "live_ptr": "*i8"}
+
+
+def kernels():
+    """Yield (name, kernel, argument types, constexprs, number of warps, fusion of products and sums)."""
+    for kind in ("fp32", "fp64"):
+        types = NMS | {"boxes_ptr": f"*{kind}"}
+        yield f"overlap {kind}", nms.nms_overlap_kernel, types, {"THRESHOLD": 0.7}, 8, False
+    yield "sweep", nms.nms_sweep_kernel, NMS, {}, 4, True
+    base = {"LEVELS": 4, "BINS": 7}
+    for ratio, candidates in ((0, roi_weights.ADAPTIVE_CANDIDATES), (2, 2)):
+        known = base | {"SAMPLING_RATIO": ratio, "CANDIDATES": candidates, "GRID_LIMIT": 1 << 20}
+        known |= {"BLOCK_L": roi_weights.BLOCK_L, "BLOCK_S": 8}
+        types = LEVELS | WEIGHTS | ROIS | {"scales": ("fp32",) * 4}
+        yield f"weights {ratio}", roi_weights.roi_align_weights_kernel, types, known, 1, False
+    tile = {"TILE_H": roi_align.TILE[0], "TILE_W": roi_align.TILE[1], "BLOCK_C": 256, "BLOCK_S": 8}
+    for kind in ("bf16", "fp32"):
+        types = LEVELS | WEIGHTS | ROIS | {"out_ptr": f"*{kind}", "feature_ptrs": (f"*{kind}",) * 4}
+        yield f"forward {kind}", roi_align.roi_align_forward_kernel, types, base | {"BLOCK_C": 256}, 1, True
+        types |= {"grad_ptr": f"*{kind}", "order_ptr": "*i64", "begins_ptr": "*i64"}
+        yield f"backward {kind}", roi_align.roi_align_backward_kernel, types, base | tile, 1, True
+
+
+def compiled(kernel, types, known, warps, fusion, target):
+    """Compile with pointers and channel counts that are multiples of 16, as in the networks of this project."""
+    signature = {name: "constexpr" if name in known else types.get(name, "i32") for name in kernel.arg_names}
+    attributes = {}
+    for index, (name, kind) in enumerate(signature.items()):
+        if isinstance(kind, tuple):
+            aligned = [(index, i) for i, part in enumerate(kind) if part.startswith("*")]
+        else:
+            aligned = [(index,)] if kind.startswith("*") or name == "channels" else []
+        attributes |= {path: [["tt.divisibility", 16]] for path in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes)
+    return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": fusion})
+
+
+def facts(code, name: str) -> dict[str, int]:
+    """Return bytes of stack (or spilled registers), shared memory, 128-bit global loads and atomics."""
+    if name.startswith("gfx"):
+        text = code.asm["amdgcn"]
+        spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text))
+        wide, atomics = r"(?:global|buffer)_load_dwordx4", r"(?:global|buffer)_atomic_"
+    else:
+        text = code.asm["ptx"]
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(code.asm["cubin"])
+            file.flush()
+            tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+            command = [tool, "--dump-resource-usage", file.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        spills = int(re.search(r"STACK:(\d+)", usage)[1])
+        wide, atomics = r"ld\.global\.v4\.b32", r"\b(?:atom|red)\.global"
+    count = {"wide_loads": len(re.findall(wide, text)), "atomics": len(re.findall(atomics, text))}
+    return {"spills": spills, "shared": code.metadata.shared, **count}
+
+
+if __name__ == "__main__":
+    found = {
+        f"{name} {target}": facts(compiled(*specification, TARGETS[target]), target)
+        for name, *specification in kernels()
+        for target in TARGETS
+    }
+    print(json.dumps(found))

@@ -1,0 +1,169 @@
+"""Mask R-CNN: what is found, counted, drawn and written where the model has masks, from start to end."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+
+import detector
+from detector import Detections
+from detector.model.mask_head import paste_masks
+from detector.ops.rle import decode_mask, encode_mask
+from detector.predict import main as predict
+from tests.train.conftest import lines, run
+from tests.train.data.test_coco_dataset import edit, open_coco
+from tests.train.evaluation.test_coco_metrics import crowded
+from train.evaluation.coco_metrics import CocoDetections, measure, results
+from train.evaluation.pictures import draw_pictures
+from train.plot import main as plot
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools.mask")
+
+
+def found_with(dataset, change=lambda mask: mask):
+    """Return the ground truth of a data set as detections, their masks changed."""
+    masks = [encode_mask(change(mask.astype(bool))) for index in range(len(dataset)) for mask in dataset.masks(index)]
+    ids, column = np.repeat(dataset.image_ids, np.diff(dataset.starts)), np.empty(len(masks), object)
+    column[:] = masks
+    return CocoDetections(ids, dataset.boxes, np.linspace(1, 0.5, len(ids), dtype=np.float32), dataset.labels, column)
+
+
+def test_perfect_masks_score_one(coco):
+    dataset = open_coco(coco, "val2017", masks=True)
+    rows = results(found_with(dataset), dataset.category_ids)
+    assert measure(rows, dataset, iou_type="segm").values["AP"] == pytest.approx(1)
+    assert measure(rows, dataset).values["AP"] == pytest.approx(1)
+    assert measure([], dataset, iou_type="segm").values["AP"] == 0
+
+
+def test_masks_count_not_boxes(coco):
+    dataset = open_coco(coco, "val2017", masks=True)
+
+    def upper_half(mask):
+        rows = np.flatnonzero(mask.any(1))
+        return mask & (np.arange(len(mask)) < rows.mean())[:, None]
+
+    rows = results(found_with(dataset, upper_half), dataset.category_ids)
+    assert measure(rows, dataset).values["AP"] == pytest.approx(1)
+    assert measure(rows, dataset, iou_type="segm").values["AP75"] == 0
+    boxes = [row.pop("bbox") for row in rows]
+    assert measure(rows, dataset, iou_type="segm").values["AP75"] == 0
+    assert len(boxes) == len(rows)
+
+
+def test_faster_evaluator_agrees_on_masks(coco):
+    pytest.importorskip("faster_coco_eval", reason="the extra fast-eval is not installed")
+    edit(coco, crowded, "val2017")
+    dataset = open_coco(coco, "val2017", masks=True)
+    random = np.random.default_rng(0)
+
+    def shift(mask):
+        return np.roll(mask, random.integers(-6, 7, 2), (0, 1))
+
+    rows = results(found_with(dataset, shift), dataset.category_ids)
+    one, two = (measure(rows, dataset, name, "segm") for name in ("pycocotools", "faster"))
+    assert 0 < one.values["AP"] < 1
+    assert two.stats == pytest.approx(one.stats, rel=0, abs=1e-15)
+
+
+def test_polygon_of_two_corners_is_no_box(coco):
+    """pycocotools takes four numbers for a box, and then all other polygons too."""
+    edit(coco, lambda c: [a["segmentation"].insert(0, [1, 1, 3, 3]) for a in c["annotations"]], "val2017")
+    dataset = open_coco(coco, "val2017", masks=True)
+    rows = results(found_with(dataset), dataset.category_ids)
+    assert measure(rows, dataset, iou_type="segm").values["AP"] == pytest.approx(1)
+
+
+def test_masks_are_pasted_at_the_size_of_the_file():
+    small = torch.rand(3, 28, 28)
+    boxes = torch.tensor([[2.0, 4.0, 22.0, 30.0], [0.0, 0.0, 40.0, 32.0], [30.0, 10.0, 39.0, 31.0]])
+    detections = Detections(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([1, 0, 1]), small)
+    found = CocoDetections.of(detections, 42, (0.5, 0.25), (128, 80))
+    expected = paste_masks(small, boxes / torch.tensor([0.5, 0.25, 0.5, 0.25]), 128, 80)
+    rows = json.loads(json.dumps(results(found, np.array([7, 3]))))
+    for row, mask in zip(rows, expected.numpy(), strict=True):
+        assert row["segmentation"]["size"] == [128, 80]
+        np.testing.assert_array_equal(coco_mask.decode(row["segmentation"]), mask)
+
+
+def test_join_with_processes_that_found_nothing(coco):
+    found = found_with(open_coco(coco, "val2017", masks=True))
+    empty = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long(), torch.zeros(0, 28, 28))
+    nothing = CocoDetections.of(empty, 3, (1.0, 1.0), (9, 9))
+    joined = CocoDetections.join([CocoDetections.join([]), nothing, found, CocoDetections.join([nothing])])
+    assert results(joined, np.array([7, 3])) == results(found, np.array([7, 3]))
+    assert results(CocoDetections.join([nothing]), np.array([7, 3])) == []
+
+
+def test_pictures_show_masks_of_both(coco, tmp_path):
+    dataset = open_coco(coco, "val2017", masks=True, limit=1)
+    found = found_with(dataset)
+    plain = CocoDetections(*list(vars(found).values())[:4])
+    shown, without = (next(draw_pictures(dataset, one, tmp_path, 1))[1].astype(int) for one in (found, plain))
+    half = shown.shape[1] // 2
+    assert (shown[:, :half] != without[:, :half]).any()
+    assert (shown[:, half + 9 :] == without[:, half + 9 :]).all()
+    boxes_only = next(draw_pictures(open_coco(coco, "val2017", limit=1), plain, tmp_path, 1))[1]
+    assert (without[:, half + 9 :] != boxes_only[:, half + 9 :]).any()
+
+
+def test_run_from_start_to_end(start, coco, tmp_path, capsys):
+    out = tmp_path / "run"
+    common = ("--data.root", coco, "--out", out, "--model.mask")
+    status, stdout, stderr = start(*common, "--max-steps", 2, "--eval-every", 9)
+    assert status == 0
+    status, stdout, stderr = start(*common)  # goes on
+    assert status == 0
+    assert "Mask R-CNN R18-FPN" in stdout
+    assert "masks AP" in stdout
+    assert "masks AP" in stderr
+    assert all(len(line) <= 80 or str(tmp_path) in line for line in stdout.splitlines())
+    losses = [line["loss_mask"] for line in lines(out) if "loss" in line]
+    assert len(losses) == 4
+    assert 0 < losses[0] < 10
+    evaluation = lines(out)[-1]
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
+    assert {f"segm_{name}" for name in names} | set(names) | {"classes", "segm_classes"} <= set(evaluation)
+    for row in json.loads((out / "detections.json").read_text()):
+        assert decode_mask(row["segmentation"]).shape == (96, 128)
+    model, _ = detector.load(out / "checkpoints" / "best.pt", "cpu")
+    assert model.config.mask
+
+    status, stdout, _ = start("--data.root", coco, "--out", out, "--eval-only")  # the checkpoint says that it has masks
+    assert status == 0
+    assert lines(out)[-1]["segm_AP"] == evaluation["segm_AP"]
+    assert "masks" in stdout
+    assert plot([str(out), "--out", str(tmp_path / "curves.png")]) == 0
+    files = [str(coco / "val2017"), "--weights", str(out / "checkpoints" / "best.pt"), "--out", str(tmp_path / "found")]
+    assert predict([*files, "--score", "0", "--device", "cpu"]) == 0
+    rows = json.loads((tmp_path / "found" / "detections.json").read_text())
+    assert rows
+    assert all(row["segmentation"]["size"] == [96, 128] for row in rows)
+    capsys.readouterr()
+
+
+def test_missing_masks_are_one_line(start, coco, tmp_path):
+    edit(coco, lambda content: [annotation.pop("segmentation") for annotation in content["annotations"]])
+    status, _, stderr = start("--data.root", coco, "--out", tmp_path / "run", "--model.mask")
+    assert status == 1
+    (line,) = stderr.strip().splitlines()
+    assert "instances_train2017.json: annotations[0] (id 1): 'segmentation': missing" in line
+    assert "--model.mask" in line
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
+def test_two_processes_find_what_one_finds(start, coco, tmp_path):
+    assert start("--data.root", coco, "--out", tmp_path / "train", "--model.mask", "--max-steps", 1)[0] == 0
+    common = ("--data.root", coco, "--eval-only", "--weights", tmp_path / "train" / "checkpoints" / "best.pt")
+    assert start(*common, "--out", tmp_path / "one")[0] == 0
+    two = run(*common, "--out", tmp_path / "two", processes=2)
+    assert two.returncode == 0, two.stderr
+    assert "masks" in two.stdout
+    one, two = (json.loads((tmp_path / name / "detections.json").read_text()) for name in ("one", "two"))
+    assert len(one) == len(two) > 0
+    for row, other in zip(one, two, strict=True):
+        assert row["image_id"] == other["image_id"]
+    (mine,), (theirs,) = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert all(mine[name] == pytest.approx(theirs[name], abs=1e-9) for name in mine if name.startswith("segm_A"))

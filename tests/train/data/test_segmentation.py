@@ -1,0 +1,145 @@
+"""Shapes of objects: drawn as pycocotools draws them, kept as flat arrays; what cannot be drawn is counted or named."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools.coco import COCO
+
+from detector.ops.rle import encode_mask
+from tests.train.data.test_coco_dataset import edit, open_coco
+from train.data.coco_dataset import BrokenImage
+from train.data.segmentation import Shapes, slices
+from train.synthetic.generate import run_lengths
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools.mask")
+SIZE = 31, 47
+
+
+def pycocotools_draws(segmentation):
+    coco = COCO()
+    coco.imgs = {1: {"height": SIZE[0], "width": SIZE[1]}}
+    return coco.annToMask({"image_id": 1, "segmentation": segmentation})
+
+
+number = st.floats(-20, 60).map(lambda value: round(value, 2))
+polygon = st.lists(st.tuples(number, number), min_size=3, max_size=8).map(lambda points: [x for p in points for x in p])
+
+
+def blob(seed):
+    return np.random.default_rng(seed).random(SIZE) < 0.4
+
+
+@given(st.lists(st.lists(polygon, min_size=1, max_size=3), min_size=1, max_size=4))
+@settings(deadline=None, max_examples=60)
+def test_polygons_are_drawn_as_pycocotools_draws_them(objects):
+    shapes = Shapes.of(objects)
+    assert len(shapes) == len(objects)
+    for index, value in enumerate(objects):
+        mask = shapes.draw(index, *SIZE)
+        assert mask.dtype == np.uint8
+        np.testing.assert_array_equal(mask, pycocotools_draws(value))
+
+
+def test_all_three_forms_side_by_side():
+    values = [
+        encode_mask(blob(0)), [[3, 4, 30, 5.5, 20, 25]], run_lengths(blob(1)),
+        [[1, 1, 9, 1, 9, 9], [20, 20, 40, 20, 30, 30, 25, 28]], encode_mask(np.zeros(SIZE, bool)),
+    ]  # fmt: skip
+    shapes = Shapes.of(values)
+    order = np.array([4, 1, 1, 2, 0, 3])
+    for taken, numbers in ((shapes, range(5)), (shapes.take(order), order), (shapes.take(order[:0]), [])):
+        assert len(taken) == len(numbers)
+        for index, number in enumerate(numbers):
+            np.testing.assert_array_equal(taken.draw(index, *SIZE), pycocotools_draws(values[number]))
+    assert not any(array.dtype.hasobject for array in vars(shapes).values())
+
+
+def test_parts_that_are_no_polygons_are_left_out():
+    triangle = [3, 4, 30, 5.5, 20, 25]
+    shapes = Shapes.of([[[1, 1, 30, 30], triangle, [5, 5, 9, 9, 5]]])
+    np.testing.assert_array_equal(shapes.draw(0, *SIZE), pycocotools_draws([triangle]))
+
+
+def test_slices_of_rows():
+    members, starts = slices(np.array([0, 2, 2, 5]), np.array([2, 0, 1, 2]))
+    assert members.tolist() == [2, 3, 4, 0, 1, 2, 3, 4]
+    assert starts.tolist() == [0, 3, 5, 5, 8]
+
+
+def test_masks_stand_in_the_order_of_the_boxes(coco):
+    edit(coco, lambda content: content["annotations"].reverse())
+    for dataset in (open_coco(coco, masks=True), open_coco(coco, masks=True, limit=3)):
+        for index in range(len(dataset)):
+            boxes, masks = dataset.truth(index)[0], list(dataset.masks(index))
+            assert len(boxes) == len(masks)
+            for (x1, y1, x2, y2), mask in zip(boxes.astype(int), masks, strict=True):
+                assert mask.shape == (96, 128)
+                assert mask[y1:y2, x1:x2].all()
+                assert mask.sum() == (x2 - x1) * (y2 - y1)
+    assert open_coco(coco).shapes is None
+
+
+@pytest.mark.parametrize("value", [[], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]], {"size": [96, 128]}, {"counts": []}])
+def test_objects_without_a_shape_are_not_trained_on(coco, value):
+    whole = open_coco(coco, masks=True)
+    edit(coco, lambda content: content["annotations"][3].update(segmentation=value))
+    dataset = open_coco(coco, masks=True)
+    assert dataset.counts.shapeless == 1
+    assert "1 without a valid polygon" in str(dataset.counts)
+    assert len(dataset.boxes) == len(dataset.shapes) == len(whole.boxes) - 1
+    assert len(dataset) == len(whole)  # the image stays
+    assert open_coco(coco).counts.shapeless == 0
+    with pytest.raises(ValueError, match="no valid polygon to compare masks with"):  # to pycocotools it would be a miss
+        open_coco(coco, masks=True, training=False)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        pytest.param(None, "missing, and a model with masks", id="null"),
+        pytest.param("abc", "expected polygons or run lengths, found 'abc'", id="string"),
+        pytest.param([1, 2, 3, 4, 5, 6], "expected polygons or run lengths", id="flat"),
+        pytest.param([[1, 2, 3, 4, 5, "6"]], "expected polygons of numbers", id="word"),
+        pytest.param([[1, 2, 3, 4, 5, float("nan")]], "expected polygons of numbers", id="nan"),
+        pytest.param({"size": [128, 96], "counts": [12288]}, "expected the size of its image, 96 x 128", id="size"),
+        pytest.param({"size": [96, 128], "counts": [7]}, "expected lengths that fill 96 x 128 pixels", id="short"),
+        pytest.param({"size": [96, 128], "counts": "~"}, "expected lengths that fill 96 x 128 pixels", id="garbage"),
+    ],
+)
+def test_malformed_shapes_are_named(coco, value, message):
+    edit(coco, lambda content: content["annotations"][3].update(segmentation=value))
+    with pytest.raises(ValueError, match=rf"instances_train2017.json: annotations\[3\] \(id 4\): .*{message}"):
+        open_coco(coco, masks=True)
+    open_coco(coco)
+
+
+def test_data_without_masks_names_the_flag(coco):
+    for split in ("train2017", "val2017"):
+        edit(coco, lambda content: [a.pop("segmentation") for a in content["annotations"]], split)
+        with pytest.raises(
+            ValueError, match=rf"{split}.json: annotations\[0\] .*'segmentation': missing.*--model.mask"
+        ):
+            open_coco(coco, split, masks=True)
+
+
+def test_crowds_need_a_mask_in_evaluation_only(coco):
+    def crowd(content):
+        content["annotations"][0].update(iscrowd=1)
+        del content["annotations"][0]["segmentation"]
+
+    edit(coco, crowd)
+    assert open_coco(coco, masks=True).counts.crowd == 1
+    with pytest.raises(ValueError, match=r"annotations\[0\]"):
+        open_coco(coco, masks=True, training=False)
+
+
+def test_image_of_another_size_is_broken(coco):
+    def shrink(content):
+        content["images"][0].update(height=95)
+
+    edit(coco, shrink)
+    broken = open_coco(coco, masks=True)[0, 0]
+    assert isinstance(broken, BrokenImage)
+    assert broken.reason.endswith("000100.png: 96 x 128 pixels, its masks are for 95 x 128")
+    assert not isinstance(open_coco(coco)[0, 0], BrokenImage)

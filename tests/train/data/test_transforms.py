@@ -1,0 +1,119 @@
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from detector import FasterRCNN, FasterRCNNConfig
+from detector.image import read_image
+from tests.conftest import GOLDEN
+from train.data.loader import collate
+from train.data.transforms import Transform, flip, resize, resize_masks
+
+sys.path.insert(0, str(GOLDEN))
+from fill import summary
+
+
+def prepared(spec):
+    """Return the sample and the ignored boxes of a golden entry."""
+    image = read_image(GOLDEN / spec["file"])
+    boxes = np.array([box["bbox"] for box in spec["instances"]], np.float32)
+    ignored = np.array([bool(box["ignore_flag"]) for box in spec["instances"]])
+    image, boxes, factor = resize(image, boxes, tuple(spec["scale"]))
+    if spec["flip"]:
+        image, boxes = flip(image, boxes)
+    return image, boxes[~ignored], boxes[ignored], factor
+
+
+@pytest.mark.parametrize("name", [f"{group}.{i}" for group in ("full", "small") for i in range(4)])
+def test_resize_and_flip_equal_mmdetection(golden, name):
+    arrays, parameters = golden("preprocess")
+    spec = parameters[name]
+    image, boxes, ignored, factor = prepared(spec)
+    assert list(image.shape[:2]) == spec["img_shape"]
+    assert factor == pytest.approx(spec["scale_factor"], abs=0)
+    got = summary(image[:, :, ::-1].transpose(2, 0, 1), 1024)
+    for key in ("shape", "stats", "samples"):
+        assert (got[key] == arrays[f"{name}.resized_chw_uint8.{key}"]).all()
+    np.testing.assert_allclose(boxes, arrays[f"{name}.gt_bboxes"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(ignored, arrays[f"{name}.ignored_bboxes"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["full.batch0", "full.batch1", "small.batch0"])
+def test_batch_equals_mmdetection(golden, name):
+    arrays, parameters = golden("preprocess")
+    spec, group = parameters[name], name.split(".")[0]
+    transform = Transform((64, 64))
+    samples = []
+    for index in spec["images"]:
+        image, boxes, _, _ = prepared(parameters[f"{group}.{index}"])
+        plain = transform(np.zeros((8, 8, 3), np.uint8), boxes, np.zeros(len(boxes), np.int64), index, 0, 0)
+        samples.append(type(plain)(image, boxes, plain.labels, index, (1.0, 1.0), 0, (8, 8)))
+    loaded = collate(samples)
+    assert list(loaded.batch.images.shape) == spec["shape"]
+    model = FasterRCNN(FasterRCNNConfig(depth=18, fpn_channels=8, fc_channels=8, num_classes=1))
+    got = summary(model.normalize(loaded.batch).numpy(), 4096)
+    for key in ("stats", "samples"):
+        np.testing.assert_allclose(got[key], arrays[f"{name}.inputs.{key}"], rtol=1e-6, atol=1e-6)
+
+
+def sample_of(transform, epoch, index):
+    image = np.arange(40 * 60 * 3, dtype=np.uint8).reshape(40, 60, 3)
+    return transform(image, np.array([[5, 5, 20, 30]], np.float32), np.array([1]), 9, epoch, index)
+
+
+def test_choices_follow_seed_epoch_and_index():
+    transform = Transform((60, 40), flip=0.5, seed=3)
+    samples = {(epoch, index): sample_of(transform, epoch, index) for epoch in range(4) for index in range(40)}
+    assert len({sample.seed for sample in samples.values()}) == 160
+    flipped = [sample.boxes[0, 0] == 40 for sample in samples.values()]
+    assert 50 < sum(flipped) < 110
+    again = sample_of(transform, 2, 7)
+    assert again.seed == samples[2, 7].seed
+    assert (again.image == samples[2, 7].image).all()
+    assert sample_of(Transform((60, 40), seed=4), 2, 7).seed != again.seed
+
+
+def test_flip_never_and_always():
+    assert (sample_of(Transform((60, 40)), 0, 0).boxes == [[5, 5, 20, 30]]).all()
+    mirrored = sample_of(Transform((60, 40), flip=1.0), 0, 0)
+    assert (mirrored.boxes == [[40, 5, 55, 30]]).all()
+    assert (mirrored.image == sample_of(Transform((60, 40)), 0, 0).image[:, ::-1]).all()
+
+
+def test_multi_scale_draws_the_short_side():
+    transform = Transform((120, 40), short_sides=(32, 64))
+    heights = {sample_of(transform, 0, index).image.shape[0] for index in range(20)}
+    assert heights == {32, 64}
+
+
+def test_boxes_are_clipped_not_dropped():
+    image = np.zeros((10, 20, 3), np.uint8)
+    boxes = np.array([[-5, -5, 10, 30], [25, 0, 30, 5]], np.float32)
+    assert (resize(image, boxes, (20, 10))[1] == [[0, 0, 10, 10], [20, 0, 20, 5]]).all()
+    assert torch.from_numpy(resize(image, boxes, (20, 10))[1]).dtype == torch.float32
+
+
+def test_masks_follow_the_image():
+    image = np.zeros((40, 60, 3), np.uint8)
+    masks = np.random.default_rng(0).integers(0, 2, (2, 40, 60)).astype(np.uint8)
+    image[..., 0] = 255 * masks[0]
+    boxes, labels = np.zeros((2, 4), np.float32), np.zeros(2, np.int64)
+    plain, mirrored = (
+        Transform((120, 80), flip=share)(image, boxes, labels, 9, 0, 0, iter(masks)) for share in (0.0, 1.0)
+    )
+    assert plain.masks.dtype == np.uint8
+    assert (plain.masks == masks.repeat(2, 1).repeat(2, 2)).all()
+    assert (mirrored.masks == plain.masks[:, :, ::-1]).all()
+    assert mirrored.masks.flags.c_contiguous
+    same = Transform((60, 40))(image, boxes, labels, 9, 0, 0, iter(masks))
+    assert (same.masks == masks).all()
+    assert same.size == plain.size == (40, 60)
+
+
+def test_masks_shrink_to_the_nearest_pixel():
+    masks = np.random.default_rng(0).integers(0, 2, (3, 41, 67)).astype(np.uint8)
+    small = resize_masks(iter(masks), 3, (20, 31))
+    rows, columns = (np.floor(np.arange(new) * (old / new)).astype(int) for old, new in ((41, 20), (67, 31)))
+    assert (small == masks[:, rows][:, :, columns]).all()
+    assert resize_masks(iter(()), 0, (20, 31)).shape == (0, 20, 31)

@@ -1,0 +1,308 @@
+"""The operators as torch sees them: every backend through one door, autograd, compile, autocast, meta tensors."""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
+
+from tests.triton_dcn.cases import CASES, device_of, golden_case, make_case, relative
+from triton_dcn import DeformConv2d, deform_conv2d
+from triton_dcn.functional import convolve
+from triton_dcn.operator import backward_op, forward_op
+
+BACKENDS = ["reference", "torch", "triton"]
+GOLDEN_NAMES = [f"c{i:02d}" for i in range(25)]
+
+
+def run(case, backend):
+    """Return, on the CPU, the output and the gradients of input, offset, mask, weight, bias."""
+    device = device_of(backend)
+    leaves = [None if t is None else t.to(device, copy=True).requires_grad_() for t in (*case.tensors, case.bias)]
+    x, offset, mask, weight, bias = leaves
+    arguments = case.arguments | {"mask": mask, "bias": bias}
+    output = deform_conv2d(x, offset, weight, backend=backend, **arguments)
+    output.backward(case.grad_output.to(device))
+    return output.cpu(), [None if leaf is None else leaf.grad.cpu() for leaf in leaves]
+
+
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+@pytest.mark.parametrize(
+    ("backend", "dtype", "limit"),
+    [("reference", torch.float64, 1e-12), ("torch", torch.float64, 1e-12), ("torch", torch.float32, 2e-6),
+     ("triton", torch.float32, 2e-6)],
+)  # fmt: skip
+def test_golden(golden, name, backend, dtype, limit):
+    case = golden_case(golden, name, dtype)
+    output, grads = run(case, backend)
+    assert relative(output, case.output) < limit
+    for found, expected in zip(grads, (*case.grads, case.grad_bias), strict=True):
+        assert (found is None) == (expected is None)
+        assert found is None or relative(found, expected) < limit
+
+
+@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_is_as_good_as_the_reference_in_half(name, backend, dtype):
+    """Error against float64 on the same rounded inputs: at most twice that of the reference in this dtype."""
+    case = make_case(CASES[name], dtype)
+    rounded = copy.copy(case)
+    rounded.tensors = tuple(None if t is None else t.double() for t in case.tensors)
+    rounded.bias = None if case.bias is None else case.bias.double()
+    rounded.grad_output = case.grad_output.double()
+    truth, true_grads = run(rounded, "reference")
+    output, grads = run(case, backend)
+    plain, plain_grads = run(case, "reference")
+    floor = 2 * torch.finfo(dtype).eps
+    assert output.dtype == dtype
+    assert relative(output, truth) <= 2 * relative(plain, truth) + floor
+    for found, reference, expected in zip(grads, plain_grads, true_grads, strict=True):
+        assert (found is None) == (expected is None)
+        if found is not None:
+            assert found.dtype == dtype
+            assert relative(found, expected) <= 2 * relative(reference, expected) + floor
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_outside_the_image_do_not_count(backend):
+    """Not even NaN, beside an offset that is NaN or leads far away: every result is that with another mask there."""
+    case = make_case((2, 4, 2, (3, 4), (1, 2), (1, 1), (0, 1), (1, 1), 1, 2, True, True), torch.float32)
+    _, offset, mask, _ = case.tensors
+    mask[..., :2] = 0.5
+    offset[..., 0], offset[..., 1] = torch.nan, 100
+    expected, expected_grads = run(case, backend)
+    mask[..., :2] = torch.nan
+    output, grads = run(case, backend)
+    assert not grads[2][..., :2].any()
+    for found, same in zip((output, *grads), (expected, *expected_grads), strict=True):
+        assert found.isfinite().all()
+        assert relative(found, same) < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_outside_the_image_do_not_count(backend):
+    """Likewise for a packed map, from a layer whose weights have a NaN: offset and logit are NaN together."""
+    case = make_case(CASES["plain"], torch.float32, device_of(backend))
+    x, offset, mask, weight = case.tensors
+    packed = torch.cat([offset, mask], 1)
+    packed[:, :, 2, 3] = torch.nan
+    packed.requires_grad_()
+    settings = case.bias, case.geom.stride, case.geom.padding, case.geom.dilation
+    output = convolve(x, packed, weight, *settings, None, packed=True, backend=backend)
+    (grad,) = torch.autograd.grad(output, packed, case.grad_output)
+    assert output.isfinite().all()
+    assert grad.isfinite().all()
+    assert not grad[:, :, 2, 3].any()
+
+
+@pytest.mark.parametrize("name", ["groups", "v1", "odd", "empty"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_gradcheck(name, backend):
+    case = make_case(CASES[name], torch.float64)
+    x, offset, mask, weight = case.tensors
+    leaves = [t.requires_grad_() for t in (x, offset, mask, weight, case.bias) if t is not None]
+
+    def call(x, offset, *rest):
+        rest = iter(rest)
+        m = next(rest) if mask is not None else None
+        w = next(rest)
+        b = next(rest) if case.bias is not None else None
+        return deform_conv2d(x, offset, w, backend=backend, **(case.arguments | {"mask": m, "bias": b}))
+
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["plain", "v1"])
+def test_opcheck(name, backend):
+    case = make_case(CASES[name], torch.float32, device_of(backend))
+    x, offset, mask, weight = (None if t is None else t.requires_grad_() for t in case.tensors)
+    settings = (list(case.geom.stride), list(case.geom.padding), list(case.geom.dilation), backend)
+    torch.library.opcheck(forward_op, (x, offset, mask, weight, case.bias, *settings))
+    detached = [None if t is None else t.detach() for t in (x, offset, mask, weight)]
+    needs = [True, False, mask is not None, True]
+    torch.library.opcheck(backward_op, (case.grad_output, *detached, *settings, needs))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_packed_and_rectified(backend):
+    case = make_case(CASES["plain"], torch.float32, device_of(backend))
+    x, offset, mask, weight = case.tensors
+    packed = torch.cat([offset, mask], 1).contiguous(memory_format=torch.channels_last)
+    settings = (list(case.geom.stride), list(case.geom.padding), list(case.geom.dilation), backend)
+    leaves = [t.requires_grad_() for t in (x, packed)]
+    torch.library.opcheck(forward_op, (*leaves, None, weight.requires_grad_(), case.bias, *settings, True, True))
+    detached = [None if t is None else t.detach() for t in (*leaves, None, weight)]
+    torch.library.opcheck(
+        backward_op, (case.grad_output, *detached, *settings, [True, True, False, True], True)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("needed", range(5))
+def test_each_gradient_alone(needed):
+    case = make_case(CASES["groups"], torch.float64)
+    _, every = run(case, "reference")
+    for backend in ("reference", "torch"):
+        leaves = [t.clone().requires_grad_(i == needed) for i, t in enumerate((*case.tensors, case.bias))]
+        x, offset, mask, weight, bias = leaves
+        arguments = case.arguments | {"mask": mask, "bias": bias}
+        deform_conv2d(x, offset, weight, backend=backend, **arguments).backward(case.grad_output)
+        for i, leaf in enumerate(leaves):
+            assert (leaf.grad is not None) == (i == needed)
+        assert relative(leaves[needed].grad, every[needed]) < 1e-12
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph(dynamic):
+    """Without a break, static and dynamic shapes, forward and backward."""
+    compiled = torch.compile(deform_conv2d, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for size in ((7, 9), (8, 6)):
+        case = make_case((2, 8, 6, size, *CASES["plain"][4:]), torch.float32)
+        leaves = [t.clone().requires_grad_() for t in case.tensors]
+        x, offset, mask, weight = leaves
+        output = compiled(x, offset, weight, **(case.arguments | {"mask": mask}))
+        output.backward(case.grad_output)
+        expected, grads = run(case, "torch")
+        assert torch.equal(output, expected)
+        for leaf, grad in zip(leaves, grads, strict=False):
+            assert torch.equal(leaf.grad, grad)
+
+
+def test_compile_once_for_maps_of_every_size():
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    layer = DeformConv2d(4, 4, 3, padding=1)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for size in ((80, 72), (72, 80)):
+        x, offset, mask = (torch.rand(1, channels, *size) for channels in (4, 18, 9))
+        assert torch.equal(compiled(x, offset, mask), layer(x, offset, mask))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", [None, "reference", "torch"])
+def test_meta_tensors(backend):
+    """Shapes and layouts without numbers, as when a model is built on device meta."""
+    case = make_case(CASES["odd"], torch.float32, "meta")
+    x, offset, mask, weight = (tensor.requires_grad_() for tensor in case.tensors)
+    x = x.to(memory_format=torch.channels_last)
+    output = deform_conv2d(x, offset, weight, backend=backend, **case.arguments)
+    assert output.is_meta
+    assert output.shape == case.geom.output_shape
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    grads = torch.autograd.grad(output, (x, offset, mask, weight), case.grad_output)
+    assert [grad.shape for grad in grads] == [tensor.shape for tensor in case.tensors]
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_channels_last_in_channels_last_out(backend):
+    case = make_case(CASES["plain"], torch.float32)
+    expected, grads = run(case, backend)
+    assert expected.is_contiguous()
+    x, offset, _, weight = case.tensors
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    output = deform_conv2d(x, offset, weight, backend=backend, **case.arguments)
+    output.backward(case.grad_output)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(x.grad, grads[0])
+
+
+def test_autocast_leaves_coordinates_alone():
+    """Input and weight are computed in the autocast dtype; offset, mask and their gradients stay float32."""
+    case = make_case(CASES["plain"], torch.float32)
+    leaves = [t.clone().requires_grad_() for t in case.tensors]
+    x, offset, mask, weight = leaves
+    with torch.autocast("cpu", torch.bfloat16):
+        output = deform_conv2d(x, offset, weight, **(case.arguments | {"mask": mask}))
+    assert output.dtype == torch.bfloat16
+    output.sum().backward()
+    assert all(leaf.grad.dtype == torch.float32 for leaf in leaves)
+    rounded = deform_conv2d(
+        x.bfloat16(), offset, weight.bfloat16(), **(case.arguments | {"mask": mask, "bias": case.bias.bfloat16()})
+    )
+    assert torch.equal(output, rounded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_takes_coordinates_of_its_dtype(dtype):
+    """As they come from a convolution under autocast, beside an input that does not."""
+    case = make_case(CASES["plain"], torch.float32)
+    x, offset, mask, weight = case.tensors
+    offset, mask = offset.to(dtype), mask.to(dtype)
+    with torch.autocast("cpu", dtype):
+        output = deform_conv2d(x, offset, weight, **(case.arguments | {"mask": mask}))
+    half = case.arguments | {"mask": mask, "bias": case.bias.to(dtype)}
+    assert torch.equal(output, deform_conv2d(x.to(dtype), offset, weight.to(dtype), **half))
+
+
+def test_modes_and_hooks():
+    """no_grad, inference mode, tensor hooks and activation checkpointing."""
+    case = make_case(CASES["plain"], torch.float32)
+    expected, grads = run(case, "torch")
+    x, offset, mask, weight = (t.clone().requires_grad_() for t in case.tensors)
+    arguments = case.arguments | {"mask": mask}
+    with torch.no_grad():
+        assert not deform_conv2d(x, offset, weight, **arguments).requires_grad
+    with torch.inference_mode():
+        assert torch.equal(deform_conv2d(x, offset, weight, **arguments), expected)
+    seen = []
+    hook = x.register_hook(lambda grad: seen.append(grad.clone()))
+    deform_conv2d(x, offset, weight, **arguments).backward(case.grad_output)
+    hook.remove()  # torch 2.7 forgets hooks where any operator of torch.library is checkpointed
+    assert torch.equal(seen[0], grads[0])
+    x.grad = None
+    output = torch.utils.checkpoint.checkpoint(
+        lambda x: deform_conv2d(x, offset, weight, **arguments), x, use_reentrant=False
+    )
+    output.backward(case.grad_output)
+    assert torch.equal(x.grad, grads[0])
+
+
+def test_double_backward_is_a_clear_error():
+    case = make_case(CASES["plain"], torch.float64)
+    x, offset, _, weight = case.tensors
+    output = deform_conv2d(x.requires_grad_(), offset, weight, **case.arguments)
+    (grad,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivatives"):
+        grad.sum().backward()
+
+
+# of torch itself, where forward mode is first used
+QUIET = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
+
+def dual(call, tensor):
+    with forward_ad.dual_level():
+        return call(forward_ad.make_dual(tensor, torch.ones_like(tensor)))
+
+
+@QUIET
+@pytest.mark.parametrize("name", ["input", "offset", "mask", "weight", "bias"])
+@pytest.mark.parametrize(
+    "way", [dual, lambda call, tensor: torch.func.jvp(call, (tensor,), (tensor,)),
+            lambda call, tensor: torch.func.jacfwd(call)(tensor)],
+    ids=["dual_level", "jvp", "jacfwd"],
+)  # fmt: skip
+def test_forward_mode_is_a_clear_error(way, name):
+    """In the place of a derivative of zero, which torch gives an operator without a formula."""
+    case = make_case(CASES["plain"], torch.float32)
+    x, offset, _, weight = case.tensors
+    arguments = {"input": x, "offset": offset, "weight": weight, **case.arguments}
+    with pytest.raises(NotImplementedError, match="deform_conv2d"):
+        way(lambda tensor: deform_conv2d(**(arguments | {name: tensor})), arguments[name])
+
+
+@QUIET
+def test_constants_in_forward_mode():
+    """What has no tangent may be convolved while others have one."""
+    case = make_case(CASES["plain"], torch.float32)
+    x, offset, _, weight = case.tensors
+    output = deform_conv2d(x, offset, weight, **case.arguments)
+
+    def scaled(factor):
+        return factor * deform_conv2d(x, offset, weight, **case.arguments)
+
+    found, tangent = torch.func.jvp(scaled, (torch.tensor(2.0),), (torch.tensor(3.0),))
+    torch.testing.assert_close((found, tangent), (2 * output, 3 * output))
