@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_dcn.geometry import ConvGeometry
+from triton_dcn.geometry import ConvGeometry, conv_output_size
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Case:
     @property
     def out_size(self) -> tuple[int, int]:
         """Height and width of the output."""
-        sizes = zip((self.height, self.width), self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes)
+        size = (self.height, self.width)
+        return conv_output_size(size, self.kernel, self.stride, self.padding, self.dilation)
 
     @property
     def shape(self) -> str:

@@ -14,12 +14,19 @@ class ConvGeometry:
     """The integers that describe a deformable convolution; pairs are (y, x).
 
     Attributes:
-        batch, in_channels, height, width: shape of the input.
-        out_channels, kernel: from the weight.
-        stride, padding, dilation: of the sampling grid, in input pixels.
-        groups: channel groups of the contraction.
-        offset_groups: groups of input channels that share offsets and mask.
-        out_height, out_width: extent of the output.
+        batch: images, B.
+        in_channels: channels of the input, C.
+        height: of the input, H.
+        width: of the input, W.
+        out_channels: channels of the output, O.
+        kernel: size of the kernel (kh, kw).
+        stride: input pixels from one output position to the next.
+        padding: input pixels that the first output position lies outside the image.
+        dilation: input pixels from one tap to the next.
+        groups: channel groups of the convolution, G.
+        offset_groups: groups of input channels that share offsets and mask, D.
+        out_height: of the output, Ho.
+        out_width: of the output, Wo.
     """
 
     batch: int
@@ -66,72 +73,129 @@ class ConvGeometry:
         Args:
             input: (B, C, H, W).
             offset: (B, 2*D*K, Ho, Wo) for D offset groups and K taps.
-            weight: (O, C/groups, kh, kw).
+            weight: (O, C/G, kh, kw).
             mask: (B, D*K, Ho, Wo) or None.
-            stride, padding, dilation: (y, x).
+            stride: (y, x).
+            padding: (y, x).
+            dilation: (y, x).
 
         Raises:
-            ValueError: names the argument, what was expected and what was found.
+            ValueError: names the argument, what was expected and what was given.
         """
-        for name, tensor in (("input", input), ("offset", offset), ("weight", weight), ("mask", mask)):
-            if tensor is not None and tensor.dim() != 4:
-                raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")
-        for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-            check_least(name, pair, least)
+        _check_four_dimensions(input=input, offset=offset, weight=weight, mask=mask)
+        check_minimum("stride", stride, 1)
+        check_minimum("padding", padding, 0)
+        check_minimum("dilation", dilation, 1)
+
         batch, in_channels, height, width = input.shape
-        out_channels, group_channels, kernel_y, kernel_x = weight.shape
-        (stride_y, stride_x), (padding_y, padding_x), (dilation_y, dilation_x) = stride, padding, dilation
-        kernel, taps = (kernel_y, kernel_x), kernel_y * kernel_x
         if 0 in weight.shape:
-            raise ValueError(f"weight must not be empty, got shape {tuple(weight.shape)}")
+            raise ValueError(f"weight: expected no dimension of size 0, got shape {tuple(weight.shape)}")
         if height < 1 or width < 1:
-            raise ValueError(f"input has images of {height}x{width}, expected at least 1x1")
-        if in_channels == 0 or in_channels % group_channels:
+            raise ValueError(f"input: expected images of at least 1x1, got {height}x{width}")
+        groups = _count_groups(in_channels, weight)
+
+        kernel = weight.shape[2:]
+        out_height, out_width = conv_output_size((height, width), kernel, stride, padding, dilation)
+        if out_height <= 0 or out_width <= 0:  # not min(): it would tie a compiled program to H < W, or to H > W
             raise ValueError(
-                f"input has {in_channels} channels, expected a multiple of weight.shape[1] = {group_channels}"
+                f"output: expected at least 1x1, got {out_height}x{out_width} from an input of {height}x{width} with "
+                f"kernel {tuple(kernel)}, stride {tuple(stride)}, padding {tuple(padding)}, dilation {tuple(dilation)}"
             )
-        groups = in_channels // group_channels
-        if out_channels % groups:
-            raise ValueError(
-                f"weight has {out_channels} output channels, expected a multiple of the {groups} groups that follow "
-                f"from {in_channels} input channels over weight.shape[1] = {group_channels}"
-            )
-        extent = [
-            (size + 2 * p - (d * (k - 1) + 1)) // s + 1
-            for size, k, s, p, d in zip((height, width), kernel, stride, padding, dilation, strict=True)
-        ]
-        if extent[0] <= 0 or extent[1] <= 0:  # not min(): it would tie a compiled program to H < W, or to H > W
-            raise ValueError(
-                f"input of {height}x{width} with kernel {kernel}, stride {tuple(stride)}, padding "
-                f"{tuple(padding)}, dilation {tuple(dilation)} gives an output of {extent[0]}x{extent[1]}, "
-                "expected at least 1x1"
-            )
-        offset_groups = offset.shape[1] // (2 * taps)
-        if offset_groups == 0 or offset.shape[1] % (2 * taps) or in_channels % offset_groups:
-            raise ValueError(
-                f"offset has {offset.shape[1]} channels, expected 2 * {taps} taps * a number of offset groups that "
-                f"divides the {in_channels} input channels"
-            )
-        for name, tensor, channels in (
-            ("offset", offset, 2 * offset_groups * taps),
-            ("mask", mask, offset_groups * taps),
-        ):
-            expected = (batch, channels, *extent)
-            if tensor is not None and tuple(tensor.shape) != expected:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
+
+        taps = kernel[0] * kernel[1]
+        offset_groups = _count_offset_groups(in_channels, taps, offset)
+        _check_shape("offset", offset, (batch, 2 * offset_groups * taps, out_height, out_width))
+        if mask is not None:
+            _check_shape("mask", mask, (batch, offset_groups * taps, out_height, out_width))
+
         return ConvGeometry(
-            batch, in_channels, height, width, out_channels, kernel, (stride_y, stride_x), (padding_y, padding_x),
-            (dilation_y, dilation_x), groups, offset_groups, *extent,
-        )  # fmt: skip
+            batch=batch,
+            in_channels=in_channels,
+            height=height,
+            width=width,
+            out_channels=weight.shape[0],
+            kernel=_pair(kernel),
+            stride=_pair(stride),
+            padding=_pair(padding),
+            dilation=_pair(dilation),
+            groups=groups,
+            offset_groups=offset_groups,
+            out_height=out_height,
+            out_width=out_width,
+        )
 
 
-def check_least(name: str, pair: Sequence[int], least: int) -> None:
-    """Raise ValueError, which names the argument, where one of a pair is below `least`."""
-    if min(pair) < least:
-        raise ValueError(f"{name} must be at least {least} in both directions, got {tuple(pair)}")
+def conv_output_size(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    """Return height and width of the output of a convolution; every argument is (y, x)."""
+    height, width = [
+        (size[axis] + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis] + 1
+        for axis in (0, 1)
+    ]
+    return height, width
 
 
-def spans(total: int, most: int) -> list[slice]:
-    """Cut range(total) into even slices of at most `most`."""
-    step = math.ceil(total / math.ceil(total / most)) if total else 1
-    return [slice(start, min(start + step, total)) for start in range(0, total, step)]
+def check_minimum(name: str, pair: Sequence[int], minimum: int) -> None:
+    """Raise ValueError, which names the argument, where one of a pair is below `minimum`."""
+    if min(pair) < minimum:
+        raise ValueError(f"{name}: expected at least {minimum} in both directions, got {tuple(pair)}")
+
+
+def even_slices(total: int, longest: int) -> list[slice]:
+    """Divide range(total) into slices of nearly the same length, which is at most `longest`."""
+    if total == 0:
+        return []
+    count = math.ceil(total / longest)
+    length = math.ceil(total / count)
+    return [slice(start, min(start + length, total)) for start in range(0, total, length)]
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    y, x = values
+    return y, x
+
+
+def _check_four_dimensions(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dim() != 4:
+            raise ValueError(f"{name}: expected 4 dimensions, got shape {tuple(tensor.shape)}")
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
+
+
+def _count_groups(in_channels: int, weight: Tensor) -> int:
+    """Return G, which follows from the input's channels and the weight."""
+    out_channels, channels_per_group = weight.shape[:2]
+    if in_channels == 0 or in_channels % channels_per_group:
+        raise ValueError(
+            f"input: expected a multiple of weight.shape[1] = {channels_per_group} channels, got {in_channels} channels"
+        )
+
+    groups = in_channels // channels_per_group
+    if out_channels % groups:
+        raise ValueError(
+            f"weight: expected a multiple of {groups} output channels for the {groups} groups that follow from "
+            f"{in_channels} input channels over weight.shape[1] = {channels_per_group}, got {out_channels} output "
+            "channels"
+        )
+    return groups
+
+
+def _count_offset_groups(in_channels: int, taps: int, offset: Tensor) -> int:
+    """Return D, which follows from the offset's channels."""
+    channels = offset.shape[1]
+    offset_groups = channels // (2 * taps)
+    if offset_groups == 0 or channels % (2 * taps) or in_channels % offset_groups:
+        raise ValueError(
+            f"offset: expected 2 * {taps} taps * D channels, where the number of offset groups D divides the "
+            f"{in_channels} input channels, got {channels} channels"
+        )
+    return offset_groups

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_dcn.functional import convolve, pair
-from triton_dcn.geometry import check_least
+from triton_dcn.geometry import check_minimum
 
 
 class DeformConv2d(nn.Module):
@@ -247,5 +247,5 @@ def _extent(name: str, value: int | tuple[int, int], least: int = 1) -> tuple[in
         ValueError: it is no pair of ints, or below `least`.
     """
     extent = pair(name, value)
-    check_least(name, extent, least)
+    check_minimum(name, extent, least)
     return extent

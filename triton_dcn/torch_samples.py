@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from triton_dcn.geometry import ConvGeometry, spans
+from triton_dcn.geometry import ConvGeometry, even_slices
 
 CHUNK_BYTES = 8 << 20
 """Size of the columns and indices of one piece; the backward pass holds a few such buffers."""
@@ -53,10 +53,10 @@ def cut(geom: ConvGeometry, itemsize: int) -> Iterator[tuple[slice, list[tuple[s
     image = max(geom.positions * column, (geom.height + 3) * (geom.width + 2) * pixel)
     piece = max(CHUNK_BYTES, CHUNK_WEIGHTS * geom.out_channels * geom.taps * pixel // geom.groups)
     blocks = [
-        (block, spans(block.stop - block.start, max(1, piece // column)))
-        for block in spans(geom.positions, max(1, CHUNK_BYTES // sample))
+        (block, even_slices(block.stop - block.start, max(1, piece // column)))
+        for block in even_slices(geom.positions, max(1, CHUNK_BYTES // sample))
     ]
-    for images in spans(geom.batch, max(1, CHUNK_BYTES // image)):
+    for images in even_slices(geom.batch, max(1, CHUNK_BYTES // image)):
         yield images, blocks
 
 

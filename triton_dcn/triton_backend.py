@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from triton_dcn import launchers, tile_table
-from triton_dcn.geometry import ConvGeometry, spans
+from triton_dcn.geometry import ConvGeometry, even_slices
 from triton_dcn.launchers import SampleArrays
 from triton_dcn.matmul import accumulate, multiply, multiply_groups
 
@@ -208,7 +208,7 @@ def _slices(geom: ConvGeometry, need: str) -> Iterator[tuple[ConvGeometry, slice
         # one chunk of column gradients a slice: each goes through all bins of the slice
         bytes_per_image = max(bytes_per_image, geom.positions * geom.taps * geom.in_channels * 4)
     fit = max(1, min((tile_table.MAX_PIXELS - 1) // pixels, tile_table.WORKSPACE_BYTES // bytes_per_image))
-    for images in spans(geom.batch, fit):
+    for images in even_slices(geom.batch, fit):
         yield replace(geom, batch=images.stop - images.start), images
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from triton_dcn.geometry import ConvGeometry
+from triton_dcn.geometry import ConvGeometry, conv_output_size
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where the Triton kernels run; on a CPU that is in Triton's interpreter, see `tests/conftest.py`."""
@@ -74,14 +74,13 @@ def make_case(spec: tuple, dtype: torch.dtype, device: str = "cpu", seed: int = 
         return torch.randn(*shape, generator=draw, dtype=torch.float64)
 
     taps = kernel[0] * kernel[1]
-    extent = [
-        (n + 2 * p - (d * (k - 1) + 1)) // s + 1
-        for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
-    ]
+    out_size = conv_output_size(size, kernel, stride, padding, dilation)
     x, weight = normal(batch, channels, *size), normal(out, channels // groups, *kernel)
-    whole = (normal(batch, 2 * offset_groups * taps, *extent) * spread).floor()
+    whole = (normal(batch, 2 * offset_groups * taps, *out_size) * spread).floor()
     offset = whole + 0.1 + 0.8 * torch.rand(whole.shape, generator=draw, dtype=torch.float64)
-    mask = torch.rand(batch, offset_groups * taps, *extent, generator=draw, dtype=torch.float64) if with_mask else None
+    mask = (
+        torch.rand(batch, offset_groups * taps, *out_size, generator=draw, dtype=torch.float64) if with_mask else None
+    )
     bias = normal(out) if with_bias else None
     to = {"device": device, "dtype": dtype}
     x, offset, weight = x.to(**to), offset.to(**to), weight.to(**to)

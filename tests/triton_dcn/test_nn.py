@@ -78,8 +78,8 @@ def test_deform_conv2d_module():
         (lambda: DeformConv2d(4, 0, 3), "out_channels = 0 must be positive"),
         (lambda: DeformConv2d(4, 4, 3, groups=0), "groups = 0"),
         (lambda: DeformConv2dPack(4, 4, 3, deform_groups=0), "deform_groups = 0"),
-        (lambda: DeformConv2dPack(4, 4, 0), "kernel_size must be at least 1"),
-        (lambda: DeformConv2dPack(4, 4, 3, padding=-1), "padding must be at least 0"),
+        (lambda: DeformConv2dPack(4, 4, 0), "kernel_size: expected at least 1"),
+        (lambda: DeformConv2dPack(4, 4, 3, padding=-1), "padding: expected at least 0"),
         (lambda: DeformConv2d(4, 2, 3)(torch.zeros(1, 8, 3, 3), torch.zeros(1, 18, 1, 1)), "expected in_channels = 4"),
     ],
 )
