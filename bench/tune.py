@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench import compiled_code
 from bench.cases import Case, Inputs, make_inputs, select
 from bench.choices import Choice, choices
 from bench.deform_conv import DTYPES, allow_tf32, environment, gpu_or_dry_run, timing_row
@@ -80,16 +79,12 @@ def tune(
 
 
 def new_row(timed: dict[Choice, Timing]) -> TileRow | None:
-    """Return the fastest tile with what the compiler made of it, or None where it gains less than `GAIN`."""
+    """Return the row of the fastest tile, or None where it gains less than `GAIN`."""
     table = next((timing.p50 for choice, timing in timed.items() if choice.label == "table"), None)
     best = next((choice for choice in timed if choice.row), None)
     if table is None or best is None or timed[best].p50 > table / GAIN:
         return None
-    (arch,) = best.row.archs
-    if arch not in compiled_code.TARGETS:
-        return best.row
-    report = compiled_code.compile_row(best.row, arch)
-    return replace(best.row, registers=(report.registers,), shared=report.shared)
+    return best.row
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -51,8 +51,6 @@ class TileRow:
         archs: "sm80", "sm90", "sm100", "gfx942" (by family: 12.x is served as sm80) or "interpreter".
         arithmetic: "half", "tf32", "float32" or "any".
         channels: largest size class: input channels of an offset group; output channels for "t_columns".
-        registers: per thread, the most that `bench.compiled_code` found with Triton 3.6 and 3.7, for each of `archs`.
-        shared: likewise bytes of shared memory, the most of any of `archs`.
     """
 
     stage: str
@@ -61,8 +59,6 @@ class TileRow:
     arithmetic: str
     channels: int
     tile: Tile
-    registers: tuple[int, ...] = ()
-    shared: int = 0
 
 
 ANY = 1 << 30
@@ -71,63 +67,39 @@ WORD_KERNELS = ("forward_transposed", "columns", "grad_sample_fused", "grad_samp
 EXACT_STAGES = ("forward", "grad_sample_fused")
 HOST = ("interpreter",)
 GPUS = ("sm80", "sm90", "sm100", "gfx942")
-TESTED = ("sm80", "sm90", "gfx942")  # thresholds asserted in CI; sm100 is reported only
 PORTABLE = ("sm80", "gfx942")
-REGISTER_SLACK = 8  # over a row's numbers, for another version of the compiler
-SHARED_LIMIT = 99 << 10  # bytes a block may have on every target
-BARRIER_LIMITS = {"grad_sample_fused": 20}  # in the code; every tile that changes its layout on the way adds two
 TABLE: tuple[TileRow, ...] = (
-    TileRow("sampling", "sampling", GPUS, "any", ANY, Tile(256), (32, 32, 32, 15)),
-    TileRow("bins", "bins", GPUS, "any", ANY, Tile(256), (48, 48, 54, 14), 2 << 10),
-    TileRow("forward", "forward_transposed", ("sm90",), "half", 128, Tile(128, 128, 32, 8, 128), (128,), 16 << 10),
-    TileRow("forward", "forward_transposed", ("sm100",), "half", 128, Tile(64, 128, 32, 4), (126,), 13 << 10),
-    TileRow("forward", "forward_transposed", ("sm90",), "half", 256, Tile(64, 256, 32, 8), (128,), 20 << 10),
-    TileRow("forward", "forward_transposed", ("sm90", "sm100"), "half", 256, Tile(64, 64, 32, 4), (107, 80), 9 << 10),
-    TileRow("forward", "forward_transposed", ("sm90",), "tf32", 128, Tile(64, 128, 32, 8), (128,), 24 << 10),
-    TileRow("forward", "forward_transposed", ("sm90",), "tf32", 256, Tile(64, 256, 16, 8), (164,), 32 << 10),
-    TileRow("forward", "forward_prefetch", ("sm80",), "half", 128, Tile(64, 128, 32, 8), (120,), 16 << 10),
-    TileRow("forward", "forward_prefetch", ("gfx942",), "half", 128, Tile(64, 128, 32, 4), (124,), 8 << 10),
-    TileRow("forward", "forward_prefetch", PORTABLE, "half", 256, Tile(64, 256, 32, 8), (196, 134), 20 << 10),
-    TileRow("forward", "forward_prefetch", PORTABLE, "half", 256, Tile(64, 64, 32, 4), (156, 96), 8 << 10),
-    TileRow("forward", "forward_prefetch", ("sm80",), "tf32", 128, Tile(64, 128, 16, 8), (128,), 12 << 10),
-    TileRow("forward", "forward_prefetch", ("sm80",), "tf32", 256, Tile(64, 256, 16, 8), (194,), 20 << 10),
-    TileRow("columns", "columns", GPUS, "half", ANY, Tile(32, 0, 64, 4), (64, 64, 58, 56)),
-    TileRow("columns", "columns", GPUS, "any", ANY, Tile(16, 0, 64, 4), (56, 56, 56, 37)),
-    TileRow(
-        "grad_sample_fused",
-        "grad_sample_fused",
-        GPUS,
-        "half",
-        256,
-        Tile(64, 128, 64, 8),
-        (122, 101, 110, 147),
-        33 << 10,
-    ),
-    TileRow(
-        "grad_sample_fused", "grad_sample_fused", GPUS, "half", 256, Tile(64, 128, 32, 4), (128, 96, 123, 146), 25 << 10
-    ),
-    TileRow(
-        "grad_sample_fused",
-        "grad_sample_fused",
-        ("sm80", "sm90"),
-        "tf32",
-        256,
-        Tile(64, 64, 32, 4),
-        (168, 154),
-        24 << 10,
-    ),
-    TileRow("grad_sample", "grad_sample", GPUS, "half", ANY, Tile(32, 0, 64, 4), (72, 72, 94, 70), 1 << 10),
-    TileRow("grad_sample", "grad_sample", GPUS, "any", ANY, Tile(32, 0, 32, 4), (86, 70, 80, 54), 1 << 10),
-    TileRow("t_columns", "t_columns", GPUS, "half", 64, Tile(64, 64, 0, 4), (168, 128, 82, 124), 25 << 10),
-    TileRow("t_columns", "t_columns", PORTABLE, "half", 128, Tile(64, 128, 0, 8), (158, 114), 32 << 10),
-    TileRow("t_columns", "t_columns", PORTABLE, "half", ANY, Tile(32, 256, 0, 8), (216, 115), 24 << 10),
-    TileRow("t_columns", "t_columns", ("sm90", "sm100"), "half", ANY, Tile(64, 128, 0, 8), (126, 94), 33 << 10),
-    TileRow("t_columns", "t_columns", ("sm80", "sm90"), "tf32", ANY, Tile(64, 64, 0, 8), (110, 104), 48 << 10),
-    TileRow("t_columns", "t_columns", GPUS, "any", ANY, Tile(32, 64, 0, 8), (167, 119, 176, 58), 32 << 10),
-    TileRow("g_form", "g_form", GPUS, "half", 64, Tile(64, 0, 64, 4), (168, 128, 82, 124), 25 << 10),
-    TileRow("g_form", "g_form", GPUS, "half", ANY, Tile(64, 0, 128, 8), (154, 128, 90, 114), 33 << 10),
-    TileRow("g_form", "g_form", ("sm80", "sm90"), "tf32", ANY, Tile(64, 0, 64, 8), (112, 107), 48 << 10),
-    TileRow("g_form", "g_form", GPUS, "any", ANY, Tile(32, 0, 64, 8), (170, 122, 164, 58), 32 << 10),
+    TileRow("sampling", "sampling", GPUS, "any", ANY, Tile(256)),
+    TileRow("bins", "bins", GPUS, "any", ANY, Tile(256)),
+    TileRow("forward", "forward_transposed", ("sm90",), "half", 128, Tile(128, 128, 32, 8, 128)),
+    TileRow("forward", "forward_transposed", ("sm100",), "half", 128, Tile(64, 128, 32, 4)),
+    TileRow("forward", "forward_transposed", ("sm90",), "half", 256, Tile(64, 256, 32, 8)),
+    TileRow("forward", "forward_transposed", ("sm90", "sm100"), "half", 256, Tile(64, 64, 32, 4)),
+    TileRow("forward", "forward_transposed", ("sm90",), "tf32", 128, Tile(64, 128, 32, 8)),
+    TileRow("forward", "forward_transposed", ("sm90",), "tf32", 256, Tile(64, 256, 16, 8)),
+    TileRow("forward", "forward_prefetch", ("sm80",), "half", 128, Tile(64, 128, 32, 8)),
+    TileRow("forward", "forward_prefetch", ("gfx942",), "half", 128, Tile(64, 128, 32, 4)),
+    TileRow("forward", "forward_prefetch", PORTABLE, "half", 256, Tile(64, 256, 32, 8)),
+    TileRow("forward", "forward_prefetch", PORTABLE, "half", 256, Tile(64, 64, 32, 4)),
+    TileRow("forward", "forward_prefetch", ("sm80",), "tf32", 128, Tile(64, 128, 16, 8)),
+    TileRow("forward", "forward_prefetch", ("sm80",), "tf32", 256, Tile(64, 256, 16, 8)),
+    TileRow("columns", "columns", GPUS, "half", ANY, Tile(32, 0, 64, 4)),
+    TileRow("columns", "columns", GPUS, "any", ANY, Tile(16, 0, 64, 4)),
+    TileRow("grad_sample_fused", "grad_sample_fused", GPUS, "half", 256, Tile(64, 128, 64, 8)),
+    TileRow("grad_sample_fused", "grad_sample_fused", GPUS, "half", 256, Tile(64, 128, 32, 4)),
+    TileRow("grad_sample_fused", "grad_sample_fused", ("sm80", "sm90"), "tf32", 256, Tile(64, 64, 32, 4)),
+    TileRow("grad_sample", "grad_sample", GPUS, "half", ANY, Tile(32, 0, 64, 4)),
+    TileRow("grad_sample", "grad_sample", GPUS, "any", ANY, Tile(32, 0, 32, 4)),
+    TileRow("t_columns", "t_columns", GPUS, "half", 64, Tile(64, 64, 0, 4)),
+    TileRow("t_columns", "t_columns", PORTABLE, "half", 128, Tile(64, 128, 0, 8)),
+    TileRow("t_columns", "t_columns", PORTABLE, "half", ANY, Tile(32, 256, 0, 8)),
+    TileRow("t_columns", "t_columns", ("sm90", "sm100"), "half", ANY, Tile(64, 128, 0, 8)),
+    TileRow("t_columns", "t_columns", ("sm80", "sm90"), "tf32", ANY, Tile(64, 64, 0, 8)),
+    TileRow("t_columns", "t_columns", GPUS, "any", ANY, Tile(32, 64, 0, 8)),
+    TileRow("g_form", "g_form", GPUS, "half", 64, Tile(64, 0, 64, 4)),
+    TileRow("g_form", "g_form", GPUS, "half", ANY, Tile(64, 0, 128, 8)),
+    TileRow("g_form", "g_form", ("sm80", "sm90"), "tf32", ANY, Tile(64, 0, 64, 8)),
+    TileRow("g_form", "g_form", GPUS, "any", ANY, Tile(32, 0, 64, 8)),
     TileRow("sampling", "sampling", HOST, "any", ANY, Tile(4096)),
     TileRow("bins", "bins", HOST, "any", ANY, Tile(4096)),
     TileRow("forward", "forward_prefetch", HOST, "half", ANY, Tile(256, 16, 16)),
