@@ -37,17 +37,17 @@ def batched_nms(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: flo
         TypeError: dtypes or devices disagree.
     """
     if boxes.dim() != 3 or boxes.shape[2] != 4:
-        raise ValueError(f"boxes: expected (G, M, 4), found {tuple(boxes.shape)}")
+        raise ValueError(f"boxes: expected (G, M, 4), got {tuple(boxes.shape)}")
     for name, tensor in (("scores", scores), ("valid", valid)):
         if tensor.shape != boxes.shape[:2]:
-            raise ValueError(f"{name}: expected {tuple(boxes.shape[:2])}, found {tuple(tensor.shape)}")
+            raise ValueError(f"{name}: expected {tuple(boxes.shape[:2])}, got {tuple(tensor.shape)}")
         if tensor.device != boxes.device:
-            raise TypeError(f"{name}: expected device {boxes.device}, found {tensor.device}")
+            raise TypeError(f"{name}: expected device {boxes.device}, got {tensor.device}")
     for name, tensor in (("boxes", boxes), ("scores", scores)):
         if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, found {tensor.dtype}")
+            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
     if valid.dtype != torch.bool:
-        raise TypeError(f"valid: expected torch.bool, found {valid.dtype}")
+        raise TypeError(f"valid: expected torch.bool, got {valid.dtype}")
     return _batched_nms(boxes.detach(), scores.detach(), valid, float(iou_threshold))
 
 
@@ -70,7 +70,7 @@ def nms_by_id(boxes: Tensor, scores: Tensor, ids: Tensor, iou_threshold: float) 
         (K,) int64, indices of the kept boxes by falling score.
     """
     if ids.shape != scores.shape:
-        raise ValueError(f"ids: expected {tuple(scores.shape)}, found {tuple(ids.shape)}")
+        raise ValueError(f"ids: expected {tuple(scores.shape)}, got {tuple(ids.shape)}")
     group, counts = torch.unique(ids, return_inverse=True, return_counts=True)[1:]
     size = int(counts.max()) if len(counts) else 0
     order = group.sort(stable=True).indices

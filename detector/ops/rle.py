@@ -1,13 +1,37 @@
-"""Masks as COCO stores them: lengths of runs down the columns, packed into a string."""
+"""Run lengths (RLE) of masks, the form in which COCO stores them: masks and checked annotations in, either form out.
+
+The pixels of a mask are read down its columns. Its "runs" are the lengths of the stretches of equal pixels: the first
+run is of zeros and may be empty, the second of ones, and so on. COCO writes the runs as a list of numbers or,
+compressed, as a string.
+
+pycocotools.mask has the same code. It is not used here because prediction works without pycocotools, because it does
+not give the runs themselves, and because it does not notice a string that ends too early: the rest of its mask is
+memory that nobody has written.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-_MOST_GROUPS = 10  # of 5 bits in one number: no image has runs longer than 2 ** 49
+GROUP_BITS = 5
+"""A number is written in groups of 5 bits, lowest first, one character each."""
+
+MORE = 1 << GROUP_BITS
+"""Bit of a character: more groups of the number follow."""
+
+SIGN = 1 << (GROUP_BITS - 1)
+"""Bit of the last group of a number: the number is negative."""
+
+ZERO = ord("0")
+"""Code of the character that stands for 0."""
+
+MAX_GROUPS = 10
+"""Groups in one number that are read: no image has runs longer than 2 ** 49."""
 
 
-def encode_mask(mask: np.ndarray) -> dict:
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     """Encode one mask as COCO's compressed run lengths.
 
     Args:
@@ -20,23 +44,18 @@ def encode_mask(mask: np.ndarray) -> dict:
         ValueError: `mask` is not a bool array of two dimensions.
 
     Source:
-        The format is that of cocoapi's `rleToString`: each run is written as its difference from the run of the same
-        value before, in groups of 5 bits with a bit that says whether more follow, as characters from "0" on.
+        The format is that of cocoapi's `rleToString`: from the fourth run on, each is written as its difference from
+        the run before it of the same value.
     """
-    if mask.ndim != 2 or mask.dtype != np.bool_:
-        raise ValueError(f"mask: expected (H, W) bool, found {mask.shape} {mask.dtype}")
-    pixels = mask.ravel(order="F")
-    changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
-    starts = [0] if pixels.size and pixels[0] else []  # the first run is of zeros, maybe none
-    runs = np.diff(np.concatenate([[0], starts, changes, [pixels.size]]).astype(np.int64)).tolist()
-    before = [0, 0, 0, *runs[1:]]  # the first three are written as they are
-    return {
-        "size": list(mask.shape),
-        "counts": "".join(_pack(run - previous) for run, previous in zip(runs, before, strict=False)),
-    }
+    runs = mask_to_runs(mask).tolist()
+    words = []
+    for index, run in enumerate(runs):
+        previous = runs[index - 2] if index > 2 else 0
+        words.append(_pack(run - previous))
+    return {"size": list(mask.shape), "counts": "".join(words)}
 
 
-def decode_mask(rle: dict) -> np.ndarray:
+def decode_mask(rle: dict[str, Any]) -> np.ndarray:
     """Decode COCO's run lengths, compressed or not.
 
     Args:
@@ -48,49 +67,75 @@ def decode_mask(rle: dict) -> np.ndarray:
     Raises:
         ValueError: `counts` is malformed or does not fill `size`.
     """
-    return fill_runs(runs_of(rle), *rle["size"])
+    height, width = rle["size"]
+    return runs_to_mask(rle_to_runs(rle), height, width)
 
 
-def runs_of(rle: dict) -> np.ndarray:
-    """Return the lengths of the runs (R,) int64, the first of zeros, as `decode_mask` takes and checks them."""
-    size, counts = rle["size"], rle["counts"]
-    packed = isinstance(counts, (str, bytes))
-    runs = _unpack(counts) if packed else np.array(counts or [0])
-    if runs.ndim != 1 or runs.dtype.kind != "i" or runs.min() < 0 or runs.sum() != size[0] * size[1]:
-        raise ValueError(f"counts: expected lengths that fill {size[0]} x {size[1]} pixels, found {counts!r:.60}")
-    return runs.astype(np.int64)
+def mask_to_runs(mask: np.ndarray) -> np.ndarray:
+    """Return the runs (R,) int64 of a mask (H, W) bool; as a list they are COCO's uncompressed `counts`.
+
+    Raises:
+        ValueError: `mask` is not a bool array of two dimensions.
+    """
+    if mask.ndim != 2 or mask.dtype != np.bool_:
+        raise ValueError(f"mask: expected (H, W) bool, got {mask.shape} {mask.dtype}")
+
+    pixels = mask.ravel(order="F")
+    changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
+    starts_with_one = pixels.size > 0 and pixels[0]
+    start = [0, 0] if starts_with_one else [0]  # an empty run of zeros
+    borders = np.concatenate([start, changes, [pixels.size]])
+    return np.diff(borders).astype(np.int64)
 
 
-def fill_runs(runs: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return the mask (height, width) bool of runs (R,) down its columns that fill it."""
-    pixels = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+def runs_to_mask(runs: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return the mask (height, width) bool of runs (R,) that fill it."""
+    values = np.arange(len(runs)) % 2 == 1
+    pixels = np.repeat(values, runs)
     return np.ascontiguousarray(pixels.reshape(width, height).T)
 
 
-def _unpack(text: str | bytes) -> np.ndarray:
-    """Read what `_pack` wrote, all of it at once; [-1] if it is malformed."""
-    data = text.encode("utf-8") if isinstance(text, str) else text
-    groups = np.frombuffer(data, np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero((groups & 0x20) == 0)
-    if not len(ends) or ends[-1] != len(groups) - 1 or groups.min() < 0 or groups.max() > 0x3F:
-        return np.array([-1])
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    lengths = ends - starts + 1
-    if lengths.max() > _MOST_GROUPS:
-        return np.array([-1])
-    place = np.arange(len(groups)) - np.repeat(starts, lengths)
-    runs = np.add.reduceat((groups & 0x1F) << 5 * place, starts)
-    runs -= np.where(groups[ends] & 0x10, 1 << 5 * lengths, 0)
-    runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
-    return runs
+def rle_to_runs(rle: dict[str, Any]) -> np.ndarray:
+    """Return the runs (R,) int64 of COCO's run lengths; argument and errors are those of `decode_mask`."""
+    height, width = rle["size"]
+    counts = rle["counts"]
+    compressed = isinstance(counts, (str, bytes))
+    runs = _unpack(counts) if compressed else np.array(counts or [0])
+    if runs is None or runs.ndim != 1 or runs.dtype.kind != "i" or runs.min() < 0 or runs.sum() != height * width:
+        raise ValueError(f"counts: expected lengths that fill {height} x {width} pixels, got {counts!r:.60}")
+    return runs.astype(np.int64)
 
 
 def _pack(number: int) -> str:
     """Write one signed number."""
-    text, more = "", True
+    text = ""
+    more = True
     while more:
-        group = number & 0x1F
-        number >>= 5
-        more = number != (-1 if group & 0x10 else 0)
-        text += chr(group + 48 + (0x20 if more else 0))
+        group = number & (MORE - 1)
+        number >>= GROUP_BITS
+        more = number != (-1 if group & SIGN else 0)
+        text += chr(ZERO + group + (MORE if more else 0))
     return text
+
+
+def _unpack(text: str | bytes) -> np.ndarray | None:
+    """Return the runs in a compressed string, None if it is malformed."""
+    data = text.encode("utf-8") if isinstance(text, str) else text
+    characters = np.frombuffer(data, np.uint8).astype(np.int64) - ZERO
+    last = np.flatnonzero((characters & MORE) == 0)  # the last character of each number
+    if not len(last) or last[-1] != len(characters) - 1:
+        return None
+    if characters.min() < 0 or characters.max() >= 2 * MORE:
+        return None
+    first = np.concatenate([[0], last[:-1] + 1])
+    lengths = last - first + 1
+    if lengths.max() > MAX_GROUPS:
+        return None
+
+    index_in_number = np.arange(len(characters)) - np.repeat(first, lengths)
+    groups = characters & (MORE - 1)
+    runs = np.add.reduceat(groups << GROUP_BITS * index_in_number, first)
+    runs -= np.where(characters[last] & SIGN, 1 << GROUP_BITS * lengths, 0)  # two's complement
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    return runs

@@ -126,31 +126,31 @@ def _interpolation(start: Tensor, length: Tensor, size: int, bins: int, sampling
 def _check(features: list[Tensor], rois: Tensor, levels: Tensor, strides, output_size: int, sampling_ratio: int):
     """Raise for arguments that `roi_align` cannot take."""
     if not features or len(features) != len(strides):
-        raise ValueError(f"strides: expected one per feature level ({len(features)}, at least 1), found {len(strides)}")
+        raise ValueError(f"strides: expected one per feature level ({len(features)}, at least 1), got {len(strides)}")
     first = features[0]
     for index, feature in enumerate(features):
         if feature.dim() != 4 or feature.shape[:2] != first.shape[:2] or 0 in feature.shape[1:]:
             raise ValueError(
                 f"features[{index}]: expected (B, C, H, W) with B, C = {tuple(first.shape[:2])} and C, H, W > 0, "
-                f"found {tuple(feature.shape)}"
+                f"got {tuple(feature.shape)}"
             )
         if feature.dtype != first.dtype or not feature.is_floating_point():
-            raise TypeError(f"features[{index}]: expected one floating dtype ({first.dtype}), found {feature.dtype}")
+            raise TypeError(f"features[{index}]: expected one floating dtype ({first.dtype}), got {feature.dtype}")
     if rois.dim() != 2 or rois.shape[1] != 5:
-        raise ValueError(f"rois: expected (R, 5), found {tuple(rois.shape)}")
+        raise ValueError(f"rois: expected (R, 5), got {tuple(rois.shape)}")
     if levels.shape != rois.shape[:1]:
-        raise ValueError(f"levels: expected {tuple(rois.shape[:1])}, found {tuple(levels.shape)}")
+        raise ValueError(f"levels: expected {tuple(rois.shape[:1])}, got {tuple(levels.shape)}")
     if not rois.is_floating_point():
-        raise TypeError(f"rois: expected a floating dtype, found {rois.dtype}")
+        raise TypeError(f"rois: expected a floating dtype, got {rois.dtype}")
     if levels.dtype != torch.int64:
-        raise TypeError(f"levels: expected torch.int64, found {levels.dtype}")
+        raise TypeError(f"levels: expected torch.int64, got {levels.dtype}")
     devices = {tensor.device for tensor in (*features, rois, levels)}
     if len(devices) > 1:
-        raise TypeError(f"features, rois, levels: expected one device, found {sorted(map(str, devices))}")
+        raise TypeError(f"features, rois, levels: expected one device, got {sorted(map(str, devices))}")
     if output_size < 1:
-        raise ValueError(f"output_size: expected at least 1, found {output_size}")
+        raise ValueError(f"output_size: expected at least 1, got {output_size}")
     if sampling_ratio < 0:
-        raise ValueError(f"sampling_ratio: expected 0 (adaptive) or more, found {sampling_ratio}")
+        raise ValueError(f"sampling_ratio: expected 0 (adaptive) or more, got {sampling_ratio}")
 
 
 @torch.library.custom_op("detector::roi_align", mutates_args=(), device_types="cpu")

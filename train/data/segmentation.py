@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from detector.ops.rle import decode_mask, fill_runs, runs_of
+from detector.ops.rle import decode_mask, rle_to_runs, runs_to_mask
 
 SMALLEST_POLYGON = 6  # numbers: three corners
 
@@ -63,7 +63,7 @@ class Shapes:
             coordinates += [np.array(polygon, np.float64) for polygon in drawn]
             polygon_lengths += [len(polygon) for polygon in drawn]
             polygon_counts.append(len(drawn))
-            runs.append(runs_of(value) if isinstance(value, dict) else runs[0])
+            runs.append(rle_to_runs(value) if isinstance(value, dict) else runs[0])
             run_counts.append(len(runs[-1]))
         starts = (_starts(lengths) for lengths in (polygon_lengths, polygon_counts, run_counts))
         polygons, first_polygon, first_run = starts
@@ -83,7 +83,7 @@ class Shapes:
         """Return the mask (height, width) uint8 of an object, in the pixels of its image."""
         first, last = self.first_run[number : number + 2]
         if last > first:
-            mask = fill_runs(self.runs[first:last], height, width)
+            mask = runs_to_mask(self.runs[first:last], height, width)
         else:
             ends = self.polygons[self.first_polygon[number] : self.first_polygon[number + 1] + 1]
             parts = [self.coordinates[a:b] for a, b in pairwise(ends)]
@@ -96,7 +96,7 @@ def check_shape(value: Any, height: int, width: int) -> None:
     if isinstance(value, dict):
         if value["size"] != [height, width]:
             raise ValueError(f"expected the size of its image, {height} x {width}, found {value['size']}")
-        runs_of(value)
+        rle_to_runs(value)
         return
     for polygon in valid_polygons(value):
         numbers = np.array(polygon)

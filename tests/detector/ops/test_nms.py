@@ -167,11 +167,11 @@ def test_nms_and_nms_by_id_sort_by_score():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"boxes": torch.zeros(2, 3, 5)}, ValueError, r"boxes: expected \(G, M, 4\), found \(2, 3, 5\)"),
-        ({"scores": torch.zeros(2, 4)}, ValueError, r"scores: expected \(2, 3\), found \(2, 4\)"),
-        ({"valid": torch.ones(3, dtype=torch.bool)}, ValueError, r"valid: expected \(2, 3\), found \(3,\)"),
-        ({"valid": torch.ones(2, 3)}, TypeError, "valid: expected torch.bool, found torch.float32"),
-        ({"boxes": torch.zeros(2, 3, 4).int()}, TypeError, "boxes: expected a floating dtype, found torch.int32"),
+        ({"boxes": torch.zeros(2, 3, 5)}, ValueError, r"boxes: expected \(G, M, 4\), got \(2, 3, 5\)"),
+        ({"scores": torch.zeros(2, 4)}, ValueError, r"scores: expected \(2, 3\), got \(2, 4\)"),
+        ({"valid": torch.ones(3, dtype=torch.bool)}, ValueError, r"valid: expected \(2, 3\), got \(3,\)"),
+        ({"valid": torch.ones(2, 3)}, TypeError, "valid: expected torch.bool, got torch.float32"),
+        ({"boxes": torch.zeros(2, 3, 4).int()}, TypeError, "boxes: expected a floating dtype, got torch.int32"),
     ],
 )
 def test_errors(change, error, message):

@@ -37,7 +37,7 @@ def test_long_runs(value):
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match=r"mask: expected \(H, W\) bool, found \(2, 3\) uint8"):
+    with pytest.raises(ValueError, match=r"mask: expected \(H, W\) bool, got \(2, 3\) uint8"):
         encode_mask(np.zeros((2, 3), np.uint8))
 
 

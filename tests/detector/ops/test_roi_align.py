@@ -97,7 +97,7 @@ class TestGolden:
         rois, grad = (torch.from_numpy(arrays[f"extract.{name}"]).to(dtype) for name in ("rois", "grad_out"))
         output, *grads = both_ways(function, features, rois, roi_levels(rois[:, 1:]), grad)
         assert relative(output, arrays["extract.output"]) < tolerance
-        for level, found in enumerate(grads):
+        for level, got in enumerate(grads):
             flat = found.flatten()
             step = max(1, len(flat) // 1024) | 1
             assert relative(flat[::step][:1024], arrays[f"extract.grad_feat{level}.samples"]) < tolerance
@@ -211,13 +211,13 @@ def test_nothing_to_pool(batch, count):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"strides": (4, 8)}, ValueError, r"strides: expected one per feature level \(4, at least 1\), found 2"),
-        ({"rois": torch.zeros(5, 4)}, ValueError, r"rois: expected \(R, 5\), found \(5, 4\)"),
-        ({"rois": torch.zeros(5, 5).int()}, TypeError, "rois: expected a floating dtype, found torch.int32"),
-        ({"levels": torch.zeros(4).long()}, ValueError, r"levels: expected \(5,\), found \(4,\)"),
-        ({"levels": torch.zeros(5)}, TypeError, "levels: expected torch.int64, found torch.float32"),
-        ({"output_size": 0}, ValueError, "output_size: expected at least 1, found 0"),
-        ({"sampling_ratio": -1}, ValueError, r"sampling_ratio: expected 0 \(adaptive\) or more, found -1"),
+        ({"strides": (4, 8)}, ValueError, r"strides: expected one per feature level \(4, at least 1\), got 2"),
+        ({"rois": torch.zeros(5, 4)}, ValueError, r"rois: expected \(R, 5\), got \(5, 4\)"),
+        ({"rois": torch.zeros(5, 5).int()}, TypeError, "rois: expected a floating dtype, got torch.int32"),
+        ({"levels": torch.zeros(4).long()}, ValueError, r"levels: expected \(5,\), got \(4,\)"),
+        ({"levels": torch.zeros(5)}, TypeError, "levels: expected torch.int64, got torch.float32"),
+        ({"output_size": 0}, ValueError, "output_size: expected at least 1, got 0"),
+        ({"sampling_ratio": -1}, ValueError, r"sampling_ratio: expected 0 \(adaptive\) or more, got -1"),
         ({"features": [torch.zeros(3, 8, 8)] * 4}, ValueError, r"features\[0\]: expected \(B, C, H, W\)"),
         ({"features": [*pyramid()[:3], torch.zeros(2, 4, 3, 4)]}, ValueError, r"features\[3\]: expected"),
         ({"features": [*pyramid()[:3], torch.zeros(2, 3, 3, 4)]}, TypeError, r"features\[3\]: expected one floating"),
