@@ -24,7 +24,7 @@ def replacing(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
         durable: wait until the disk has the bytes and the new name, so that a power cut cannot lose them.
 
     Raises:
-        OSError: the file cannot be renamed or, with `durable`, not be brought to the disk.
+        OSError: the file cannot be renamed or, with `durable`, cannot be forced to the disk.
     """
     path = Path(path)
     partial = path.with_name(f".{os.getpid()}.{path.name}")
@@ -46,14 +46,17 @@ def write_json(path: str | Path, content: Any, *, indent: int | None = None, dur
     Args:
         path: the file to write; its folder must exist.
         content: what `json.dumps` takes.
-        indent: spaces of each level; None writes one line.
+        indent: spaces of each level, and a line break at the end; None writes everything in one line without one.
         durable: as in `replacing`.
 
     Raises:
         OSError: the file cannot be written.
     """
+    text = json.dumps(content, indent=indent)
+    if indent is not None:
+        text += "\n"
     with replacing(path, durable=durable) as partial:
-        partial.write_text(json.dumps(content, indent=indent) + "\n")
+        partial.write_text(text)
 
 
 def _sync(path: Path) -> None:

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import tyro
-from torch import nn
 from tqdm import tqdm
 
 from detector.draw import draw_boxes
+from detector.files import write_json
 from detector.image import read_image, resize_keep_ratio, stack_images, write_image
-from detector.model.mask_head import paste_masks
-from detector.ops.rle import encode_mask
+from detector.model.faster_rcnn import FasterRCNN
+from detector.results import coco_rows, encode_masks, full_masks, undo_resize
 from detector.structures import Batch, Detections
-from detector.weights.load import load
+from detector.weights.load_detector import load
 
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # taken as images inside a folder
-RESULTS = "detections.json"
+IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # read from a folder
+RESULTS_FILE = "detections.json"
 
 
 @dataclass(frozen=True)
-class Options:
+class PredictOptions:
     """Detect objects in images.
 
     OUT gets one annotated picture per image, and detections.json.
@@ -55,12 +54,14 @@ class Options:
 
 
 def predict_images(
-    model: nn.Module, images: Iterable[str | Path | np.ndarray], *, batch_size: int = 1, score: float = 0.0
+    model: FasterRCNN, images: Iterable[str | Path | np.ndarray], *, batch_size: int = 1, score: float = 0.0
 ) -> Iterator[Detections]:
-    """Detect in images, a batch at a time; results come in the order of the images, while the next ones wait.
+    """Detect in images, a batch at a time; results come in the order of the images.
+
+    An image is read when its batch begins, so an endless iterator of images works too.
 
         model, names = detector.load("best.pt")
-        for found in predict_images(model, ["a.jpg", "b.jpg"], score=0.5): ...
+        for detections in predict_images(model, ["a.jpg", "b.jpg"], score=0.5): ...
 
     Args:
         model: a `FasterRCNN` in evaluation mode.
@@ -76,51 +77,54 @@ def predict_images(
         ValueError: the model is in training mode, or `batch_size` is less than 1.
     """
     if model.training:
-        raise ValueError("model: expected evaluation mode, call model.eval() first")
+        raise ValueError("model: expected evaluation mode, got training mode; call model.eval() first")
     if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     return _predict_batches(model, iter(images), batch_size, score)
 
 
 def _predict_batches(
-    model: nn.Module, images: Iterator[str | Path | np.ndarray], batch_size: int, score: float
+    model: FasterRCNN, images: Iterator[str | Path | np.ndarray], batch_size: int, score: float
 ) -> Iterator[Detections]:
     while batch := list(islice(images, batch_size)):
-        yield from _predict_batch(model, [_pixels(image) for image in batch], score)
+        pixels = [_as_pixels(image) for image in batch]
+        yield from _predict_batch(model, pixels, score)
 
 
 @torch.inference_mode()
-def _predict_batch(model: nn.Module, images: Sequence[np.ndarray], score: float) -> list[Detections]:
-    resized, factors = zip(*(resize_keep_ratio(image, model.config.image_scale) for image in images), strict=True)
-    batch = Batch(*stack_images(resized)).to(next(model.parameters()).device)
-    return [_in_original_pixels(found, factor, score) for found, factor in zip(model(batch), factors, strict=True)]
+def _predict_batch(model: FasterRCNN, images: Sequence[np.ndarray], score: float) -> list[Detections]:
+    resized_images = []
+    resize_factors = []
+    for image in images:
+        resized, factors = resize_keep_ratio(image, model.config.image_scale)
+        resized_images.append(resized)
+        resize_factors.append(factors)
+
+    stacked, sizes = stack_images(resized_images)
+    device = next(model.parameters()).device
+    batch = Batch(stacked, sizes).to(device)
+
+    results = []
+    for detections, factors in zip(model(batch), resize_factors, strict=True):
+        detections = undo_resize(detections, factors)
+        results.append(_keep_scores_from(detections, score))
+    return results
 
 
-def _pixels(image: str | Path | np.ndarray) -> np.ndarray:
+def _as_pixels(image: str | Path | np.ndarray) -> np.ndarray:
     if not isinstance(image, np.ndarray):
         return read_image(image)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-        raise ValueError(f"image: expected (H, W, 3) uint8, found {image.shape} {image.dtype}")
+        raise ValueError(f"image: expected (H, W, 3) uint8, got {image.shape} {image.dtype}")
     return image
 
 
-def _in_original_pixels(found: Detections, factor: tuple[float, float], score: float) -> Detections:
-    keep = (found.scores >= score).cpu()
-    boxes, scores, labels = (tensor.cpu()[keep] for tensor in (found.boxes, found.scores, found.labels))
-    masks = None if found.masks is None else found.masks.cpu()[keep]
-    return Detections(boxes / boxes.new_tensor(factor * 2), scores, labels, masks)
-
-
-def full_masks(found: Detections, height: int, width: int) -> Iterator[np.ndarray]:
-    """Draw the masks of an image's detections into that image, one after the other: (height, width) bool.
-
-    Args:
-        found: in pixels of the image; if it has no masks, nothing comes.
-        height, width: of the image.
-    """
-    for index in range(0 if found.masks is None else len(found.masks)):
-        part = slice(index, index + 1)
-        yield paste_masks(found.masks[part], found.boxes[part], height, width)[0].numpy()
+def _keep_scores_from(detections: Detections, min_score: float) -> Detections:
+    keep = detections.scores >= min_score
+    masks = None
+    if detections.masks is not None:
+        masks = detections.masks[keep]
+    return Detections(detections.boxes[keep], detections.scores[keep], detections.labels[keep], masks)
 
 
 def find_images(patterns: Iterable[str]) -> tuple[list[Path], list[str]]:
@@ -129,53 +133,58 @@ def find_images(patterns: Iterable[str]) -> tuple[list[Path], list[str]]:
     Returns:
         The files, and a message for each entry that led to none.
     """
-    problems = []
-    found: dict[Path, Path] = {}
+    messages = []
+    files: dict[Path, Path] = {}  # by what each resolves to, so that a file named twice is there once
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+            matches = [file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
         elif path.exists():
-            files = [path]
+            matches = [path]
         else:
-            files = sorted(Path(file) for file in glob.glob(pattern, recursive=True) if Path(file).is_file())
-        if not files:
-            problems.append(f"no images in folder {path}" if path.is_dir() else f"no file {pattern}")
-        for file in files:
-            found.setdefault(file.resolve(), file)
-    return list(found.values()), problems
+            matches = [Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file()]
+
+        if not matches:
+            messages.append(f"no images in folder {path}" if path.is_dir() else f"no file {pattern}")
+        for file in sorted(matches):
+            files.setdefault(file.resolve(), file)
+
+    return list(files.values()), messages
 
 
-def coco_results(
-    found: Detections, class_names: Sequence[str], image_id: int, file_name: str, size: tuple[int, int]
-) -> list[dict]:
-    """Return an image's detections in COCO's results format, with the names of file and class beside their numbers.
+def image_rows(
+    detections: Detections, class_names: Sequence[str], image_id: int, file_name: str, size: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """Return an image's detections in COCO's results format, with file_name and category_name beside the ids.
 
     Args:
-        found: in pixels of the image; its masks, if any, become `segmentation`.
+        detections: in pixels of the image; its masks, if any, become `segmentation`.
         class_names: by label.
         image_id, file_name: of the image.
         size: height and width of the image.
     """
-    boxes = found.boxes.double()
-    boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
-    results = [
-        {
-            "image_id": image_id,
+    labels = detections.labels.numpy()
+    rows = coco_rows(
+        image_ids=np.full(len(labels), image_id),
+        category_ids=labels + 1,
+        boxes=detections.boxes.double().numpy(),
+        scores=detections.scores.numpy(),
+        masks=encode_masks(detections, *size),
+    )
+
+    named_rows = []
+    for row, label in zip(rows, labels, strict=True):
+        named_row = {
+            "image_id": row["image_id"],
             "file_name": file_name,
-            "category_id": label + 1,
+            "category_id": row["category_id"],
             "category_name": class_names[label],
-            "bbox": box,
-            "score": score,
         }
-        for box, label, score in zip(boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True)
-    ]
-    for result, mask in zip(results, full_masks(found, *size), strict=False):
-        result["segmentation"] = encode_mask(mask)
-    return results
+        named_rows.append(named_row | row)
+    return named_rows
 
 
-def predict_files(options: Options) -> list[str]:
+def predict_files(options: PredictOptions) -> list[str]:
     """Detect in files and write pictures and results.
 
     Returns:
@@ -185,81 +194,89 @@ def predict_files(options: Options) -> list[str]:
         OSError, ValueError: nothing could be done: weights cannot be read, no image was found, an option is wrong.
     """
     if options.batch_size < 1:
-        raise ValueError(f"--batch-size: expected at least 1, found {options.batch_size}")
-    files, failed = find_images(options.images)
+        raise ValueError(f"--batch-size: expected at least 1, got {options.batch_size}")
+    files, messages = find_images(options.images)
     if not files:
-        raise ValueError("; ".join(failed) or "no images given")
-    model, names = load(options.weights, None if options.device == "auto" else options.device)
+        raise ValueError("; ".join(messages) or "no images given")
+
+    device = None if options.device == "auto" else options.device
+    model, class_names = load(options.weights, device)
     options.out.mkdir(parents=True, exist_ok=True)
-    namer = _PictureNames(options.out, files)
-    results, broken = [], 0
+    picture_paths = _PicturePaths(options.out, files)
+
+    rows = []
+    unreadable = 0
     with tqdm(total=len(files), unit="image", disable=None) as progress:
         for start in range(0, len(files), options.batch_size):
-            numbers, images = [], []
-            for number, file in enumerate(files[start : start + options.batch_size], start + 1):
+            batch_files = files[start : start + options.batch_size]
+
+            images = []
+            numbers = []
+            for number, file in enumerate(batch_files, start + 1):
                 try:
                     images.append(read_image(file))
-                    numbers.append(number)
                 except (OSError, ValueError) as error:
-                    failed.append(str(error))
-                    broken += 1
-            found = predict_images(model, images, batch_size=options.batch_size, score=options.score)
-            for number, image, detections in zip(numbers, images, found, strict=True):
-                file, size = files[number - 1], image.shape[:2]
-                results += coco_results(detections, names, number, str(file), size)
-                masks = full_masks(detections, *size)
-                picture = draw_boxes(image, detections.boxes, detections.labels, names, detections.scores, masks)
-                write_image(namer.name(file), picture)
-            progress.update(len(files[start : start + options.batch_size]))
-    _write_json(options.out / RESULTS, results)
-    print(f"{len(results)} detections in {len(files) - broken} images: {options.out / RESULTS}")
-    return failed
+                    messages.append(str(error))
+                    unreadable += 1
+                else:
+                    numbers.append(number)
+
+            results = predict_images(model, images, batch_size=options.batch_size, score=options.score)
+            for number, image, detections in zip(numbers, images, results, strict=True):
+                file = files[number - 1]
+                height, width = image.shape[:2]
+                rows += image_rows(detections, class_names, number, str(file), (height, width))
+
+                masks = full_masks(detections, height, width)
+                picture = draw_boxes(image, detections.boxes, detections.labels, class_names, detections.scores, masks)
+                write_image(picture_paths.next_for(file), picture)
+            progress.update(len(batch_files))
+
+    results_path = options.out / RESULTS_FILE
+    write_json(results_path, rows)
+    print(f"{len(rows)} detections in {len(files) - unreadable} images: {results_path}")
+    return messages
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status, 0 if every image was done."""
     try:
-        errors = predict_files(tyro.cli(Options, prog="python -m detector.predict", args=arguments))
+        messages = predict_files(tyro.cli(PredictOptions, prog="python -m detector.predict", args=arguments))
     except (OSError, ValueError) as error:
-        errors = [str(error)]
-    for message in errors:
+        messages = [str(error)]
+    for message in messages:
         print(f"error: {message}", file=sys.stderr)
-    return 1 if errors else 0
+    return 1 if messages else 0
 
 
-class _PictureNames:
-    """Names for annotated pictures in one folder: no two alike, and none that is a file the user gave."""
+class _PicturePaths:
+    """Paths for annotated pictures in one folder: no two alike, and none that is a file the user gave."""
 
-    def __init__(self, folder: Path, inputs: Iterable[Path]):
+    def __init__(self, folder: Path, inputs: Iterable[Path]) -> None:
         self.folder = folder
-        self.inputs = {_identity(file) for file in inputs if file.exists()}
-        self.used: set[str] = set()
+        self.inputs = {_file_identity(file) for file in inputs if file.exists()}
+        self.used_names: set[str] = set()  # case-folded, as some file systems do not tell A.jpg from a.jpg
 
-    def name(self, image: Path) -> Path:
+    def next_for(self, image: Path) -> Path:
         """Return the path for the picture of `image`: its own name, numbered if that is taken."""
         for number in count(1):
-            path = self.folder / (f"{image.stem}.jpg" if number == 1 else f"{image.stem}-{number}.jpg")
-            free = path.name.casefold() not in self.used
-            if free and not (path.exists() and _identity(path) in self.inputs):
+            name = f"{image.stem}.jpg" if number == 1 else f"{image.stem}-{number}.jpg"
+            if self._is_free(name):
                 break
-        self.used.add(path.name.casefold())
-        return path
+        self.used_names.add(name.casefold())
+        return self.folder / name
+
+    def _is_free(self, name: str) -> bool:
+        if name.casefold() in self.used_names:
+            return False
+        path = self.folder / name
+        return not (path.exists() and _file_identity(path) in self.inputs)
 
 
-def _identity(file: Path) -> tuple[int, int]:
-    """Return what two names of one file have in common, on any file system."""
+def _file_identity(file: Path) -> tuple[int, int]:
+    """Return device and number of a file: equal for two names of one file, on any file system."""
     status = os.stat(file)
     return status.st_dev, status.st_ino
-
-
-def _write_json(path: Path, content: list[dict]) -> None:
-    """Write a JSON file that appears under its name only when it is complete."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(content))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from detector import FasterRCNN, FasterRCNNConfig
 from detector.image import read_image, resize_keep_ratio, stack_images, write_image
 from detector.model.mask_head import paste_masks
 from detector.ops.rle import encode_mask
-from detector.predict import find_images, full_masks, main, predict_images
+from detector.predict import find_images, main, predict_images
+from detector.results import full_masks
 from detector.structures import Batch
 from detector.weights.checkpoint import save_weights
 
@@ -57,25 +58,26 @@ def run(weights, out, *images, **options):
 
 def test_boxes_are_in_original_pixels(model):
     image = np.random.default_rng(1).integers(0, 256, (250, 400, 3), np.uint8)
-    (found,) = predict_images(model, [image])
+    (detections,) = predict_images(model, [image])
     resized, factors = resize_keep_ratio(image, model.config.image_scale)
     (expected,) = model(Batch(*stack_images([resized])))
-    assert len(found.labels) == 10
-    torch.testing.assert_close(found.boxes * torch.tensor(factors * 2), expected.boxes)
-    assert torch.equal(found.scores, expected.scores)
-    assert found.boxes[:, 2].max() <= 400.001
-    assert found.boxes[:, 3].max() > resized.shape[0]  # not in resized pixels
+    assert len(detections.labels) == 10
+    torch.testing.assert_close(detections.boxes * torch.tensor(factors * 2), expected.boxes)
+    assert torch.equal(detections.scores, expected.scores)
+    assert detections.boxes[:, 2].max() <= 400.001
+    assert detections.boxes[:, 3].max() > resized.shape[0]  # not in resized pixels
 
 
 def test_score_threshold_and_order_of_results(model, photos):
     files = sorted(photos.glob("*.[bjp]*"))
-    every = list(predict_images(model, files))
-    assert len(every) == 3
-    threshold = float(torch.cat([found.scores for found in every]).median())
-    for found, all_found in zip(predict_images(model, files, score=threshold), every, strict=True):
-        keep = all_found.scores >= threshold
-        torch.testing.assert_close(found.boxes, all_found.boxes[keep])
-        assert torch.equal(found.labels, all_found.labels[keep])
+    unfiltered = list(predict_images(model, files))
+    assert len(unfiltered) == 3
+    threshold = float(torch.cat([detections.scores for detections in unfiltered]).median())
+    filtered = list(predict_images(model, files, score=threshold))
+    for kept, detections in zip(filtered, unfiltered, strict=True):
+        keep = detections.scores >= threshold
+        torch.testing.assert_close(kept.boxes, detections.boxes[keep])
+        assert torch.equal(kept.labels, detections.labels[keep])
 
 
 def test_batches_of_equal_images_give_what_single_images_give(model):
@@ -86,9 +88,9 @@ def test_batches_of_equal_images_give_what_single_images_give(model):
 
 
 def test_wrong_arguments_are_named(model):
-    with pytest.raises(ValueError, match="batch_size: expected at least 1, found 0"):
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
         predict_images(model, [], batch_size=0)
-    with pytest.raises(ValueError, match=r"image: expected \(H, W, 3\) uint8, found \(4, 4\) uint8"):
+    with pytest.raises(ValueError, match=r"image: expected \(H, W, 3\) uint8, got \(4, 4\) uint8"):
         next(predict_images(model, [np.zeros((4, 4), np.uint8)]))
     with pytest.raises(ValueError, match="model: expected evaluation mode"):
         predict_images(FasterRCNN(model.config).train(), [])
@@ -100,10 +102,10 @@ def test_masks(tmp_path, photos):
         rpn_pre_nms_top_n=(50, 50), rpn_post_nms_top_n=50, max_detections=10,
     )  # fmt: skip
     model = FasterRCNN(config).eval()
-    (found,) = predict_images(model, [photos / "b.jpg"])
-    assert found.masks.shape == (10, 28, 28)
-    masks = list(full_masks(found, 120, 40))
-    expected = paste_masks(found.masks, found.boxes, 120, 40).numpy()
+    (detections,) = predict_images(model, [photos / "b.jpg"])
+    assert detections.masks.shape == (10, 28, 28)
+    masks = list(full_masks(detections, 120, 40))
+    expected = paste_masks(detections.masks, detections.boxes, 120, 40).numpy()
     np.testing.assert_array_equal(np.stack(masks), expected)
     save_weights(tmp_path / "model.safetensors", model, CLASSES)
     assert run(tmp_path / "model.safetensors", tmp_path / "out", photos / "b.jpg", score=0.0) == 0
@@ -181,7 +183,7 @@ def test_nothing_to_do_is_an_error(weights, tmp_path, capsys):
     assert run(weights, out, tmp_path / "absent.jpg") == 1
     assert f"error: no file {tmp_path / 'absent.jpg'}" in capsys.readouterr().err
     assert run(weights, out, tmp_path / "absent.jpg", batch_size=0) == 1
-    assert "error: --batch-size: expected at least 1, found 0" in capsys.readouterr().err
+    assert "error: --batch-size: expected at least 1, got 0" in capsys.readouterr().err
     assert run(tmp_path / "lost.pt", out, Path(__file__)) == 1
     assert "lost.pt" in capsys.readouterr().err
     assert not out.exists()
