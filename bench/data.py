@@ -32,7 +32,8 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
 from train.data.coco_dataset import CocoDetection
-from train.data.loader import AspectRatioBatchSampler, training_loader
+from train.data.loader import training_loader
+from train.data.samplers import AspectRatioBatchSampler
 from train.data.transforms import Transform
 
 FILES = 32  # different pictures; every image of the JSON is one of them
@@ -148,7 +149,7 @@ def open_measured(name: str, make: Callable[[], Sequence]) -> Sequence:
 
 def touch_all(dataset: Sequence, pipe: multiprocessing.connection.Connection) -> None:
     """Be a worker: touch every annotation as an epoch would and report the MiB that this took."""
-    touch = dataset.truth if isinstance(dataset, CocoDetection) else dataset.annotations
+    touch = dataset.ground_truth if isinstance(dataset, CocoDetection) else dataset.annotations
     order = np.random.default_rng(0).permutation(len(dataset))
     before = private_mib()
     for index in order:

@@ -33,7 +33,7 @@ def detect(dataset: CocoDetection, count: int) -> CocoDetections:
     random = np.random.default_rng(1)
     parts = []
     for index, image_id in enumerate(dataset.image_ids.tolist()):
-        boxes, labels = dataset.truth(index)
+        boxes, labels = dataset.ground_truth(index)
         if not len(boxes):
             continue
         chosen = random.integers(0, len(boxes), count)

@@ -70,7 +70,7 @@ def open_split(
             masks=masks,
         )  # fmt: skip
         if training and not len(dataset):
-            raise ValueError(f"{dataset.annotations} has no image to train on: none with an annotation of its classes")
+            raise ValueError(f"{dataset.annotation_file} has no image to train on: none with an annotation of its classes")
     return world.broadcast(dataset)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from train.data.loader import Loaded
+from train.data.collate import LoadedBatch
 from train.distributed import World
 
 BROKEN_SHARE = 0.01  # of the images may be unreadable
@@ -55,7 +55,7 @@ class TrainLog:
         if self.world.first:
             self._bar.write(text, file=sys.stderr)
 
-    def watch(self, batches: Iterable[Loaded]) -> Iterator[Loaded]:
+    def watch(self, batches: Iterable[LoadedBatch]) -> Iterator[LoadedBatch]:
         """Pass batches on; measure the time spent waiting for them and name what could not be read."""
         self._restart_clock()
         iterator = iter(batches)
@@ -65,10 +65,10 @@ class TrainLog:
             self._waited += time.perf_counter() - begin
             if loaded is None:
                 return
-            for image in loaded.broken:
-                if image.image_id not in self._broken:
-                    self._bar.write(f"skipped image {image.image_id}: {image.reason}", file=sys.stderr)
-                self._broken.add(image.image_id)
+            for image_id, reason in loaded.unreadable.items():
+                if image_id not in self._broken:
+                    self._bar.write(f"skipped image {image_id}: {reason}", file=sys.stderr)
+                self._broken.add(image_id)
             yield loaded
 
     def add_batch(self, losses: dict[str, Tensor], share: float, image_ids: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""One pass over the training images and one over the validation images: plain functions."""
+"""One pass over the training images: receives loaded batches, changes the state of the run, hands losses to the log."""
 
 from __future__ import annotations
 
@@ -7,23 +7,21 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from train.amp import autocast
 from train.checkpoint import TrainState
-from train.data.coco_dataset import BrokenImage
-from train.data.loader import Loaded, on_device
-from train.evaluation.coco_metrics import CocoDetections
+from train.data.collate import LoadedBatch
+from train.data.prefetch import prefetch_to_device
 from train.log import TrainLog
-from train.schedule import Schedule, set_rate
-
-AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+from train.schedule import Schedule, set_learning_rate
 
 
 def train_one_epoch(
     state: TrainState,
     network: Callable[..., dict[str, Tensor]],
-    batches: Iterable[Loaded],
+    batches: Iterable[LoadedBatch],
     schedule: Schedule,
     log: TrainLog,
     *,
@@ -39,50 +37,60 @@ def train_one_epoch(
     At a yield `state` is complete: it may be saved, and the caller may stop.
 
     Args:
-        state: model, optimizer and position; all are moved on.
+        state: model, optimizer and position; all of them change.
         network: `state.model` or a wrapper of it (parallel, compiled), called with a batch; returns the losses.
         batches: from number `state.batch` of the epoch on.
         schedule: learning rate.
-        log: is told of every step.
+        log: receives the losses of every step.
         batches_per_epoch: per process.
-        seed, rank: seed PyTorch's own generator, together with the step.
+        seed: of the run; with step and rank it seeds PyTorch's own generator.
+        rank: number of this process.
         accumulate: batches per step; the last step of an epoch takes what is left.
         clip_grad: largest norm of the gradient; 0 does not clip.
-        amp: key of `AMP_DTYPES`.
+        amp: key of `train.amp.AMP_DTYPES`.
 
     Raises:
         FloatingPointError: a loss is not finite.
+        OSError: no image of a batch can be read.
         ValueError: too many images cannot be read.
     """
     state.model.train()
     device = next(state.model.parameters()).device
     state.optimizer.zero_grad()
-    log.new_epoch()
-    for loaded in log.watch(on_device(batches, device)):
+    log.start_epoch()
+
+    for loaded in log.watch_loading(prefetch_to_device(batches, device)):
         if loaded.batch is None:
-            raise OSError(f"no image of a whole batch can be read: {loaded.broken[-1].reason}")
-        first = state.batch - state.batch % accumulate
-        share = 1 / min(accumulate, batches_per_epoch - first)
-        last = state.batch + 1 - first == round(1 / share)
-        torch.manual_seed(_mix(seed, state.step, rank))
-        with _without_exchange(network, not last), autocast(device, amp):
+            *_, reason = loaded.unreadable.values()
+            raise OSError(f"no image of a whole batch can be read: {reason}")
+
+        first_batch_of_step = state.batch - state.batch % accumulate
+        batches_of_step = min(accumulate, batches_per_epoch - first_batch_of_step)
+        is_last_of_step = state.batch + 1 - first_batch_of_step == batches_of_step
+        share = 1 / batches_of_step
+
+        torch.manual_seed(_combine_seeds(seed, state.step, rank))
+        with _gradient_exchange(network, enabled=is_last_of_step), autocast(device, amp):
             losses = network(loaded.batch)
-            state.scaler.scale(sum(losses.values()) * share).backward()
+            total_loss = sum(losses.values(), start=torch.zeros((), device=device))
+            state.scaler.scale(total_loss * share).backward()
         log.add_batch(losses, share, loaded.image_ids)
         state.batch += 1
-        if not last:
+        if not is_last_of_step:
             continue
-        rate = schedule.at(state.step, state.epoch + first / batches_per_epoch)
-        _update(state, rate, clip_grad)
+
+        rate = schedule.learning_rate(state.step, state.epoch + first_batch_of_step / batches_per_epoch)
+        _update_weights(state, rate, clip_grad)
         log.end_step(state.step, state.epoch + 1, rate)
         if state.batch == batches_per_epoch:
-            state.epoch, state.batch = state.epoch + 1, 0
+            state.epoch += 1
+            state.batch = 0
         yield state.step
 
 
-def _update(state: TrainState, rate: float, clip_grad: float) -> None:
-    """Take one optimizer step with the gradients at hand."""
-    set_rate(state.optimizer, rate)
+def _update_weights(state: TrainState, rate: float, clip_grad: float) -> None:
+    """Take one optimizer step with the accumulated gradients."""
+    set_learning_rate(state.optimizer, rate)
     if clip_grad:
         state.scaler.unscale_(state.optimizer)
         torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad)
@@ -94,52 +102,17 @@ def _update(state: TrainState, rate: float, clip_grad: float) -> None:
     state.step += 1
 
 
-def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """Return the autocast of `AMP_DTYPES`; with "none" it does nothing."""
-    return torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "none")
+def _gradient_exchange(
+    network: Callable[..., dict[str, Tensor]], enabled: bool
+) -> contextlib.AbstractContextManager[None]:
+    """Let the processes exchange gradients in this backward pass or not: once per step is enough."""
+    if enabled or not isinstance(network, DistributedDataParallel):
+        return contextlib.nullcontext()
+    no_sync: contextlib.AbstractContextManager[None] = network.no_sync()
+    return no_sync
 
 
-def _without_exchange(network: Callable, wanted: bool) -> contextlib.AbstractContextManager:
-    """Keep gradients on their process until the last batch of a step."""
-    return network.no_sync() if wanted and isinstance(network, DistributedDataParallel) else contextlib.nullcontext()
-
-
-def _mix(*numbers: int) -> int:
+def _combine_seeds(*numbers: int) -> int:
     """Return a seed that differs for different numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[Loaded],
-    *,
-    amp: str = "none",
-    between: Callable[[], None] = lambda: None,
-) -> tuple[CocoDetections, list[BrokenImage]]:
-    """Detect in every image of `batches`.
-
-    Args:
-        model: returns `Detections` per image; is in evaluation mode afterwards.
-        batches: images of this process.
-        amp: key of `AMP_DTYPES`.
-        between: is called before every batch and may raise.
-
-    Returns:
-        The detections in pixels of the files, and the images that could not be read.
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    found, broken = [], []
-    for loaded in on_device(batches, device):
-        between()
-        broken += loaded.broken
-        if loaded.batch is None:
-            continue
-        with autocast(device, amp):
-            detections = model(loaded.batch)
-        found += [
-            CocoDetections.of(one, *about)
-            for one, *about in zip(detections, loaded.image_ids, loaded.scales, loaded.sizes, strict=True)
-        ]
-    return CocoDetections.join(found), broken
+    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return int(seed >> np.uint64(1))  # torch takes 63 bits

@@ -25,7 +25,8 @@ from train.checkpoint import TrainState, find, mark, newest, pack, save
 from train.config import Config, as_dict, parse
 from train.counting import Counting
 from train.data.coco_dataset import CocoDetection
-from train.data.loader import AspectRatioBatchSampler, training_loader
+from train.data.loader import training_loader
+from train.data.samplers import AspectRatioBatchSampler
 from train.distributed import Interrupted, StopRequest, World, announced, join, leave
 from train.evaluation.coco_metrics import evaluator_classes
 from train.evaluation.validation import count, detect
@@ -93,7 +94,7 @@ def train(config: Config, world: World) -> None:
             if _is_finished(state, config):
                 _record_counted(counting.wait(stop.check), counting, run, log)
                 break
-            batches.epoch, batches.start = state.epoch, state.batch
+            batches.set_epoch(state.epoch, state.batch)
             for step in train_one_epoch(
                 state, network, loader, schedule, log, batches_per_epoch=len(batches), seed=config.seed,
                 rank=world.rank, accumulate=config.optim.accumulate, clip_grad=config.optim.clip_grad, amp=config.amp,
@@ -131,7 +132,7 @@ def evaluate_only(config: Config, world: World) -> None:
     dataset = open_split(config, world, "val", model.config.image_scale, classes, masks=model.config.mask)
     if len(dataset.classes) != model.config.num_classes:
         known = f"{path} knows {model.config.num_classes} classes"
-        raise ValueError(f"{known}, {dataset.annotations} has {len(dataset.classes)}")
+        raise ValueError(f"{known}, {dataset.annotation_file} has {len(dataset.classes)}")
     run.path.mkdir(parents=True, exist_ok=True)
     found = detect(model, dataset, config, world, run, lambda *_: None, lambda: None)
     if world.first:

@@ -50,8 +50,8 @@ def before(
         shape = f"x{optim.gamma:g} after epoch {', '.join(map(str, optim.milestones))}"
     rows = {
         "run": f"{config.out} (preset {config.preset}, seed {config.seed})",
-        "training": f"{len(train)} images, {len(train.boxes)} boxes ({train.annotations}: {train.counts})",
-        "validation": f"{len(val)} images, {len(val.boxes)} boxes ({val.annotations}: {val.counts})",
+        "training": f"{len(train)} images, {len(train.boxes)} boxes ({train.annotation_file}: {train.counts})",
+        "validation": f"{len(val)} images, {len(val.boxes)} boxes ({val.annotation_file}: {val.counts})",
         "classes": f"{len(train.classes)} in the data: {_shorten(train.classes)}",
         "model": f"{'Mask' if config.model.mask else 'Faster'} R-CNN R{config.model.depth}-FPN, {dcn}, "
         f"norm {config.model.norm}, "

@@ -122,7 +122,7 @@ def test_error_of_the_process_ends_the_run(at_once, start, after_step, tmp_path,
     begin = Counting.begin
 
     def begin_without_file(self, *detected):
-        self.dataset.annotations = tmp_path / "gone.json"
+        self.dataset.annotation_file = tmp_path / "gone.json"
         begin(self, *detected)
 
     with monkeypatch.context() as patch:

@@ -3,8 +3,7 @@ import json
 import pytest
 import torch
 
-from train.data.coco_dataset import BrokenImage
-from train.data.loader import Loaded
+from train.data.collate import LoadedBatch
 from train.distributed import World
 from train.log import TrainLog
 
@@ -67,7 +66,7 @@ def test_bad_loss_names_itself_the_step_and_the_images(make_log, tmp_path, value
 
 
 def broken(*ids):
-    return Loaded(None, [], [], [], [BrokenImage(image_id, f"cannot read {image_id}.jpg") for image_id in ids])
+    return LoadedBatch(None, [], [], [], {image_id: f"cannot read {image_id}.jpg" for image_id in ids})
 
 
 def test_broken_images_are_named_once_and_counted(make_log, capsys):

@@ -10,8 +10,7 @@ from detector import Batch, Detections, FasterRCNN, FasterRCNNConfig, Target
 from tests.detector.golden_model import assert_summary, fill_model, make_batch
 from train.checkpoint import TrainState
 from train.config import OptimConfig
-from train.data.coco_dataset import BrokenImage
-from train.data.loader import Loaded
+from train.data.collate import LoadedBatch
 from train.distributed import World
 from train.log import TrainLog
 from train.loop import evaluate, train_one_epoch
@@ -55,7 +54,7 @@ def golden_batches(arrays, parameters, count):
         columns = [[arrays[f"img{number}.{key}"] for number in numbers] for key in ("gt_bboxes", "gt_labels")]
         boxes, labels = ([part[keep] for part, keep in zip(column, valid, strict=True)] for column in columns)
         images = [arrays[f"img{number}.image_bgr"] for number in numbers]
-        batches.append(Loaded(make_batch(images, boxes, labels, torch.float64), list(numbers), [], [], []))
+        batches.append(LoadedBatch(make_batch(images, boxes, labels, torch.float64), list(numbers), [], [], {}))
     return batches
 
 
@@ -126,7 +125,7 @@ def toy_batches(count, size, first=0):
     for i in range(0, count * size, size):
         targets = [Target(torch.full((1, 4), j / 10.0), torch.tensor([0])) for j in range(i, i + size)]
         batch = Batch(images[i : i + size], torch.full((size, 2), 32), targets)
-        loaded.append(Loaded(batch, list(range(i, i + size)), [(2.0, 2.0)] * size, [(50, 50)] * size, []))
+        loaded.append(LoadedBatch(batch, list(range(i, i + size)), [(2.0, 2.0)] * size, [(50, 50)] * size, {}))
     return loaded[first:]
 
 
@@ -206,10 +205,10 @@ def test_each_step_has_its_own_seed(tmp_path):
 
 
 def test_evaluate_returns_to_the_pixels_of_the_file():
-    loaded = [*toy_batches(3, 1), Loaded(None, [], [], [], [BrokenImage(9, "cut off")])]
+    loaded = [*toy_batches(3, 1), LoadedBatch(None, [], [], [], {9: "cut off"})]
     calls = []
-    found, broken = evaluate(toy(), loaded, between=lambda: calls.append(1))
+    found, unreadable = evaluate(toy(), loaded, between=lambda: calls.append(1))
     assert found.image_ids.tolist() == [0, 1, 2]
     assert found.boxes.tolist() == [[1, 1, 3, 4]] * 3
-    assert [image.image_id for image in broken] == [9]
+    assert unreadable == {9: "cut off"}
     assert len(calls) == 4

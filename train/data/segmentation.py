@@ -1,8 +1,8 @@
-"""The shapes of objects as annotation files have them: checked, held as flat arrays, drawn one at a time."""
+"""The segmentations of objects as annotation files have them: checked, held as flat arrays, drawn one at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -11,113 +11,177 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from detector.ops.rle import decode_mask, rle_to_runs, runs_to_mask
+from train.data.coco_json import Entry, describe_entry
 
-SMALLEST_POLYGON = 6  # numbers: three corners
+MIN_POLYGON_LENGTH = 6  # numbers: three corners
+_NO_RUNS = np.zeros(0, np.int64)
 
 
-def valid_polygons(polygons: list) -> list[list[float]]:
+def valid_polygons(polygons: list[list[float]]) -> list[list[float]]:
     """Return the polygons [x1, y1, x2, y2, ...] that have pairs of coordinates and three corners."""
-    return [polygon for polygon in polygons if len(polygon) % 2 == 0 and len(polygon) >= SMALLEST_POLYGON]
+    return [polygon for polygon in polygons if len(polygon) % 2 == 0 and len(polygon) >= MIN_POLYGON_LENGTH]
 
 
-def is_shape(value: Any) -> bool:
-    """Tell whether a `segmentation` can be drawn: it has a valid polygon, or runs and a size.
+def is_drawable(segmentation: Any) -> bool:
+    """Tell whether a `segmentation` can be drawn: it has a valid polygon, or run lengths and a size.
 
     Raises:
         ValueError: it is neither a list of polygons nor an object.
 
     Source:
-        MMDetection's LoadAnnotations, which ignores an instance whose segmentation can not.
+        MMDetection's LoadAnnotations, which ignores the other instances.
     """
-    if isinstance(value, dict):
-        return isinstance(value.get("counts"), (list, str)) and isinstance(value.get("size"), list)
-    if not isinstance(value, list) or not all(isinstance(polygon, list) for polygon in value):
-        raise ValueError(f"expected polygons or run lengths, found {value!r:.60}")
-    return bool(valid_polygons(value))
+    if isinstance(segmentation, dict):
+        has_counts = isinstance(segmentation.get("counts"), (list, str))
+        return has_counts and isinstance(segmentation.get("size"), list)
+    if not isinstance(segmentation, list) or not all(isinstance(polygon, list) for polygon in segmentation):
+        raise ValueError(f"expected polygons or run lengths, got {segmentation!r:.60}")
+    return bool(valid_polygons(segmentation))
+
+
+def check_segmentation(segmentation: Any, height: int, width: int) -> None:
+    """Check the numbers of a `segmentation` that can be drawn, and that it fits its image.
+
+    Raises:
+        ValueError: run lengths of another size, or polygons with something else than finite numbers.
+    """
+    if isinstance(segmentation, dict):
+        size = segmentation["size"]
+        if size != [height, width]:
+            raise ValueError(f"expected the size of its image, {height} x {width}, got {size}")
+        rle_to_runs(segmentation)
+        return
+
+    for polygon in valid_polygons(segmentation):
+        numbers = np.array(polygon)
+        if numbers.dtype.kind not in "if" or numbers.ndim != 1 or not np.isfinite(numbers).all():
+            raise ValueError(f"expected polygons of numbers, got {polygon!r:.60}")
+
+
+def find_drawable(
+    entries: Sequence[Entry], indices: np.ndarray, image_sizes: np.ndarray, *, required: bool
+) -> np.ndarray:
+    """Return which annotations have a mask that can be drawn.
+
+    Args:
+        entries: the annotations of a file.
+        indices: (n,) int64, which of them to look at.
+        image_sizes: (n, 2) int64, height and width of the image of each.
+        required: whether every one needs a mask, as in evaluation.
+
+    Returns:
+        (n,) bool.
+
+    Raises:
+        ValueError: a segmentation is missing, malformed, or not drawable though required; the message names the entry.
+    """
+    drawable = np.ones(len(indices), bool)
+    for position, index in enumerate(indices):
+        entry = entries[index]
+        segmentation = entry.get("segmentation")
+        height, width = image_sizes[position].tolist()
+        try:
+            if segmentation is None:
+                raise ValueError("missing, and a model with masks (--model.mask) needs it")
+
+            drawable[position] = is_drawable(segmentation)
+            if drawable[position]:
+                check_segmentation(segmentation, height, width)
+            elif required:
+                raise ValueError("no valid polygon to compare masks with")
+        except ValueError as error:
+            where = describe_entry("annotations", index, entry)
+            raise ValueError(f"{where}: 'segmentation': {error}") from error
+    return drawable
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """The shapes of M objects, each polygons or run lengths, without Python objects inside.
+class Segmentations:
+    """The segmentations of M objects, each polygons or run lengths, without Python objects inside.
 
     Attributes:
         coordinates: (P,) float64, x and y in turn, in pixels.
-        polygons: (K + 1,) int64; polygon k has coordinates[polygons[k]:polygons[k + 1]].
-        runs: (R,) int64, lengths of runs down the columns.
-        first_polygon, first_run: (M + 1,) int64; object m has the polygons, or the runs, from its number to the next.
+        polygon_starts: (K + 1,) int64; polygon k has coordinates[polygon_starts[k]:polygon_starts[k + 1]].
+        run_lengths: (R,) int64, lengths of runs down the columns.
+        first_polygon: (M + 1,) int64; object m has the polygons first_polygon[m] to first_polygon[m + 1] - 1.
+        first_run: (M + 1,) int64; object m has the runs run_lengths[first_run[m]:first_run[m + 1]].
     """
 
     coordinates: np.ndarray
-    polygons: np.ndarray
-    runs: np.ndarray
+    polygon_starts: np.ndarray
+    run_lengths: np.ndarray
     first_polygon: np.ndarray
     first_run: np.ndarray
 
     @classmethod
-    def of(cls, values: Iterable[Any]) -> Shapes:
-        """Take `segmentation` values that `check_shape` accepts."""
-        coordinates, runs = [np.zeros(0)], [np.zeros(0, np.int64)]
-        polygon_lengths, polygon_counts, run_counts = [], [], []
-        for value in values:
-            drawn = [] if isinstance(value, dict) else valid_polygons(value)
-            coordinates += [np.array(polygon, np.float64) for polygon in drawn]
-            polygon_lengths += [len(polygon) for polygon in drawn]
-            polygon_counts.append(len(drawn))
-            runs.append(rle_to_runs(value) if isinstance(value, dict) else runs[0])
-            run_counts.append(len(runs[-1]))
-        starts = (_starts(lengths) for lengths in (polygon_lengths, polygon_counts, run_counts))
-        polygons, first_polygon, first_run = starts
-        return cls(np.concatenate(coordinates), polygons, np.concatenate(runs), first_polygon, first_run)
+    def parse(cls, segmentations: Iterable[Any]) -> Segmentations:
+        """Take `segmentation` values that `check_segmentation` accepts."""
+        coordinates = [np.zeros(0)]
+        polygon_lengths = []
+        polygon_counts = []
+        run_lengths = [_NO_RUNS]
+        run_counts = []
+        for segmentation in segmentations:
+            polygons = []
+            runs = _NO_RUNS
+            if isinstance(segmentation, dict):
+                runs = rle_to_runs(segmentation)
+            else:
+                polygons = valid_polygons(segmentation)
+
+            coordinates += [np.array(polygon, np.float64) for polygon in polygons]
+            polygon_lengths += [len(polygon) for polygon in polygons]
+            polygon_counts.append(len(polygons))
+            run_lengths.append(runs)
+            run_counts.append(len(runs))
+        return cls(
+            coordinates=np.concatenate(coordinates),
+            polygon_starts=_starts(polygon_lengths),
+            run_lengths=np.concatenate(run_lengths),
+            first_polygon=_starts(polygon_counts),
+            first_run=_starts(run_counts),
+        )
 
     def __len__(self) -> int:
         return len(self.first_run) - 1
 
-    def take(self, rows: np.ndarray) -> Shapes:
-        """Return the shapes with these numbers."""
-        of_objects, first_polygon = slices(self.first_polygon, rows)
-        of_polygons, polygons = slices(self.polygons, of_objects)
-        of_runs, first_run = slices(self.first_run, rows)
-        return Shapes(self.coordinates[of_polygons], polygons, self.runs[of_runs], first_polygon, first_run)
+    def take(self, objects: np.ndarray) -> Segmentations:
+        """Return the segmentations of the objects with these numbers."""
+        polygons, first_polygon = take_rows(self.first_polygon, objects)
+        coordinates, polygon_starts = take_rows(self.polygon_starts, polygons)
+        runs, first_run = take_rows(self.first_run, objects)
+        return Segmentations(
+            self.coordinates[coordinates], polygon_starts, self.run_lengths[runs], first_polygon, first_run
+        )
 
     def draw(self, number: int, height: int, width: int) -> np.ndarray:
-        """Return the mask (height, width) uint8 of an object, in the pixels of its image."""
+        """Return the mask (height, width) uint8 of object `number`, in the pixels of its image."""
         first, last = self.first_run[number : number + 2]
         if last > first:
-            mask = runs_to_mask(self.runs[first:last], height, width)
-        else:
-            ends = self.polygons[self.first_polygon[number] : self.first_polygon[number + 1] + 1]
-            parts = [self.coordinates[a:b] for a, b in pairwise(ends)]
-            mask = decode_mask(coco_mask.merge(coco_mask.frPyObjects(parts, height, width)))
-        return mask.view(np.uint8)
+            return runs_to_mask(self.run_lengths[first:last], height, width).view(np.uint8)
+
+        first, last = self.first_polygon[number : number + 2]
+        bounds = self.polygon_starts[first : last + 1]
+        polygons = [self.coordinates[start:end] for start, end in pairwise(bounds)]
+        parts = coco_mask.frPyObjects(polygons, height, width)
+        return decode_mask(coco_mask.merge(parts)).view(np.uint8)
 
 
-def check_shape(value: Any, height: int, width: int) -> None:
-    """Raise ValueError where a `segmentation` that `is_shape` does not fit its image, or is not made of numbers."""
-    if isinstance(value, dict):
-        if value["size"] != [height, width]:
-            raise ValueError(f"expected the size of its image, {height} x {width}, found {value['size']}")
-        rle_to_runs(value)
-        return
-    for polygon in valid_polygons(value):
-        numbers = np.array(polygon)
-        if numbers.dtype.kind not in "if" or numbers.ndim != 1 or not np.isfinite(numbers).all():
-            raise ValueError(f"expected polygons of numbers, found {polygon!r:.60}")
-
-
-def slices(starts: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return where the members of some rows are, one row after the other, and where the rows then start.
+def take_rows(starts: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return which members some rows of a ragged array have, one row after the other, and where the rows then start.
 
     Args:
         starts: (N + 1,) int64; row i has the members starts[i]:starts[i + 1].
         rows: (R,) int64.
 
     Returns:
-        (members,) int64 and (R + 1,) int64.
+        Indices of the members int64, and the new starts (R + 1,) int64.
     """
     lengths = starts[rows + 1] - starts[rows]
-    new = _starts(lengths)
-    return np.repeat(starts[rows] - new[:-1], lengths) + np.arange(new[-1]), new
+    new_starts = _starts(lengths)
+    shift = starts[rows] - new_starts[:-1]
+    return np.repeat(shift, lengths) + np.arange(new_starts[-1]), new_starts
 
 
-def _starts(lengths: Iterable[int]) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+def _starts(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(np.asarray(lengths))]).astype(np.int64)

@@ -19,10 +19,10 @@ class Sample:
         image: (H, W, 3) uint8 RGB, contiguous.
         boxes: (N, 4) float32, xyxy in pixels of `image`; boxes that the clipping left empty are still there.
         labels: (N,) int64 from 0.
-        image_id: of the annotation file.
-        scale: (x, y), size of `image` over size of the file.
+        image_id: id in the annotation file.
+        scale_factor: (x, y), size of `image` over size of the file.
         seed: of the samplers inside the model.
-        size: height and width of the file's image.
+        original_size: height and width of the file's image.
         masks: (N, H, W) uint8, 1 inside the object; None if they were not asked for.
     """
 
@@ -30,13 +30,15 @@ class Sample:
     boxes: np.ndarray
     labels: np.ndarray
     image_id: int
-    scale: tuple[float, float]
+    scale_factor: tuple[float, float]
     seed: int
-    size: tuple[int, int]
+    original_size: tuple[int, int]
     masks: np.ndarray | None = None
 
 
-def resize(image: np.ndarray, boxes: np.ndarray, scale: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, tuple]:
+def resize(
+    image: np.ndarray, boxes: np.ndarray, scale: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
     """Resize to fit `scale`, ratio kept, and clip the boxes to the image.
 
     Args:
@@ -47,18 +49,20 @@ def resize(image: np.ndarray, boxes: np.ndarray, scale: tuple[int, int]) -> tupl
     Returns:
         image, boxes and the factors (x, y).
     """
-    image, factor = resize_keep_ratio(image, scale)
+    image, scale_factor = resize_keep_ratio(image, scale)
     height, width = image.shape[:2]
-    boxes = boxes * np.array(factor * 2, np.float32)
-    return image, np.clip(boxes, 0, np.array([width, height] * 2, np.float32)), factor
+    boxes = boxes * np.array(scale_factor * 2, np.float32)
+    upper_bound = np.array([width, height, width, height], np.float32)
+    return image, np.clip(boxes, 0, upper_bound), scale_factor
 
 
-def flip(image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def horizontal_flip(image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mirror image (H, W, 3), in place, and boxes (N, 4) left to right."""
     width = np.float32(image.shape[1])
-    mirrored = boxes.copy()
-    mirrored[:, 0], mirrored[:, 2] = width - boxes[:, 2], width - boxes[:, 0]
-    return cv2.flip(image, 1, image), mirrored
+    flipped_boxes = boxes.copy()
+    flipped_boxes[:, 0] = width - boxes[:, 2]
+    flipped_boxes[:, 2] = width - boxes[:, 0]
+    return cv2.flip(image, 1, image), flipped_boxes
 
 
 def resize_masks(masks: Iterable[np.ndarray], count: int, size: tuple[int, int]) -> np.ndarray:
@@ -75,10 +79,14 @@ def resize_masks(masks: Iterable[np.ndarray], count: int, size: tuple[int, int])
     Source:
         MMDetection's BitmapMasks.rescale.
     """
-    resized = np.empty((count, *size), np.uint8)
-    for into, mask in zip(resized, masks, strict=True):
-        into[:] = mask if mask.shape == size else cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST)
-    return resized
+    height, width = size
+    resized_masks = np.empty((count, height, width), np.uint8)
+    for resized, mask in zip(resized_masks, masks, strict=True):
+        if mask.shape == size:
+            resized[:] = mask
+        else:
+            resized[:] = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
+    return resized_masks
 
 
 @dataclass(frozen=True)
@@ -114,17 +122,32 @@ class Transform:
 
         The image may be overwritten.
         """
+        # The order of the draws is fixed: another one would give other samples for the same key.
         random = np.random.default_rng((self.seed, epoch, index))
-        mirrored = random.random() < self.flip
+        is_flipped = random.random() < self.flip
         seed = int(random.integers(1 << 62))
         scale = self.scale
         if self.short_sides:
             scale = (max(scale), int(random.choice(self.short_sides)))
-        size = image.shape[:2]
-        image, boxes, factor = resize(image, boxes, scale)
+
+        original_height, original_width = image.shape[:2]
+        image, boxes, scale_factor = resize(image, boxes, scale)
+        height, width = image.shape[:2]
+        resized_masks = None
         if masks is not None:
-            masks = resize_masks(masks, len(labels), image.shape[:2])
-        if mirrored:
-            image, boxes = flip(image, boxes)
-            masks = masks if masks is None else np.ascontiguousarray(masks[:, :, ::-1])
-        return Sample(image, boxes, labels, image_id, factor, seed, size, masks)
+            resized_masks = resize_masks(masks, len(labels), (height, width))
+
+        if is_flipped:
+            image, boxes = horizontal_flip(image, boxes)
+            if resized_masks is not None:
+                resized_masks = np.ascontiguousarray(resized_masks[:, :, ::-1])
+        return Sample(
+            image=image,
+            boxes=boxes,
+            labels=labels,
+            image_id=image_id,
+            scale_factor=scale_factor,
+            seed=seed,
+            original_size=(original_height, original_width),
+            masks=resized_masks,
+        )

@@ -160,14 +160,14 @@ def measure(
     Source:
         pycocotools' COCOeval with MMDetection's detection limits (100, 300, 1000).
     """
-    if not dataset.annotated:
+    if not dataset.has_annotations:
         return None
     coco, coco_eval = evaluator_classes(evaluator)
     used = ("image_id", "category_id", "score", _SHAPES[iou_type])
     rows = [{key: row[key] for key in used} for row in rows]
     with contextlib.redirect_stdout(io.StringIO()):
         truth = coco()
-        truth.dataset = json.loads(dataset.annotations.read_bytes())
+        truth.dataset = json.loads(dataset.annotation_file.read_bytes())
         for number, annotation in enumerate(truth.dataset["annotations"], 1):
             annotation["id"] = number  # some files have none; pycocotools wants each once, and takes 0 for no match
             annotation.setdefault("iscrowd", 0)

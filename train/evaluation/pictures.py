@@ -32,15 +32,15 @@ def draw_pictures(
     folder.mkdir(parents=True, exist_ok=True)
     for index in np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)):
         try:
-            image = read_image(dataset.path(index))
+            image = read_image(dataset.image_path(index))
         except (OSError, ValueError):
             continue  # the evaluation has named it
         mine = found.of_image(dataset.image_ids[index])
         mine = mine.take(mine.scores >= SCORE)
         detections = Detections(*(torch.from_numpy(column) for column in (mine.boxes, mine.scores, mine.labels)))
-        target = Target(*(torch.from_numpy(column) for column in dataset.truth(index)))
+        target = Target(*(torch.from_numpy(column) for column in dataset.ground_truth(index)))
         masks = () if mine.masks is None else map(decode_mask, mine.masks)
-        true_masks = () if dataset.shapes is None else dataset.masks(index)
+        true_masks = dataset.masks(index)
         picture = draw_comparison(image, detections, target, dataset.classes, masks=masks, true_masks=true_masks)
         path = folder / f"{Path(str(dataset.file_names[index])).stem}.png"
         write_image(path, picture)

@@ -52,10 +52,10 @@ def detect(
     begin = time.perf_counter()
     loader = evaluation_loader(dataset, config.data.workers, world.device.type == "cuda", world.rank, world.size)
     shown = tqdm(loader, "evaluating", leave=False, disable=not world.first, mininterval=pause(), dynamic_ncols=True)
-    found, broken = evaluate(model, shown, amp=config.amp, between=between)
-    for image in broken:
-        tqdm.write(f"skipped validation image {image.image_id}: {image.reason}", file=sys.stderr)
-    failed = world.sum(len(broken))
+    found, unreadable = evaluate(model, shown, amp=config.amp, between=between)
+    for image_id, reason in unreadable.items():
+        tqdm.write(f"skipped validation image {image_id}: {reason}", file=sys.stderr)
+    failed = world.sum(len(unreadable))
     if failed > BROKEN_SHARE * len(dataset):
         share = f"more than {BROKEN_SHARE:.0%}"
         raise ValueError(f"{failed} of {len(dataset)} validation images could not be read, {share}")
@@ -84,7 +84,7 @@ def count(rows: list[dict], seconds: float, dataset: CocoDetection, run: RunFold
     begin = time.perf_counter()
     write_results(run.detections, rows)
     line = {}
-    for prefix, iou_type in [("", "bbox"), *([("segm_", "segm")] if dataset.shapes is not None else [])]:
+    for prefix, iou_type in [("", "bbox"), *([("segm_", "segm")] if dataset.segmentations is not None else [])]:
         metrics = measure(rows, dataset, evaluator, iou_type)
         if metrics is not None:
             line |= {prefix + name: value for name, value in metrics.values.items()}

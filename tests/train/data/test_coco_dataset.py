@@ -6,7 +6,7 @@ import pytest
 from detector.image import read_image
 from tests.conftest import GOLDEN
 from tests.train.conftest import write_annotations
-from train.data.coco_dataset import BrokenImage, CocoDetection
+from train.data.coco_dataset import CocoDetection, UnreadableImageError
 from train.data.transforms import Transform
 
 SCALE = Transform((64, 64))
@@ -29,7 +29,7 @@ def test_keeps_what_mmdetection_keeps(golden, tmp_path, split):
     assert dataset.heights.tolist() == [image["height"] for image in expected]
     for index, image in enumerate(expected):
         truth = [box for box in image["instances"] if not box["ignore_flag"]]
-        boxes, labels = dataset.truth(index)
+        boxes, labels = dataset.ground_truth(index)
         assert boxes.tolist() == [box["bbox"] for box in truth]
         assert labels.tolist() == [box["label"] for box in truth]
         assert boxes.dtype == np.float32
@@ -38,10 +38,10 @@ def test_keeps_what_mmdetection_keeps(golden, tmp_path, split):
 def test_counts_every_annotation(golden, tmp_path):
     dataset = open_golden(golden, tmp_path, True)
     counts = vars(dataset.counts)
-    content = json.loads(dataset.annotations.read_text())
+    content = json.loads(dataset.annotation_file.read_text())
     assert sum(counts.values()) == len(content["annotations"])
     assert counts["ignored"] == sum(annotation.get("ignore", 0) for annotation in content["annotations"])
-    assert counts["foreign"]
+    assert counts["other_category"]
     assert all(counts[reason] for reason in ("empty", "outside", "crowd", "used"))
     assert "thinner than a pixel" in str(dataset.counts)
 
@@ -74,21 +74,21 @@ def test_reads_a_sample(coco):
     sample = dataset[0, 2]
     assert sample.image.shape == (48, 64, 3)
     assert sample.image_id == 102
-    assert sample.scale == (0.5, 0.5)
-    assert sample.boxes == pytest.approx(dataset.truth(2)[0] / 2)
-    assert read_image(dataset.path(2)).shape == (96, 128, 3)
+    assert sample.scale_factor == (0.5, 0.5)
+    assert sample.boxes == pytest.approx(dataset.ground_truth(2)[0] / 2)
+    assert read_image(dataset.image_path(2)).shape == (96, 128, 3)
 
 
 def test_limit_takes_the_first_images(coco):
     dataset, whole = open_coco(coco, limit=3), open_coco(coco)
     assert dataset.image_ids.tolist() == [100, 101, 102]
-    assert len(dataset.boxes) == whole.starts[3]
+    assert len(dataset.boxes) == whole.box_starts[3]
 
 
 def test_annotations_of_a_missing_image_are_counted(coco):
     edit(coco, lambda content: content["images"].pop(0))
     dataset = open_coco(coco)
-    assert dataset.counts.orphan == 1
+    assert dataset.counts.unlisted_image == 1
     assert len(dataset) == 7
 
 
@@ -109,23 +109,31 @@ def test_split_without_annotations(coco):
     edit(coco, lambda content: content.pop("annotations"), "val2017")
     dataset = open_coco(coco, "val2017")
     assert len(dataset) == 3
-    assert not dataset.annotated
+    assert not dataset.has_annotations
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         pytest.param(lambda c: c.pop("images"), "no list 'images'", id="no-images"),
-        pytest.param(lambda c: c["images"][0].pop("width"), r"images\[0\] \(id 100\): no 'width'", id="no-width"),
-        pytest.param(lambda c: c["annotations"][0].pop("bbox"), r"annotations\[0\] \(id 1\): no 'bbox'", id="no-bbox"),
+        pytest.param(
+            lambda c: c["images"][0].pop("width"), r"images\[0\] \(id 100\): 'width' is missing", id="no-width"
+        ),
+        pytest.param(
+            lambda c: c["annotations"][0].pop("bbox"), r"annotations\[0\] \(id 1\): 'bbox' is missing", id="no-bbox"
+        ),
         pytest.param(
             lambda c: c["annotations"][0].update(bbox=[1, 2, 3]),
-            r"\[0\] \(id 1\): 'bbox' is not 4 numbers",
+            r"\[0\] \(id 1\): 'bbox': expected 4 numbers, got",
             id="short-bbox",
         ),
-        pytest.param(lambda c: c["annotations"][1].update(bbox=None), r"\[1\] .*'bbox' is not 4", id="null-bbox"),
-        pytest.param(lambda c: c["annotations"][0].update(image_id="a"), "is not a whole number: 'a'", id="string-id"),
-        pytest.param(lambda c: c["annotations"].append([]), r"\] is not an object with fields: \[\]", id="no-object"),
+        pytest.param(lambda c: c["annotations"][1].update(bbox=None), r"\[1\] .*'bbox': expected 4", id="null-bbox"),
+        pytest.param(
+            lambda c: c["annotations"][0].update(image_id="a"), "expected a whole number, got 'a'", id="string-id"
+        ),
+        pytest.param(
+            lambda c: c["annotations"].append([]), r"\]: expected an object with fields, got \[\]", id="no-object"
+        ),
         pytest.param(lambda c: c.update(annotations=None), "'annotations' is not a list", id="null-annotations"),
         pytest.param(lambda c: c["images"].append(c["images"][0]), "two images have the id 100", id="twice"),
         pytest.param(lambda c: c["categories"].append({"id": 7, "name": "x"}), "two categories", id="category-twice"),
@@ -150,12 +158,11 @@ def test_what_is_missing_is_named(coco, tmp_path):
 
 def test_unreadable_images_are_described(coco):
     dataset = open_coco(coco)
-    dataset.path(0).write_bytes(dataset.path(0).read_bytes()[:200])
-    dataset.path(1).unlink()
+    dataset.image_path(0).write_bytes(dataset.image_path(0).read_bytes()[:200])
+    dataset.image_path(1).unlink()
     for index in (0, 1):
-        broken = dataset[0, index]
-        assert isinstance(broken, BrokenImage)
-        assert dataset.path(index).name in broken.reason
+        with pytest.raises(UnreadableImageError, match=dataset.image_path(index).name):
+            dataset[0, index]
 
 
 def test_arrays_hold_no_python_objects(coco):

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from tests.train.data.test_coco_dataset import edit, open_coco, open_golden
-from train.data.loader import AspectRatioBatchSampler, _tensors, collate, evaluation_loader, training_loader
+from train.data.collate import collate
+from train.data.loader import evaluation_loader, training_loader
+from train.data.prefetch import batch_tensors
+from train.data.samplers import AspectRatioBatchSampler
 
 
 def test_batches_equal_mmdetection(golden, tmp_path):
@@ -15,7 +18,7 @@ def test_batches_equal_mmdetection(golden, tmp_path):
     upright = dataset.heights > dataset.widths
     for case in golden("dataset")[1]["batches"]:
         batches = AspectRatioBatchSampler(upright, 2, case["seed"], case["rank"], case["world"])
-        assert batches.of_epoch(case["epoch"]) == case["batches"]
+        assert batches.epoch_batches(case["epoch"]) == case["batches"]
         assert len(batches) == case["length"]
 
 
@@ -24,7 +27,7 @@ def test_batches_equal_mmdetection(golden, tmp_path):
 def test_every_process_has_as_many_batches(images, world):
     upright = np.random.default_rng(images).random(images) < 0.3
     ranks = [AspectRatioBatchSampler(upright, 3, 1, rank, world) for rank in range(world)]
-    batches = [rank.of_epoch(2) for rank in ranks]
+    batches = [rank.epoch_batches(2) for rank in ranks]
     assert {len(mine) for mine in batches} == {len(ranks[0])}
     seen = [index for mine in batches for batch in mine for index in batch]
     assert set(seen) == set(range(images))
@@ -33,16 +36,16 @@ def test_every_process_has_as_many_batches(images, world):
 
 def test_processes_share_the_batches_of_one():
     upright = np.zeros(24, bool)
-    whole = AspectRatioBatchSampler(upright, 6, 5).of_epoch(1)
-    thirds = [AspectRatioBatchSampler(upright, 2, 5, rank, 3).of_epoch(1) for rank in range(3)]
+    whole = AspectRatioBatchSampler(upright, 6, 5).epoch_batches(1)
+    thirds = [AspectRatioBatchSampler(upright, 2, 5, rank, 3).epoch_batches(1) for rank in range(3)]
     for number, batch in enumerate(whole):
         assert sorted(batch) == sorted(index for mine in thirds for index in mine[number])
 
 
 def test_iteration_starts_anywhere():
     batches = AspectRatioBatchSampler(np.zeros(10, bool), 2, 0)
-    batches.epoch, batches.start = 3, 2
-    expected = [[(3, index) for index in batch] for batch in batches.of_epoch(3)[2:]]
+    batches.set_epoch(3, 2)
+    expected = [[(3, index) for index in batch] for batch in batches.epoch_batches(3)[2:]]
     assert list(batches) == expected
 
 
@@ -68,7 +71,7 @@ def test_workers_change_nothing(coco):
     passes = []
     for workers in (0, 2):
         batches = AspectRatioBatchSampler(np.zeros(len(dataset), bool), 2, 1)
-        batches.epoch = 1
+        batches.set_epoch(1)
         passes.append(content(training_loader(dataset, batches, workers, False)))
     for (ids, images, seeds), (other_ids, other_images, other_seeds) in zip(*passes, strict=True):
         assert ids == other_ids
@@ -79,13 +82,13 @@ def test_workers_change_nothing(coco):
 @pytest.mark.parametrize("masks", [False, True])
 def test_batches_arrive_from_workers_as_they_were_made(coco, masks):
     dataset = open_coco(coco, masks=masks)
-    dataset.path(3).write_bytes(b"no image")
+    dataset.image_path(3).write_bytes(b"no image")
     batches = AspectRatioBatchSampler(np.zeros(len(dataset), bool), 3)
     for made, arrived in zip(*(training_loader(dataset, batches, workers, False) for workers in (0, 1)), strict=True):
         assert vars(made).keys() == vars(arrived).keys()
-        for name in ("image_ids", "scales", "sizes", "broken"):
+        for name in ("image_ids", "scale_factors", "original_sizes", "unreadable"):
             assert getattr(made, name) == getattr(arrived, name)
-        pairs = list(zip(_tensors(made.batch), _tensors(arrived.batch), strict=True))
+        pairs = list(zip(batch_tensors(made.batch), batch_tensors(arrived.batch), strict=True))
         assert len(pairs) == 3 + len(made.image_ids) * (3 if masks else 2)
         for one, other in pairs:
             assert one.dtype == other.dtype
@@ -106,30 +109,32 @@ def test_workers_survive_a_signal_to_the_whole_group(coco):
 
 def test_unreadable_image_is_replaced_by_the_next(coco):
     dataset = open_coco(coco)
-    dataset.path(3).write_bytes(b"no image")
+    dataset.image_path(3).write_bytes(b"no image")
     batches = AspectRatioBatchSampler(np.zeros(len(dataset), bool), 8)
     (loaded,) = training_loader(dataset, batches, 0, False)
-    assert [image.image_id for image in loaded.broken] == [103]
+    assert list(loaded.unreadable) == [103]
     assert sorted(loaded.image_ids) == [100, 101, 102, 104, 104, 105, 106, 107]
 
 
 def test_evaluation_sees_every_image_once(coco):
     dataset = open_coco(coco)
     seen = [
-        loaded.image_ids for rank in range(3) for loaded in evaluation_loader(dataset, 0, False, rank=rank, world=3)
+        loaded.image_ids
+        for rank in range(3)
+        for loaded in evaluation_loader(dataset, 0, False, rank=rank, world_size=3)
     ]
     assert sorted(seen) == [[image_id] for image_id in dataset.image_ids]
-    dataset.path(0).unlink()
+    dataset.image_path(0).unlink()
     first = next(iter(evaluation_loader(dataset, 0, False)))
     assert first.batch is None
-    assert first.broken[0].image_id == 100
+    assert list(first.unreadable) == [100]
 
 
 def test_masks_reach_the_batch(coco):
     edit(coco, lambda content: content["annotations"][0].update(iscrowd=1))  # all of image 100
     dataset = open_coco(coco, masks=True)
     loaded = collate([dataset[0, 0], dataset[0, 1]])
-    assert loaded.sizes == [(96, 128), (96, 128)]
+    assert loaded.original_sizes == [(96, 128), (96, 128)]
     empty, full = loaded.batch.targets
     assert empty.masks.shape == (0, 48, 64)
     assert full.masks.shape == (len(full.labels), 48, 64)
@@ -137,6 +142,9 @@ def test_masks_reach_the_batch(coco):
     for (x1, y1, x2, y2), mask in zip(full.boxes.round().int().tolist(), full.masks, strict=True):
         assert abs(int(mask.sum()) - (x2 - x1) * (y2 - y1)) <= x2 - x1 + y2 - y1
         assert mask[(y1 + y2) // 2, (x1 + x2) // 2]
-    assert [tensor.shape for tensor in _tensors(loaded.batch) if tensor.dim() == 3] == [(0, 48, 64), full.masks.shape]
+    assert [tensor.shape for tensor in batch_tensors(loaded.batch) if tensor.dim() == 3] == [
+        (0, 48, 64),
+        full.masks.shape,
+    ]
     assert open_coco(coco)[0, 1].masks is None
     assert open_coco(coco, training=False, masks=True)[0, 1].masks is None

@@ -9,7 +9,7 @@ from pycocotools import mask as coco_mask
 
 import detector
 from detector import Detections
-from detector.model.mask_head import paste_masks
+from detector.ops.paste_masks import paste_masks
 from detector.ops.rle import decode_mask, encode_mask
 from detector.predict import main as predict
 from tests.train.conftest import lines, run
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 def found_with(dataset, change=lambda mask: mask):
     """Return the ground truth of a data set as detections, their masks changed."""
     masks = [encode_mask(change(mask.astype(bool))) for index in range(len(dataset)) for mask in dataset.masks(index)]
-    ids, column = np.repeat(dataset.image_ids, np.diff(dataset.starts)), np.empty(len(masks), object)
+    ids, column = np.repeat(dataset.image_ids, np.diff(dataset.box_starts)), np.empty(len(masks), object)
     column[:] = masks
     return CocoDetections(ids, dataset.boxes, np.linspace(1, 0.5, len(ids), dtype=np.float32), dataset.labels, column)
 

@@ -8,8 +8,8 @@ from pycocotools.coco import COCO
 
 from detector.ops.rle import encode_mask
 from tests.train.data.test_coco_dataset import edit, open_coco
-from train.data.coco_dataset import BrokenImage
-from train.data.segmentation import Shapes, slices
+from train.data.coco_dataset import UnreadableImageError
+from train.data.segmentation import Segmentations, take_rows
 from train.synthetic.generate import run_lengths
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools.mask")
@@ -33,7 +33,7 @@ def blob(seed):
 @given(st.lists(st.lists(polygon, min_size=1, max_size=3), min_size=1, max_size=4))
 @settings(deadline=None, max_examples=60)
 def test_polygons_are_drawn_as_pycocotools_draws_them(objects):
-    shapes = Shapes.of(objects)
+    shapes = Segmentations.parse(objects)
     assert len(shapes) == len(objects)
     for index, value in enumerate(objects):
         mask = shapes.draw(index, *SIZE)
@@ -46,7 +46,7 @@ def test_all_three_forms_side_by_side():
         encode_mask(blob(0)), [[3, 4, 30, 5.5, 20, 25]], run_lengths(blob(1)),
         [[1, 1, 9, 1, 9, 9], [20, 20, 40, 20, 30, 30, 25, 28]], encode_mask(np.zeros(SIZE, bool)),
     ]  # fmt: skip
-    shapes = Shapes.of(values)
+    shapes = Segmentations.parse(values)
     order = np.array([4, 1, 1, 2, 0, 3])
     for taken, numbers in ((shapes, range(5)), (shapes.take(order), order), (shapes.take(order[:0]), [])):
         assert len(taken) == len(numbers)
@@ -57,12 +57,12 @@ def test_all_three_forms_side_by_side():
 
 def test_parts_that_are_no_polygons_are_left_out():
     triangle = [3, 4, 30, 5.5, 20, 25]
-    shapes = Shapes.of([[[1, 1, 30, 30], triangle, [5, 5, 9, 9, 5]]])
+    shapes = Segmentations.parse([[[1, 1, 30, 30], triangle, [5, 5, 9, 9, 5]]])
     np.testing.assert_array_equal(shapes.draw(0, *SIZE), pycocotools_draws([triangle]))
 
 
 def test_slices_of_rows():
-    members, starts = slices(np.array([0, 2, 2, 5]), np.array([2, 0, 1, 2]))
+    members, starts = take_rows(np.array([0, 2, 2, 5]), np.array([2, 0, 1, 2]))
     assert members.tolist() == [2, 3, 4, 0, 1, 2, 3, 4]
     assert starts.tolist() == [0, 3, 5, 5, 8]
 
@@ -71,13 +71,13 @@ def test_masks_stand_in_the_order_of_the_boxes(coco):
     edit(coco, lambda content: content["annotations"].reverse())
     for dataset in (open_coco(coco, masks=True), open_coco(coco, masks=True, limit=3)):
         for index in range(len(dataset)):
-            boxes, masks = dataset.truth(index)[0], list(dataset.masks(index))
+            boxes, masks = dataset.ground_truth(index)[0], list(dataset.masks(index))
             assert len(boxes) == len(masks)
             for (x1, y1, x2, y2), mask in zip(boxes.astype(int), masks, strict=True):
                 assert mask.shape == (96, 128)
                 assert mask[y1:y2, x1:x2].all()
                 assert mask.sum() == (x2 - x1) * (y2 - y1)
-    assert open_coco(coco).shapes is None
+    assert open_coco(coco).segmentations is None
 
 
 @pytest.mark.parametrize("value", [[], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]], {"size": [96, 128]}, {"counts": []}])
@@ -85,11 +85,11 @@ def test_objects_without_a_shape_are_not_trained_on(coco, value):
     whole = open_coco(coco, masks=True)
     edit(coco, lambda content: content["annotations"][3].update(segmentation=value))
     dataset = open_coco(coco, masks=True)
-    assert dataset.counts.shapeless == 1
+    assert dataset.counts.no_polygon == 1
     assert "1 without a valid polygon" in str(dataset.counts)
-    assert len(dataset.boxes) == len(dataset.shapes) == len(whole.boxes) - 1
+    assert len(dataset.boxes) == len(dataset.segmentations) == len(whole.boxes) - 1
     assert len(dataset) == len(whole)  # the image stays
-    assert open_coco(coco).counts.shapeless == 0
+    assert open_coco(coco).counts.no_polygon == 0
     with pytest.raises(ValueError, match="no valid polygon to compare masks with"):  # to pycocotools it would be a miss
         open_coco(coco, masks=True, training=False)
 
@@ -98,7 +98,7 @@ def test_objects_without_a_shape_are_not_trained_on(coco, value):
     ("value", "message"),
     [
         pytest.param(None, "missing, and a model with masks", id="null"),
-        pytest.param("abc", "expected polygons or run lengths, found 'abc'", id="string"),
+        pytest.param("abc", "expected polygons or run lengths, got 'abc'", id="string"),
         pytest.param([1, 2, 3, 4, 5, 6], "expected polygons or run lengths", id="flat"),
         pytest.param([[1, 2, 3, 4, 5, "6"]], "expected polygons of numbers", id="word"),
         pytest.param([[1, 2, 3, 4, 5, float("nan")]], "expected polygons of numbers", id="nan"),
@@ -139,7 +139,7 @@ def test_image_of_another_size_is_broken(coco):
         content["images"][0].update(height=95)
 
     edit(coco, shrink)
-    broken = open_coco(coco, masks=True)[0, 0]
-    assert isinstance(broken, BrokenImage)
-    assert broken.reason.endswith("000100.png: 96 x 128 pixels, its masks are for 95 x 128")
-    assert not isinstance(open_coco(coco)[0, 0], BrokenImage)
+    message = "000100.png: expected 95 x 128 pixels as its masks have, got 96 x 128$"
+    with pytest.raises(UnreadableImageError, match=message):
+        open_coco(coco, masks=True)[0, 0]
+    assert open_coco(coco)[0, 0].image_id == 100

@@ -7,8 +7,8 @@ import torch
 from detector import FasterRCNN, FasterRCNNConfig
 from detector.image import read_image
 from tests.conftest import GOLDEN
-from train.data.loader import collate
-from train.data.transforms import Transform, flip, resize, resize_masks
+from train.data.collate import collate
+from train.data.transforms import Transform, horizontal_flip, resize, resize_masks
 
 sys.path.insert(0, str(GOLDEN))
 from fill import summary
@@ -21,7 +21,7 @@ def prepared(spec):
     ignored = np.array([bool(box["ignore_flag"]) for box in spec["instances"]])
     image, boxes, factor = resize(image, boxes, tuple(spec["scale"]))
     if spec["flip"]:
-        image, boxes = flip(image, boxes)
+        image, boxes = horizontal_flip(image, boxes)
     return image, boxes[~ignored], boxes[ignored], factor
 
 
@@ -108,7 +108,7 @@ def test_masks_follow_the_image():
     assert mirrored.masks.flags.c_contiguous
     same = Transform((60, 40))(image, boxes, labels, 9, 0, 0, iter(masks))
     assert (same.masks == masks).all()
-    assert same.size == plain.size == (40, 60)
+    assert same.original_size == plain.original_size == (40, 60)
 
 
 def test_masks_shrink_to_the_nearest_pixel():

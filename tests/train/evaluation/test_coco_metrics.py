@@ -46,7 +46,7 @@ def test_order_of_images_changes_nothing(golden, tmp_path):
 
 
 def truth_as_found(dataset):
-    ids = np.repeat(dataset.image_ids, np.diff(dataset.starts))
+    ids = np.repeat(dataset.image_ids, np.diff(dataset.box_starts))
     return CocoDetections(ids, dataset.boxes, np.ones(len(ids), np.float32), dataset.labels)
 
 

@@ -8,8 +8,8 @@ from train.evaluation.pictures import draw_pictures
 
 def test_draws_images_spread_over_the_set(coco, tmp_path):
     dataset = open_coco(coco)
-    dataset.path(4).unlink()
-    ids = np.repeat(dataset.image_ids, np.diff(dataset.starts))
+    dataset.image_path(4).unlink()
+    ids = np.repeat(dataset.image_ids, np.diff(dataset.box_starts))
     found = CocoDetections(ids, dataset.boxes, np.full(len(ids), 0.9, np.float32), dataset.labels)
     drawn = list(draw_pictures(dataset, found, tmp_path / "pictures", 3))
     assert [path.name for path, _ in drawn] == ["000100.png", "000107.png"]  # the middle one is gone

@@ -1,0 +1,97 @@
+"""From samples to a batch: `collate`, and the `LoadedBatch` that a loader gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detector import Batch, Target
+from detector.image import stack_images
+from train.data.transforms import Sample
+
+
+@dataclass(frozen=True)
+class LoadedBatch:
+    """A batch and what evaluation and log need to know about its images.
+
+    Attributes:
+        batch: for the model; None where no image could be read.
+        image_ids: in the annotation file, one per image of the batch.
+        scale_factors: (x, y) of each image's resize.
+        original_sizes: height and width of each image's file.
+        unreadable: image id -> reason, of the images that could not be read and are not in the batch.
+    """
+
+    batch: Batch | None
+    image_ids: list[int]
+    scale_factors: list[tuple[float, float]]
+    original_sizes: list[tuple[int, int]]
+    unreadable: dict[int, str]
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> LoadedBatch:
+        """Return the same with its tensors on `device`."""
+        if self.batch is None:
+            return self
+        return replace(self, batch=self.batch.to(device, non_blocking))
+
+    def pin_memory(self) -> LoadedBatch:
+        """Return the same with its tensors in page-locked memory."""
+        if self.batch is None:
+            return self
+        return replace(self, batch=self.batch.pin_memory())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send small tensors from a worker inside the message: in shared memory each of them would cost a file."""
+        batch = self.batch
+        if batch is not None:
+            batch = _convert_small_tensors(batch, Tensor.numpy)
+        return _receive, (batch, self.image_ids, self.scale_factors, self.original_sizes, self.unreadable)
+
+
+def _receive(batch: Batch | None, *fields: Any) -> LoadedBatch:
+    """Undo `LoadedBatch.__reduce__`."""
+    if batch is not None:
+        batch = _convert_small_tensors(batch, torch.from_numpy)
+    return LoadedBatch(batch, *fields)
+
+
+def _convert_small_tensors(batch: Batch, convert: Callable[[Any], Any]) -> Batch:
+    """Apply `convert`, from tensor to array or back, to everything but images and masks."""
+    targets = batch.targets
+    if targets is not None:
+        targets = [replace(target, boxes=convert(target.boxes), labels=convert(target.labels)) for target in targets]
+    seeds = batch.seeds
+    if seeds is not None:
+        seeds = convert(seeds)
+    return replace(batch, sizes=convert(batch.sizes), targets=targets, seeds=seeds)
+
+
+def collate(samples: Sequence[Sample], unreadable: Mapping[int, str] | None = None) -> LoadedBatch:
+    """Put images (uint8, padded with zeros on the right and bottom), boxes and masks (not padded) together.
+
+    Args:
+        samples: images of the batch; may be empty if none could be read.
+        unreadable: image id -> reason, of images that could not be read.
+    """
+    batch = None
+    if samples:
+        images, sizes = stack_images([sample.image for sample in samples])
+        targets = [_target(sample) for sample in samples]
+        seeds = torch.tensor([sample.seed for sample in samples])
+        batch = Batch(images, sizes, targets, seeds)
+    return LoadedBatch(
+        batch=batch,
+        image_ids=[sample.image_id for sample in samples],
+        scale_factors=[sample.scale_factor for sample in samples],
+        original_sizes=[sample.original_size for sample in samples],
+        unreadable=dict(unreadable or {}),
+    )
+
+
+def _target(sample: Sample) -> Target:
+    masks = None if sample.masks is None else torch.from_numpy(sample.masks)
+    return Target(torch.from_numpy(sample.boxes), torch.from_numpy(sample.labels), masks)
