@@ -1,10 +1,11 @@
-"""Greedy non-maximum suppression: many groups of boxes at once, fixed shapes in and out.
+"""Greedy non-maximum suppression: checks the arguments and hands them to the operator `detector::batched_nms`.
 
-`batched_nms` -> custom operator -> plain PyTorch here (CPU) | `kernels.nms` (Triton, CUDA, no host round trip).
-`nms` and `nms_by_id` return indices, so their shape depends on the data: for people and tests, not for the hot path.
+The operator hands on to `nms_cpu` (plain PyTorch) or to `kernels.nms` (Triton on a GPU, the host reads nothing back).
+It treats many groups of boxes at once; its shapes do not depend on the data. `nms` and `nms_by_id` return indices, so
+their shapes do: they are for people and tests, not for the model.
 
-The rule everywhere: walk the boxes by falling score, lower index first among equals; a kept box suppresses every later
-box of its group with inter / (area_a + area_b - inter) > threshold, in exactly this arithmetic. 0 / 0 does not
+The rule everywhere: go through the boxes by falling score, lower index first among equals; a kept box suppresses every
+later box of its group with inter / (area_a + area_b - inter) > threshold, in exactly this arithmetic. 0 / 0 does not
 suppress. A box with a NaN score is never kept and suppresses nothing.
 """
 
@@ -13,11 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 256
-"""Boxes of a group that are compared all with all; larger groups go block by block."""
-
-PAIRS = 1 << 17
-"""Pairs compared at a time, so that the temporaries stay in the cache."""
+from detector.ops import nms_cpu
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float) -> Tensor:
@@ -48,13 +45,16 @@ def batched_nms(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: flo
             raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
     if valid.dtype != torch.bool:
         raise TypeError(f"valid: expected torch.bool, got {valid.dtype}")
-    return _batched_nms(boxes.detach(), scores.detach(), valid, float(iou_threshold))
+
+    keep: Tensor = batched_nms_op(boxes.detach(), scores.detach(), valid, float(iou_threshold))
+    return keep
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """Return the indices (K,) int64 of the kept boxes by falling score; boxes (N, 4), scores (N,)."""
-    keep = batched_nms(boxes[None], scores[None], torch.ones_like(scores, dtype=torch.bool)[None], iou_threshold)[0]
-    return _by_score(keep, scores)
+    valid = torch.ones_like(scores, dtype=torch.bool)
+    keep = batched_nms(boxes[None], scores[None], valid[None], iou_threshold)[0]
+    return _kept_by_score(keep, scores)
 
 
 def nms_by_id(boxes: Tensor, scores: Tensor, ids: Tensor, iou_threshold: float) -> Tensor:
@@ -68,110 +68,49 @@ def nms_by_id(boxes: Tensor, scores: Tensor, ids: Tensor, iou_threshold: float) 
 
     Returns:
         (K,) int64, indices of the kept boxes by falling score.
+
+    Raises:
+        ValueError, TypeError: as `batched_nms`, or `ids` has another shape than `scores`.
     """
     if ids.shape != scores.shape:
         raise ValueError(f"ids: expected {tuple(scores.shape)}, got {tuple(ids.shape)}")
-    group, counts = torch.unique(ids, return_inverse=True, return_counts=True)[1:]
-    size = int(counts.max()) if len(counts) else 0
+
+    _, group, counts = torch.unique(ids, return_inverse=True, return_counts=True)
+    group_starts = counts.cumsum(0) - counts
     order = group.sort(stable=True).indices
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[group[order]]
-    padded_boxes = boxes.new_zeros(len(counts), size, 4)
-    padded_scores = scores.new_zeros(len(counts), size)
+    rank = torch.empty_like(order)  # of a box in its group
+    rank[order] = torch.arange(len(order), device=order.device) - group_starts[group[order]]
+
+    largest = int(counts.max()) if len(counts) else 0
+    padded_boxes = boxes.new_zeros(len(counts), largest, 4)
+    padded_scores = scores.new_zeros(len(counts), largest)
     valid = torch.zeros_like(padded_scores, dtype=torch.bool)
-    padded_boxes[group, rank], padded_scores[group, rank], valid[group, rank] = boxes, scores, True
+    padded_boxes[group, rank] = boxes
+    padded_scores[group, rank] = scores
+    valid[group, rank] = True
     keep = batched_nms(padded_boxes, padded_scores, valid, iou_threshold)[group, rank]
-    return _by_score(keep, scores)
+    return _kept_by_score(keep, scores)
 
 
-def _by_score(keep: Tensor, scores: Tensor) -> Tensor:
+def _kept_by_score(keep: Tensor, scores: Tensor) -> Tensor:
     """Return the indices of the kept boxes by falling score, lower index first among equals."""
     index = keep.nonzero()[:, 0]
     return index[scores[index].sort(descending=True, stable=True).indices]
 
 
 @torch.library.custom_op("detector::batched_nms", mutates_args=(), device_types="cpu")
-def _batched_nms(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float) -> Tensor:
-    boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
-    live = valid & ~scores.isnan()
-    index = live.flatten().nonzero()[:, 0]
-    index = index[scores.flatten()[index].sort(descending=True, stable=True).indices]
-    size = max(scores.shape[1], 1)
-    index = index[(index // size).sort(stable=True).indices]  # by group, then score, then index
-    keep = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    keep.view(-1)[index] = _suppress_groups(boxes[index // size, index % size], live.sum(1).tolist(), iou_threshold)
-    return keep
+def batched_nms_op(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float) -> Tensor:
+    """Suppress on a CPU; arguments and result are those of `batched_nms`."""
+    return nms_cpu.batched_nms(boxes, scores, valid, iou_threshold)
 
 
-@_batched_nms.register_fake
-def _(boxes, scores, valid, iou_threshold):
-    return torch.empty_like(valid, memory_format=torch.contiguous_format)
-
-
-@_batched_nms.register_kernel("cuda")
-def _(boxes, scores, valid, iou_threshold):
-    from detector.ops.kernels import nms as kernels  # triton, absent where there is no GPU
+@batched_nms_op.register_kernel("cuda")
+def _batched_nms_cuda(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float) -> Tensor:
+    from detector.ops.kernels import nms as kernels  # imported late: triton is only where there is a GPU
 
     return kernels.batched_nms(boxes, scores, valid, iou_threshold)
 
 
-def _suppress_groups(boxes: Tensor, counts: list[int], threshold: float) -> Tensor:
-    """Return (N,) bool, the kept boxes; `boxes` (N, 4) come group after group, each by falling score."""
-    keep = torch.empty(len(boxes), dtype=torch.bool, device=boxes.device)
-    small: dict[int, list[tuple[int, int]]] = {}
-    start = 0
-    for count in counts:
-        if count > BLOCK:
-            keep[start : start + count] = _suppress_large(boxes[start : start + count], threshold)
-        elif count:
-            small.setdefault(1 << (count - 1).bit_length(), []).append((start, count))
-        start += count
-    for size, spans in small.items():
-        limit = max(PAIRS // size**2, 1)
-        for first in range(0, len(spans), limit):
-            starts, lengths = torch.tensor(spans[first : first + limit], device=boxes.device).unbind(1)
-            lane = torch.arange(size, device=boxes.device)
-            live = lane < lengths[:, None]  # (groups, size)
-            index = (starts[:, None] + lane)[live]
-            padded = boxes.new_zeros(*live.shape, 4)
-            padded[live] = boxes[index]
-            keep[index] = _suppress_block(padded, threshold)[live]
-    return keep
-
-
-def _suppress_large(boxes: Tensor, threshold: float) -> Tensor:
-    """Return (N,) bool for one group of boxes (N, 4): block by block, what a block keeps thins out the rest."""
-    keep = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-    rest = torch.arange(len(boxes), device=boxes.device)
-    while len(rest):
-        block = rest[:BLOCK]
-        block = block[_suppress_block(boxes[block], threshold)]
-        keep[block] = True
-        slabs = rest[BLOCK:].split(PAIRS // BLOCK)
-        rest = torch.cat([rest[:0], *(slab[_iou(boxes[block], boxes[slab]).amax(0) <= threshold] for slab in slabs)])
-    return keep
-
-
-def _suppress_block(boxes: Tensor, threshold: float) -> Tensor:
-    """Return (..., M) bool for boxes (..., M, 4), by repeating the rule on all boxes at once until nothing changes.
-
-    After step n the first n boxes are final, because each depends on earlier ones only: the fixpoint is unique, and it
-    is reached after as many steps as the longest chain of suppressions.
-    """
-    suppresses = _iou(boxes, boxes).gt_(threshold).triu_(1)  # 0 or 1
-    keep = torch.ones(*boxes.shape[:-2], 1, boxes.shape[-2], dtype=boxes.dtype, device=boxes.device)
-    while True:
-        after = (keep @ suppresses == 0).to(boxes.dtype)
-        if torch.equal(after, keep):
-            return keep.squeeze(-2).bool()
-        keep = after
-
-
-def _iou(a: Tensor, b: Tensor) -> Tensor:
-    """Return the IoU (..., M, N) of a (..., M, 4) and b (..., N, 4), 0 where it is not a number."""
-    ax1, ay1, ax2, ay2 = a[..., :, None, :].movedim(-1, 0).contiguous()
-    bx1, by1, bx2, by2 = b[..., None, :, :].movedim(-1, 0).contiguous()
-    inter = torch.minimum(ax2, bx2).sub_(torch.maximum(ax1, bx1)).clamp_(min=0)
-    inter.mul_(torch.minimum(ay2, by2).sub_(torch.maximum(ay1, by1)).clamp_(min=0))
-    union = ((ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1)).sub_(inter)
-    return inter.div_(union).nan_to_num_(0)
+@batched_nms_op.register_fake
+def _batched_nms_fake(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float) -> Tensor:
+    return torch.empty_like(valid, memory_format=torch.contiguous_format)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from detector.ops.kernels.roi_weights import extents, merge, select
-from detector.ops.roi_align_cpu import PoolGeometry
+from detector.ops.roi_align_geometry import RoIAlignGeometry
 
 PIXELS_PER_LOAD = tl.constexpr(4)  # pixels of a line that the forward pass loads at once
 ROIS_PER_LOOK = tl.constexpr(32)  # rois that the backward pass tests at once: one per lane
@@ -171,7 +171,7 @@ def roi_align_backward_kernel(
     tl.store(out_ptr + row[:, None] * channels + c[None, :], total.to(out_ptr.dtype.element_ty), mask=live)
 
 
-def forward(geometry: PoolGeometry, features: list[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
+def forward(geometry: RoIAlignGeometry, features: list[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
     """Pool the features; see `detector.ops.roi_align.roi_align`. Returns (R, C, S, S) with channels_last strides."""
     features = [feature.permute(0, 2, 3, 1).contiguous() for feature in features]
     channels = features[0].shape[3]
@@ -202,11 +202,11 @@ def forward(geometry: PoolGeometry, features: list[Tensor], rois: Tensor, levels
     return out.permute(0, 3, 1, 2)
 
 
-def backward(geometry: PoolGeometry, grad: Tensor, rois: Tensor, levels: Tensor) -> Tensor:
+def backward(geometry: RoIAlignGeometry, grad: Tensor, rois: Tensor, levels: Tensor) -> Tensor:
     """Return the gradient of all levels as one (N, C) table in the dtype of `grad` (R, C, S, S)."""
     grad = grad.permute(0, 2, 3, 1).contiguous()
     channels = grad.shape[3]
-    out = grad.new_empty(geometry.starts[-1], channels)  # written in full
+    out = grad.new_empty(geometry.num_cells, channels)  # written in full
     if len(rois) == 0 or out.numel() == 0:
         return out.zero_()
     rois, levels = rois.float().contiguous(), levels.contiguous()
@@ -242,7 +242,7 @@ def backward(geometry: PoolGeometry, grad: Tensor, rois: Tensor, levels: Tensor)
     return out
 
 
-def _sort(geometry: PoolGeometry, rois: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+def _sort(geometry: RoIAlignGeometry, rois: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """Sort the rois by (level, image): (order (R,), begins (levels * B + 1,)), int64; padding goes to the ends."""
     image = rois[:, 0].clamp(-1, geometry.batch).nan_to_num(-1).long()
     pairs = len(geometry.strides) * geometry.batch

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from detector.ops.roi_align_cpu import MAX_GRID, PoolGeometry
+from detector.ops.roi_align_geometry import MAX_ADAPTIVE_SAMPLES, RoIAlignGeometry
 
 BLOCK_L = 32  # pixels of an axis per program
 ADAPTIVE_CANDIDATES = 5  # adaptive samples are > 1/2 apart: 4 fall within a cell of a pixel, 1 more by rounding
@@ -132,12 +132,12 @@ def roi_align_weights_kernel(
         tl.store(at, weight, mask=(pixel[:, None] < size) & (bins[None, :] < BINS))
 
 
-def extents(geometry: PoolGeometry) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def extents(geometry: RoIAlignGeometry) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return heights and widths as the kernels take them."""
     return tuple(map(float, geometry.heights)), tuple(map(float, geometry.widths))
 
 
-def merge(geometry: PoolGeometry, rois: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def merge(geometry: RoIAlignGeometry, rois: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return weights, bounds and hulls of rois (R, 5) float32 and levels (R,) int64, both contiguous; R > 0."""
     longest = max(geometry.heights + geometry.widths)
     weights = rois.new_empty(len(rois), 2, longest, geometry.bins)
@@ -157,7 +157,7 @@ def merge(geometry: PoolGeometry, rois: Tensor, levels: Tensor) -> tuple[Tensor,
         BINS=geometry.bins,
         SAMPLING_RATIO=geometry.sampling_ratio,
         CANDIDATES=geometry.sampling_ratio or ADAPTIVE_CANDIDATES,
-        GRID_LIMIT=MAX_GRID,
+        GRID_LIMIT=MAX_ADAPTIVE_SAMPLES,
         BLOCK_L=BLOCK_L,
         BLOCK_S=triton.next_power_of_2(geometry.bins),
         num_warps=1,

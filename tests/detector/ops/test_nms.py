@@ -181,7 +181,7 @@ def test_errors(change, error, message):
 
 
 def test_opcheck():
-    torch.library.opcheck(module._batched_nms, (*random_groups(2, 12), 0.5))
+    torch.library.opcheck(module.batched_nms_op, (*random_groups(2, 12), 0.5))
 
 
 def test_compiles_as_one_graph():

@@ -10,8 +10,9 @@ import torch
 
 from detector.ops import roi_align as module
 from detector.ops import roi_align_cpu
-from detector.ops.roi_align import roi_align, roi_align_reference, roi_levels
-from detector.ops.roi_align_cpu import PoolGeometry
+from detector.ops.roi_align import roi_align, roi_levels
+from detector.ops.roi_align_geometry import RoIAlignGeometry
+from tests.detector.ops.roi_align_reference import roi_align_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STRIDES = (4, 8, 16, 32)
@@ -97,8 +98,8 @@ class TestGolden:
         rois, grad = (torch.from_numpy(arrays[f"extract.{name}"]).to(dtype) for name in ("rois", "grad_out"))
         output, *grads = both_ways(function, features, rois, roi_levels(rois[:, 1:]), grad)
         assert relative(output, arrays["extract.output"]) < tolerance
-        for level, got in enumerate(grads):
-            flat = found.flatten()
+        for level, grad_feature in enumerate(grads):
+            flat = grad_feature.flatten()
             step = max(1, len(flat) // 1024) | 1
             assert relative(flat[::step][:1024], arrays[f"extract.grad_feat{level}.samples"]) < tolerance
             assert relative(flat.norm(), arrays[f"extract.grad_feat{level}.stats"][2]) < tolerance
@@ -151,7 +152,7 @@ def test_chunks_change_nothing(monkeypatch):
     grad = torch.randn(len(rois), 3, 7, 7, dtype=torch.float64)
     whole = both_ways(roi_align, features, rois, levels, grad)
     monkeypatch.setattr(roi_align_cpu, "CHUNK_ENTRIES", 1000)
-    monkeypatch.setattr(roi_align_cpu, "COPY_PIXELS", 10)
+    monkeypatch.setattr(roi_align_cpu, "COPY_CELLS", 10)
     for one, other in zip(both_ways(roi_align, features, rois, levels, grad), whole, strict=True):
         assert relative(one, other) < 1e-14
 
@@ -234,10 +235,10 @@ def test_opcheck():
     features = [feature.requires_grad_() for feature in pyramid(2, 1)]
     rois = random_rois(4, batch=1)
     arguments = (features, rois, torch.tensor([0, 1, 2, 3]), [float(s) for s in STRIDES], 2, 0)
-    torch.library.opcheck(module._roi_align, arguments)
+    torch.library.opcheck(module.forward_op, arguments)
     heights, widths = (list(side) for side in zip(*SIZES, strict=True))
     arguments = (torch.randn(4, 2, 2, 2).double(), *arguments[1:3], 1, heights, widths, arguments[3], 0)
-    torch.library.opcheck(module._roi_align_backward, arguments)
+    torch.library.opcheck(module.backward_op, arguments)
 
 
 def test_compiles_as_one_graph():
@@ -293,7 +294,7 @@ class TestKernels:
         levels[:2] = torch.tensor([-1, 2])
         grad = torch.randn(len(rois), channels, bins, bins).to(dtype)
         options = {"strides": STRIDES[1:3], "sampling_ratio": sampling_ratio}
-        geometry = PoolGeometry(2, (12, 6), (16, 8), (8.0, 16.0), bins, sampling_ratio)
+        geometry = RoIAlignGeometry(2, (12, 6), (16, 8), (8.0, 16.0), bins, sampling_ratio)
         found = self.both_ways(kernels, geometry, features, rois, levels, grad)
         same = both_ways(roi_align, features, rois, levels, grad, **options)
         exact = both_ways(
@@ -313,7 +314,7 @@ class TestKernels:
         feature, rois, grad = (torch.from_numpy(arrays[f"{case}.{name}"]) for name in ("feat", "rois", "grad_out"))
         batch, _, height, width = feature.shape
         scale, ratio = parameters["spatial_scale"], parameters["sampling_ratio"]
-        geometry = PoolGeometry(batch, (height,), (width,), (1 / scale,), parameters["output_size"], ratio)
+        geometry = RoIAlignGeometry(batch, (height,), (width,), (1 / scale,), parameters["output_size"], ratio)
         levels = torch.zeros(len(rois[:count]), dtype=torch.int64)
         output, grad_feature = self.both_ways(kernels, geometry, [feature], rois[:count], levels, grad[:count])
         assert relative(output, arrays[f"{case}.output"][:count]) < 1e-5
@@ -321,7 +322,7 @@ class TestKernels:
             assert relative(grad_feature, arrays[f"{case}.grad_feat"]) < 1e-5
 
     def test_nothing_to_pool(self, kernels):
-        geometry = PoolGeometry(1, (3,), (4,), (4.0,), 7, 0)
+        geometry = RoIAlignGeometry(1, (3,), (4,), (4.0,), 7, 0)
         rois, levels = torch.zeros(0, 5), torch.zeros(0).long()
         output, grad = self.both_ways(kernels, geometry, [torch.ones(1, 2, 3, 4)], rois, levels, torch.ones(0, 2, 7, 7))
         assert output.shape == (0, 2, 7, 7)
