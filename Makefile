@@ -4,7 +4,7 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: setup train test test-slow test-gpu bench bench-gpu lint format clean
+.PHONY: setup train test test-slow test-gpu test-wheel bench bench-gpu lint format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -22,7 +22,10 @@ test: $(READY)             ## the whole suite for a machine without a GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-slow: $(READY)        ## what takes minutes: the whole training curves
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow --ignore tests/packaging $(PYTEST_ARGS)
+
+test-wheel: $(READY)       ## the wheel in empty environments; needs a package index
+	$(BIN)/python -m pytest -m slow tests/packaging $(PYTEST_ARGS)
 
 test-gpu: $(READY)         ## what needs a CUDA GPU
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

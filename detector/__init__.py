@@ -1,8 +1,13 @@
 """Faster R-CNN with deformable convolutions, numerically MMDetection's."""
 
-from detector.model.faster_rcnn import FasterRCNN, FasterRCNNConfig
+from triton_dcn.extras import require_extra
+
+require_extra("detector")  # before the imports below stop at the first package that is missing
+
+from detector.model.config import FasterRCNNConfig
+from detector.model.faster_rcnn import FasterRCNN
 from detector.model.fuse import fuse_batch_norms
 from detector.structures import Batch, Detections, Target
-from detector.weights.load import load
+from detector.weights.load_detector import load
 
 __all__ = ["Batch", "Detections", "FasterRCNN", "FasterRCNNConfig", "Target", "fuse_batch_norms", "load"]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from detector.model.mask_head import paste_masks
+from detector.ops.paste_masks import paste_masks
 from detector.ops.rle import encode_mask
 from detector.structures import Detections
 

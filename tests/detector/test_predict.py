@@ -11,7 +11,7 @@ import torch
 
 from detector import FasterRCNN, FasterRCNNConfig
 from detector.image import read_image, resize_keep_ratio, stack_images, write_image
-from detector.model.mask_head import paste_masks
+from detector.ops.paste_masks import paste_masks
 from detector.ops.rle import encode_mask
 from detector.predict import find_images, main, predict_images
 from detector.results import full_masks
