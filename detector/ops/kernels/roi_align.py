@@ -1,12 +1,15 @@
 """RoIAlign on a GPU: all levels of the pyramid in one launch, forward and backward, without atomics.
 
-Letters: R rois, S bins per side, C channels, L the longest side of any level, N pixels of all levels and images.
+Receives checked tensors and a `RoIAlignGeometry` from `detector.ops.roi_align` and returns plain tensors to it.
 
-Bilinear weights separate: `roi_weights` says how much each pixel counts in each bin along an axis. Forward is
+Letters: R rois, S bins per side, C channels, L the longest side of any level, N cells of all levels and images. A cell
+is one position of a feature map.
+
+Bilinear weights separate: `roi_weights` says how much each cell counts in each bin along an axis. Forward is
 
     out[r, i, j] = sum over y, x of weights[r, 0, y, i] * weights[r, 1, x, j] * feature[y, x]
 
-Backward is the transposed sum, gathered per tile of pixels over the rois whose hull meets the tile, in the order of the
+Backward is the transposed sum, gathered per tile of cells over the rois whose hull meets the tile, in the order of the
 rois: every gradient is written once, in its final dtype, and is the same in every run.
 """
 
@@ -17,12 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from detector.ops.kernels.roi_weights import extents, merge, select
+from detector.ops.kernels.roi_weights import level_sizes, merge_samples, select
 from detector.ops.roi_align_geometry import RoIAlignGeometry
 
-PIXELS_PER_LOAD = tl.constexpr(4)  # pixels of a line that the forward pass loads at once
-ROIS_PER_LOOK = tl.constexpr(32)  # rois that the backward pass tests at once: one per lane
-TILE = (2, 4)  # height and width of the backward pass's pixel tiles
+CELLS_PER_READ = tl.constexpr(4)  # cells of a line that the forward pass reads at once
+ROIS_PER_READ = tl.constexpr(32)  # rois that the backward pass tests at once: one per lane
+TILE = (2, 4)  # height and width of the backward pass's tiles of cells
 MAX_BLOCK_C = 256
 
 
@@ -54,7 +57,7 @@ def roi_align_forward_kernel(
     bin_x = pid % BINS
     level = tl.load(levels_ptr + roi)
     image = tl.load(rois_ptr + roi * 5)
-    image = tl.where(image >= 0, image, 0.0).to(tl.int64)  # of padding, whose bounds are empty: any number will do
+    image = tl.where(image >= 0, image, 0.0).to(tl.int64)  # that of padding is not used: its bounds are empty
     height = tl.cast(select(heights, level, LEVELS), tl.int32)
     width = tl.cast(select(widths, level, LEVELS), tl.int32)
     feature_ptr = select(feature_ptrs, level, LEVELS)
@@ -67,16 +70,16 @@ def roi_align_forward_kernel(
 
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     live_c = c < channels
-    pooled = tl.zeros((PIXELS_PER_LOAD, BLOCK_C), tl.float32)
+    pooled = tl.zeros((CELLS_PER_READ, BLOCK_C), tl.float32)
     for y in range(tl.load(y_bounds_ptr), tl.load(y_bounds_ptr + 1)):
         y_weight = tl.load(y_weights_ptr + y * BINS)
         line_ptr = feature_ptr + (image * height + y) * width * channels
-        for x_begin in range(x_first, x_stop, PIXELS_PER_LOAD):
-            x = x_begin + tl.arange(0, PIXELS_PER_LOAD)
+        for x_begin in range(x_first, x_stop, CELLS_PER_READ):
+            x = x_begin + tl.arange(0, CELLS_PER_READ)
             weight = y_weight * tl.load(x_weights_ptr + x * BINS, mask=x < x_stop, other=0.0)
             live = (x < x_stop)[:, None] & live_c[None, :]
             value = tl.load(line_ptr + x[:, None] * channels + c[None, :], mask=live, other=0.0)
-            pooled += weight[:, None] * value.to(tl.float32)  # (PIXELS_PER_LOAD, BLOCK_C)
+            pooled += weight[:, None] * value.to(tl.float32)  # (CELLS_PER_READ, BLOCK_C)
     out = tl.sum(pooled, axis=0)
     tl.store(out_ptr + pid.to(tl.int64) * channels + c, out.to(out_ptr.dtype.element_ty), mask=live_c)
 
@@ -102,13 +105,14 @@ def roi_align_backward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Gather the gradient of one tile of pixels from the rois that touch it.
+    """Gather the gradient of one tile of cells from the rois that touch it.
 
-    Grid: (tiles of all levels and images, ceil(C / BLOCK_C)); one program owns TILE_H x TILE_W pixels.
+    Grid: (tiles of all levels and images, ceil(C / BLOCK_C)); one program owns TILE_H x TILE_W cells.
     Reads: grad (R, S, S, C) in any dtype; weights, bounds, hulls; order (R,) int64, the rois sorted by (level, image),
         and begins (levels * B + 1,) int64 where each pair begins in it; heights, widths, tuples over the levels.
     Writes: out (N, C), in full.
     """
+    # Which level, image and tile of the image this program owns.
     tile = tl.program_id(0)
     level = 0
     row = tl.full((), 0, tl.int64)  # of `out`, where the level begins
@@ -128,30 +132,35 @@ def roi_align_backward_kernel(
     y_tile = tile % tiles // tiles_x * TILE_H
     x_tile = tile % tiles_x * TILE_W
 
-    pixel = tl.arange(0, TILE_H * TILE_W)
-    y = y_tile + pixel // TILE_W
-    x = x_tile + pixel % TILE_W
+    cell = tl.arange(0, TILE_H * TILE_W)
+    y = y_tile + cell // TILE_W
+    x = x_tile + cell % TILE_W
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     live_c = c < channels
-    lane = tl.arange(0, ROIS_PER_LOOK)
+    lane = tl.arange(0, ROIS_PER_READ)
     bins = tl.arange(0, BLOCK_S)
     total = tl.zeros((TILE_H * TILE_W, BLOCK_C), tl.float32)
     begin = tl.load(begins_ptr + level * batch + image)
     end = tl.load(begins_ptr + level * batch + image + 1)
-    for look in range(begin, end, ROIS_PER_LOOK):
-        known = look + lane < end
-        hull_ptr = hulls_ptr + tl.load(order_ptr + look + lane, mask=known, other=0) * 4
-        meets = known & (tl.load(hull_ptr) < y_tile + TILE_H) & (tl.load(hull_ptr + 1) > y_tile)
+    for first in range(begin, end, ROIS_PER_READ):
+        # The rois of this read whose hull meets the tile.
+        exists = first + lane < end
+        hull_ptr = hulls_ptr + tl.load(order_ptr + first + lane, mask=exists, other=0) * 4
+        meets = exists & (tl.load(hull_ptr) < y_tile + TILE_H) & (tl.load(hull_ptr + 1) > y_tile)
         meets = meets & (tl.load(hull_ptr + 2) < x_tile + TILE_W) & (tl.load(hull_ptr + 3) > x_tile)
-        hit = tl.min(tl.where(meets, lane, ROIS_PER_LOOK))
-        while hit < ROIS_PER_LOOK:
-            roi = tl.load(order_ptr + look + hit)
+        next_lane = tl.min(tl.where(meets, lane, ROIS_PER_READ))
+        while next_lane < ROIS_PER_READ:
+            roi = tl.load(order_ptr + first + next_lane)
+
+            # The bins of the roi that meet the tile.
             y_bounds_ptr = bounds_ptr + (roi * 2 * BINS + bins) * 2
             x_bounds_ptr = y_bounds_ptr + BINS * 2
             y_meets = tl.load(y_bounds_ptr, mask=bins < BINS, other=height) < y_tile + TILE_H
             y_meets = y_meets & (tl.load(y_bounds_ptr + 1, mask=bins < BINS, other=0) > y_tile)
             x_meets = tl.load(x_bounds_ptr, mask=bins < BINS, other=width) < x_tile + TILE_W
             x_meets = x_meets & (tl.load(x_bounds_ptr + 1, mask=bins < BINS, other=0) > x_tile)
+
+            # Outside the hull no weights are written.
             y_live = (y >= tl.load(hulls_ptr + roi * 4)) & (y < tl.load(hulls_ptr + roi * 4 + 1))
             x_live = (x >= tl.load(hulls_ptr + roi * 4 + 2)) & (x < tl.load(hulls_ptr + roi * 4 + 3))
             y_weights_ptr = weights_ptr + (roi * 2 * longest + y) * BINS
@@ -165,7 +174,7 @@ def roi_align_backward_kernel(
                     row_ptr = grad_ptr + ((roi * BINS + bin_y) * BINS + bin_x) * channels
                     grad = tl.load(row_ptr + c, mask=live_c, other=0.0).to(tl.float32)
                     total += weight[:, None] * grad[None, :]
-            hit = tl.min(tl.where(meets & (lane > hit), lane, ROIS_PER_LOOK))
+            next_lane = tl.min(tl.where(meets & (lane > next_lane), lane, ROIS_PER_READ))
     row += (image.to(tl.int64) * height + y) * width + x
     live = ((y < height) & (x < width))[:, None] & live_c[None, :]
     tl.store(out_ptr + row[:, None] * channels + c[None, :], total.to(out_ptr.dtype.element_ty), mask=live)
@@ -179,14 +188,18 @@ def forward(geometry: RoIAlignGeometry, features: list[Tensor], rois: Tensor, le
     out = features[0].new_empty(len(rois), bins, bins, channels)  # written in full
     if out.numel() == 0 or geometry.batch == 0:
         return out.zero_().permute(0, 3, 1, 2)
-    rois, levels = rois.float().contiguous(), levels.contiguous()
+
+    rois = rois.float().contiguous()
+    levels = levels.contiguous()
+    heights, widths = level_sizes(geometry)
     block_c = min(triton.next_power_of_2(channels), MAX_BLOCK_C)
     with torch.cuda.device_of(out):
-        weights, bounds, _ = merge(geometry, rois, levels)
+        weights, bounds, _ = merge_samples(geometry, rois, levels)
         roi_align_forward_kernel[(len(rois) * bins**2, triton.cdiv(channels, block_c))](
             out,
             tuple(features),
-            *extents(geometry),
+            heights,
+            widths,
             weights,
             bounds,
             rois,
@@ -209,19 +222,19 @@ def backward(geometry: RoIAlignGeometry, grad: Tensor, rois: Tensor, levels: Ten
     out = grad.new_empty(geometry.num_cells, channels)  # written in full
     if len(rois) == 0 or out.numel() == 0:
         return out.zero_()
-    rois, levels = rois.float().contiguous(), levels.contiguous()
-    order, begins = _sort(geometry, rois, levels)
-    tiles = sum(
-        geometry.batch * triton.cdiv(height, TILE[0]) * triton.cdiv(width, TILE[1])
-        for height, width in zip(geometry.heights, geometry.widths, strict=True)
-    )
+
+    rois = rois.float().contiguous()
+    levels = levels.contiguous()
+    order, begins = _sort_by_image(geometry, rois, levels)
+    heights, widths = level_sizes(geometry)
     block_c = min(triton.next_power_of_2(channels), MAX_BLOCK_C)
     with torch.cuda.device_of(out):
-        weights, bounds, hulls = merge(geometry, rois, levels)
-        roi_align_backward_kernel[(tiles, triton.cdiv(channels, block_c))](
+        weights, bounds, hulls = merge_samples(geometry, rois, levels)
+        roi_align_backward_kernel[(_count_tiles(geometry), triton.cdiv(channels, block_c))](
             out,
             grad,
-            *extents(geometry),
+            heights,
+            widths,
             weights,
             bounds,
             hulls,
@@ -242,10 +255,24 @@ def backward(geometry: RoIAlignGeometry, grad: Tensor, rois: Tensor, levels: Ten
     return out
 
 
-def _sort(geometry: RoIAlignGeometry, rois: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort the rois by (level, image): (order (R,), begins (levels * B + 1,)), int64; padding goes to the ends."""
+def _count_tiles(geometry: RoIAlignGeometry) -> int:
+    """Return the number of tiles of all levels and images."""
+    tiles_per_image = 0
+    for height, width in zip(geometry.heights, geometry.widths, strict=True):
+        tiles_per_image += triton.cdiv(height, TILE[0]) * triton.cdiv(width, TILE[1])
+    return geometry.batch * tiles_per_image
+
+
+def _sort_by_image(geometry: RoIAlignGeometry, rois: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort the rois by (level, image); padding comes last.
+
+    Returns:
+        order (R,) int64, and begins (levels * B + 1,) int64, where each pair of level and image begins in it.
+    """
+    num_levels = len(geometry.strides)
+    pairs = num_levels * geometry.batch
     image = rois[:, 0].clamp(-1, geometry.batch).nan_to_num(-1).long()
-    pairs = len(geometry.strides) * geometry.batch
-    exists = (image >= 0) & (image < geometry.batch) & (levels >= 0) & (levels < len(geometry.strides))
-    key, order = (levels * geometry.batch + image).where(exists, pairs).sort(stable=True)
-    return order, torch.searchsorted(key, torch.arange(pairs + 1, device=key.device))
+    exists = (image >= 0) & (image < geometry.batch) & (levels >= 0) & (levels < num_levels)
+    pair = (levels * geometry.batch + image).where(exists, pairs)
+    sorted_pair, order = pair.sort(stable=True)
+    return order, torch.searchsorted(sorted_pair, torch.arange(pairs + 1, device=pair.device))

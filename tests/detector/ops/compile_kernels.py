@@ -36,7 +36,7 @@ def kernels():
     yield "sweep", nms.nms_sweep_kernel, NMS, {}, 4, True
     base = {"LEVELS": 4, "BINS": 7}
     for ratio, candidates in ((0, roi_weights.ADAPTIVE_CANDIDATES), (2, 2)):
-        known = base | {"SAMPLING_RATIO": ratio, "CANDIDATES": candidates, "GRID_LIMIT": 1 << 20}
+        known = base | {"SAMPLING_RATIO": ratio, "CANDIDATES": candidates, "MAX_SAMPLES": 1 << 20}
         known |= {"BLOCK_L": roi_weights.BLOCK_L, "BLOCK_S": 8}
         types = LEVELS | WEIGHTS | ROIS | {"scales": ("fp32",) * 4}
         yield f"weights {ratio}", roi_weights.roi_align_weights_kernel, types, known, 1, False
