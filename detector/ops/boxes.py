@@ -1,7 +1,7 @@
 """Arithmetic of boxes: tensors in, tensors out. A box is x1 y1 x2 y2 in pixels, width = x2 - x1.
 
-The order of the operations is MMDetection's, and so is the rounding: it decides the labels of anchors that tie
-mathematically.
+The order of the operations is MMDetection's, and so is the rounding: it decides the labels of anchors whose overlaps
+are equal on paper.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 LOG_RATIO_LIMIT = abs(math.log(16 / 1000))
+"""Largest |dw| and |dh| that `decode` applies."""
 
 
 def area(boxes: Tensor) -> Tensor:
@@ -29,11 +30,13 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         (..., N, M); the union is clamped to at least 1e-6, so two empty boxes give 0.
     """
-    a, b = a[..., :, None, :], b[..., None, :, :]
+    a = a[..., :, None, :]
+    b = b[..., None, :, :]
     width = torch.minimum(a[..., 2], b[..., 2]).sub_(torch.maximum(a[..., 0], b[..., 0])).clamp_(min=0)
     height = torch.minimum(a[..., 3], b[..., 3]).sub_(torch.maximum(a[..., 1], b[..., 1])).clamp_(min=0)
-    overlap = width.mul_(height)
-    return overlap / (area(a) + area(b)).sub_(overlap).clamp_(min=1e-6)
+    intersection = width.mul_(height)
+    union = (area(a) + area(b)).sub_(intersection)
+    return intersection / union.clamp_(min=1e-6)
 
 
 def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
@@ -44,7 +47,8 @@ def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
         sizes: (B, 2), height and width.
     """
     limit = sizes.flip(-1).repeat(1, 2).to(boxes.dtype)  # (B, 4): width, height, width, height
-    limit = limit.reshape(limit.shape[0], *[1] * (boxes.dim() - 2), 4)
+    ones = [1] * (boxes.dim() - 2)
+    limit = limit.reshape(limit.shape[0], *ones, 4)
     return torch.minimum(boxes.clamp(min=0), limit)
 
 
@@ -54,10 +58,12 @@ def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, float, float, floa
     Source:
         Girshick et al., R-CNN, appendix C; MMDetection's DeltaXYWHBBoxCoder with zero means.
     """
-    sizes, target_sizes = boxes[..., 2:] - boxes[..., :2], targets[..., 2:] - targets[..., :2]
-    centers, target_centers = (boxes[..., :2] + boxes[..., 2:]) * 0.5, (targets[..., :2] + targets[..., 2:]) * 0.5
-    deltas = torch.cat([(target_centers - centers) / sizes, (target_sizes / sizes).log()], -1)
-    return deltas / _row(stds, deltas)
+    centers, sizes = _centers_and_sizes(boxes)
+    target_centers, target_sizes = _centers_and_sizes(targets)
+    shifts = (target_centers - centers) / sizes
+    log_ratios = (target_sizes / sizes).log()
+    deltas = torch.cat([shifts, log_ratios], -1)
+    return deltas / _tensor_of(stds, deltas)
 
 
 def decode(boxes: Tensor, deltas: Tensor, stds: tuple[float, float, float, float]) -> Tensor:
@@ -66,14 +72,25 @@ def decode(boxes: Tensor, deltas: Tensor, stds: tuple[float, float, float, float
     Args:
         boxes: (..., 4).
         deltas: (..., 4), broadcast against `boxes`.
+        stds: those that `encode` divided by.
     """
-    deltas = deltas * _row(stds, deltas)
-    sizes, centers = boxes[..., 2:] - boxes[..., :2], (boxes[..., :2] + boxes[..., 2:]) * 0.5
-    centers = centers + sizes * deltas[..., :2]
-    half = sizes * deltas[..., 2:].clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp() * 0.5
-    return torch.cat([centers - half, centers + half], -1)
+    deltas = deltas * _tensor_of(stds, deltas)
+    centers, sizes = _centers_and_sizes(boxes)
+    new_centers = centers + sizes * deltas[..., :2]
+    half_sizes = sizes * deltas[..., 2:].clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp() * 0.5
+    return torch.cat([new_centers - half_sizes, new_centers + half_sizes], -1)
 
 
-def _row(values: tuple[float, ...], like: Tensor) -> Tensor:
-    """Return the values as a tensor of the type of `like`, written on its device: a copy from the host would wait."""
+def _centers_and_sizes(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the centers and the sizes of (..., 4) boxes, both (..., 2), x first."""
+    centers = (boxes[..., :2] + boxes[..., 2:]) * 0.5
+    sizes = boxes[..., 2:] - boxes[..., :2]
+    return centers, sizes
+
+
+def _tensor_of(values: tuple[float, ...], like: Tensor) -> Tensor:
+    """Return the values as a tensor with the dtype and device of `like`.
+
+    Each value is filled in on the device: a copy from the host would make the host wait for the GPU.
+    """
     return torch.stack([like.new_full((), value) for value in values])
