@@ -152,10 +152,10 @@ def read_annotations(entries: list[Entry], images: ImageColumns, category_ids: n
         ValueError: a field is malformed.
     """
     boxes = np.array(read_column(entries, "annotations", "bbox", BOX), np.float64).reshape(-1, 4)
-    areas = np.array(read_column(entries, "annotations", "area", NUMBER), np.float64)
     image_ids = np.array(read_column(entries, "annotations", "image_id", INTEGER), np.int64)
-    image_indices, image_listed = _find_ids(image_ids, images.ids)
     categories = np.array(read_column(entries, "annotations", "category_id", INTEGER), np.int64)
+    areas = np.array(read_column(entries, "annotations", "area", NUMBER), np.float64)
+    image_indices, image_listed = _find_ids(image_ids, images.ids)
     labels, category_used = _find_ids(categories, category_ids)
     return AnnotationColumns(
         boxes=boxes,
@@ -200,7 +200,8 @@ def _overlaps_image(annotations: AnnotationColumns, images: ImageColumns) -> np.
     image_height = images.heights[annotations.image_indices]
     overlap_x = np.minimum(x + width, image_width) - np.maximum(x, 0)
     overlap_y = np.minimum(y + height, image_height) - np.maximum(y, 0)
-    return np.maximum(overlap_x, 0) * np.maximum(overlap_y, 0) != 0
+    overlap_area: np.ndarray = np.maximum(overlap_x, 0) * np.maximum(overlap_y, 0)
+    return overlap_area != 0
 
 
 def _find_ids(values: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

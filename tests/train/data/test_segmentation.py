@@ -10,7 +10,7 @@ from detector.ops.rle import encode_mask
 from tests.train.data.test_coco_dataset import edit, open_coco
 from train.data.coco_dataset import UnreadableImageError
 from train.data.segmentation import Segmentations, take_rows
-from train.synthetic.generate import run_lengths
+from train.synthetic.annotate import run_lengths
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools.mask")
 SIZE = 31, 47
