@@ -1,10 +1,10 @@
-"""What `bench.compiled_code` found, as lines for a terminal of 80 columns and as the page docs/compiled_code.md."""
+"""What `bench.compiled_code` has read, as lines for a terminal of 80 columns and as the page docs/compiled_code.md."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
+from bench.machine_code import CodeReport
 from triton_dcn import tile_table
 from triton_dcn.tile_table import TileRow
 
@@ -14,27 +14,48 @@ NAMES = {
     "sm100": "sm_100 (B200)",
     "gfx942": "gfx942 (MI300)",
 }
-PARTITIONS = 4  # of a multiprocessor or compute unit, each with registers and places for warps of its own
-LANE_REGISTERS = 512  # of a partition, for each lane; given out by eights
-PLACES = {"sm80": 16, "sm90": 16, "sm100": 16, "gfx942": 8}  # for warps, in a partition
+PARTITIONS = 4
+"""Partitions of a multiprocessor or compute unit; each has registers and places for warps of its own."""
+LANE_REGISTERS = 512
+"""Registers of a partition for each lane; they are allocated by eights."""
+WARPS_PER_PARTITION = {"sm80": 16, "sm90": 16, "sm100": 16, "gfx942": 8}
 BLOCKS = 32
+"""The most blocks that a multiprocessor holds."""
 SHARED = {"sm80": 164 << 10, "sm90": 228 << 10, "sm100": 228 << 10, "gfx942": 64 << 10}
-RESERVED = {"sm80": 1 << 10, "sm90": 1 << 10, "sm100": 1 << 10, "gfx942": 0}  # bytes of shared memory a block
+"""Bytes of shared memory of a multiprocessor."""
+RESERVED = {"sm80": 1 << 10, "sm90": 1 << 10, "sm100": 1 << 10, "gfx942": 0}
+"""Bytes of shared memory that the system takes for each block."""
 LEGEND = (
     "regs: registers a thread; spl: spills; KiB: shared memory; occ: occupancy at\n"
     "most; wide: loads of 128 bits, of all; mma: matrix instructions; at: atomics"
 )
 HEADER = f"{'kernel':18} math size {'tile':>10}  w regs spl   KiB  occ    wide  mma  at"
+PAGE_COLUMNS = (
+    "kernel",
+    "arithmetic",
+    "size",
+    "tile",
+    "warps",
+    "registers",
+    "spills",
+    "shared KiB",
+    "occupancy",
+    "wide loads",
+    "matrix instructions",
+    "instructions",
+    "atomics",
+)
 INTRODUCTION = """\
 # The kernels' compiled code
 
 Written by `python -m bench.compiled_code --markdown docs/compiled_code.md`, with Triton {version}; no GPU is needed.
 What the compiler makes of every row of the tile table (`triton_dcn/tile_table.py`): facts about the code, no measure of
-speed. What the kernels compute, and which of this is asserted in CI: [kernels.md](kernels.md).
+speed. What the kernels compute, and which of this is asserted in CI: [kernels.md](kernels.md). The limits that CI
+asserts, by Triton version: `bench/compiled_code.csv`.
 
-- size: the largest size class of the row, input channels of an offset group, for t_columns output channels; a row for
-  any size is compiled at {largest}. tile: positions or samples x output channels x input channels, where the kernel has
-  them. Half is bfloat16; "any" is compiled in float32.
+- size: the most channels that the row serves, input channels of an offset group, for t_columns output channels; a row
+  for any size is compiled at {largest}. tile: positions or samples x output channels x input channels, where the kernel
+  has them. Half is bfloat16; "any" is compiled in float32.
 - registers: per thread; on gfx942 vector registers with the accumulation registers.
 - occupancy: the most warps that can be resident at once, of those that the device has places for, and what bounds them.
   Warps have 32 threads, on gfx942 64. Devices that are served by another's rows (sm_86, sm_89, sm_120 by sm_80's) have
@@ -47,42 +68,11 @@ speed. What the kernels compute, and which of this is asserted in CI: [kernels.m
 """
 
 
-@dataclass(frozen=True)
-class Report:
-    """What one compiled kernel uses.
-
-    Attributes:
-        registers: per thread; for gfx942 vector registers, accumulation registers included.
-        spills: local stores and loads in the code, or spilled registers.
-        shared: bytes of shared memory per block.
-        wide_loads, loads: global loads of 128 bits, and of any width.
-        async_copies: copies that bypass the registers.
-        tensor_core: matrix instructions.
-        float_atomics, integer_atomics: atomics on global memory.
-        barriers: block-wide barriers.
-        instructions: length of the code.
-        loop: of these, inside the longest loop.
-    """
-
-    registers: int
-    spills: int
-    shared: int
-    wide_loads: int
-    loads: int
-    async_copies: int
-    tensor_core: int
-    float_atomics: int
-    integer_atomics: int
-    barriers: int
-    instructions: int
-    loop: int
-
-
 def occupancy(arch: str, warps: int, registers: int, shared: int) -> tuple[float, str]:
-    """Return the bound of resident warps, as a share of the places there are, and what sets it.
+    """Return the most warps that can be resident, as a share of the places there are, and what bounds them.
 
     Args:
-        arch: of `PLACES`.
+        arch: of `WARPS_PER_PARTITION`.
         warps: of a block, a multiple of 4.
         registers: per thread.
         shared: bytes per block.
@@ -92,12 +82,12 @@ def occupancy(arch: str, warps: int, registers: int, shared: int) -> tuple[float
         registers and the local data share.
     """
     assert warps % PARTITIONS == 0, warps
-    places = PARTITIONS * PLACES[arch]
-    granted = -(-registers // 8) * 8
+    places = PARTITIONS * WARPS_PER_PARTITION[arch]
+    allocated = -(-registers // 8) * 8
     used = shared + RESERVED[arch]
     blocks = {
         "": places // warps,
-        "registers": PARTITIONS * (LANE_REGISTERS // granted) // warps,
+        "registers": PARTITIONS * (LANE_REGISTERS // allocated) // warps,
         "shared memory": SHARED[arch] // used if used else BLOCKS,
         "blocks": BLOCKS,
     }
@@ -107,62 +97,86 @@ def occupancy(arch: str, warps: int, registers: int, shared: int) -> tuple[float
 
 def tile_name(row: TileRow) -> str:
     """Return the block sizes that the row's kernel has, as in 64x128x32."""
-    return "x".join(str(size) for size in (row.tile.block_p, row.tile.block_o, row.tile.block_c) if size)
+    sizes = (row.tile.block_p, row.tile.block_o, row.tile.block_c)
+    return "x".join(str(size) for size in sizes if size)
 
 
 def size_name(row: TileRow) -> str:
-    """Return the size class of a row, "any" without a bound."""
+    """Return the most channels that the row serves, "any" without a bound."""
     return str(row.channels) if row.channels < tile_table.ANY else "any"
 
 
-def per_element(row: TileRow, arch: str, report: Report, largest: int) -> str:
+def instructions_per_element(row: TileRow, arch: str, report: CodeReport, largest: int) -> str:
     """Return the instructions of the main loop per thread and gathered element, "-" where they cannot be read."""
     tile = row.tile
-    widths = {
-        "forward_prefetch": min(row.channels, largest), "forward_transposed": min(row.channels, largest),  # unrolled
-        "t_columns": tile.block_o, "columns": tile.block_c, "g_form": tile.block_c, "grad_sample": tile.block_c,
-        "grad_sample_fused": tile.block_c,
-    }  # fmt: skip
-    if row.kernel not in widths or arch not in ("sm80", "sm90"):
+    if arch not in ("sm80", "sm90") or row.kernel in ("sampling", "bins"):
         return "-"
-    return f"{report.loop * 32 * tile.num_warps / (tile.block_p * widths[row.kernel]):.1f}"
+    if row.kernel in ("forward_prefetch", "forward_transposed"):
+        channels = min(row.channels, largest)  # their loop over channels is unrolled
+    elif row.kernel == "t_columns":
+        channels = tile.block_o
+    else:
+        channels = tile.block_c
+    threads = 32 * tile.num_warps
+    elements = tile.block_p * channels
+    return f"{report.loop * threads / elements:.1f}"
 
 
-def table_line(row: TileRow, arch: str, report: Report) -> str:
+def table_line(row: TileRow, arch: str, report: CodeReport) -> str:
     """Return one line below `HEADER`, 80 columns at most."""
-    math = "f32" if row.arithmetic == "float32" else row.arithmetic
+    arithmetic = "f32" if row.arithmetic == "float32" else row.arithmetic
     share, _ = occupancy(arch, row.tile.num_warps, report.registers, report.shared)
     wide = f"{report.wide_loads}/{report.loads}"
+    atomics = report.float_atomics + report.integer_atomics
     return (
-        f"{row.kernel:18} {math:4} {size_name(row):>4} {tile_name(row):>10} {row.tile.num_warps:>2} "
+        f"{row.kernel:18} {arithmetic:4} {size_name(row):>4} {tile_name(row):>10} {row.tile.num_warps:>2} "
         f"{report.registers:>4} {report.spills:>3} {report.shared / 1024:>5.1f} {share:>4.0%} {wide:>7} "
-        f"{report.tensor_core:>4} {report.float_atomics + report.integer_atomics:>3}"
+        f"{report.tensor_core:>4} {atomics:>3}"
     )
 
 
-def page(entries: Iterable[tuple[TileRow, str, Report]], version: str, largest: int) -> str:
-    """Return docs/compiled_code.md: a table per target.
+def page(entries: Iterable[tuple[TileRow, str, CodeReport]], version: str, largest: int) -> str:
+    """Return docs/compiled_code.md: a table per architecture.
 
     Args:
-        entries: rows with target and report, the targets one after the other.
+        entries: rows with architecture and report, one architecture after the other.
         version: of Triton.
-        largest: size at which a row without a bound was compiled.
+        largest: channels at which a row for any size was compiled.
     """
-    columns = (
-        "kernel", "arithmetic", "size", "tile", "warps", "registers", "spills", "shared KiB", "occupancy", "wide loads",
-        "matrix instructions", "instructions", "atomics",
-    )  # fmt: skip
-    text, last = INTRODUCTION.format(version=version, largest=largest), None
+    lines = [INTRODUCTION.format(version=version, largest=largest)]
+    last_arch = None
     for row, arch, report in entries:
-        if arch != last:
-            text += f"\n## {NAMES[arch]}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n"
-            last = arch
-        share, bound = occupancy(arch, row.tile.num_warps, report.registers, report.shared)
-        cells = (
-            row.kernel, row.arithmetic, size_name(row), tile_name(row), row.tile.num_warps, report.registers,
-            report.spills, f"{report.shared / 1024:.1f}", f"{share:.0%}" + (bound and f", {bound}"),
-            f"{report.wide_loads} of {report.loads}", report.tensor_core, per_element(row, arch, report, largest),
-            f"{report.float_atomics} on floats" if report.float_atomics else report.integer_atomics,
-        )  # fmt: skip
-        text += "| " + " | ".join(str(cell) for cell in cells) + " |\n"
-    return text
+        if arch != last_arch:
+            blank = "" if last_arch is None else "\n"
+            lines.append(f"{blank}## {NAMES[arch]}\n")
+            lines.append(_markdown_row(PAGE_COLUMNS))
+            lines.append("|" + "---|" * len(PAGE_COLUMNS))
+            last_arch = arch
+        lines.append(_markdown_row(_page_cells(row, arch, report, largest)))
+    return "\n".join(lines) + "\n"
+
+
+def _page_cells(row: TileRow, arch: str, report: CodeReport, largest: int) -> tuple[object, ...]:
+    """Return the values of `PAGE_COLUMNS`."""
+    share, bound = occupancy(arch, row.tile.num_warps, report.registers, report.shared)
+    bounded_by = f", {bound}" if bound else ""
+    atomics = f"{report.float_atomics} on floats" if report.float_atomics else report.integer_atomics
+    return (
+        row.kernel,
+        row.arithmetic,
+        size_name(row),
+        tile_name(row),
+        row.tile.num_warps,
+        report.registers,
+        report.spills,
+        f"{report.shared / 1024:.1f}",
+        f"{share:.0%}{bounded_by}",
+        f"{report.wide_loads} of {report.loads}",
+        report.tensor_core,
+        instructions_per_element(row, arch, report, largest),
+        atomics,
+    )
+
+
+def _markdown_row(cells: Iterable[object]) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
