@@ -19,7 +19,7 @@ PARTS = {
     "roi": (("roi_head", "sample"), ("roi_head", "forward")),
     "roi loss": (("roi_head", "losses"),),
     "detections": (("roi_head", "detect"),),
-    "masks": (("roi_head", "mask_losses"), ("roi_head", "segment")),
+    "masks": (("roi_head", "mask_losses"), ("roi_head", "predict_masks")),
 }
 """Stage -> (path of the module in a `FasterRCNN`, method). What a method of the list calls counts as part of it."""
 

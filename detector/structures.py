@@ -14,7 +14,7 @@ class Target:
     """Ground truth of one image.
 
     Attributes:
-        boxes: (N, 4) float32, x1 y1 x2 y2 in pixels of the resized image; N may be 0.
+        boxes: (N, 4) float32, x1 y1 x2 y2 in pixels of the resized image; N can be 0.
         labels: (N,) int64, classes from 0.
         masks: (N, H, W) uint8 or bool, not 0 inside the object; H, W is the size of the resized image, padded or not.
             None where the model predicts boxes only.
@@ -26,17 +26,24 @@ class Target:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Target:
         """Return the target on `device`."""
-        move = {"device": device, "non_blocking": non_blocking}
+        masks = self.masks
+        if masks is not None:
+            masks = masks.to(device, non_blocking=non_blocking)
         return Target(
-            self.boxes.to(**move), self.labels.to(**move), None if self.masks is None else self.masks.to(**move)
+            boxes=self.boxes.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            masks=masks,
         )
 
     def pin_memory(self) -> Target:
         """Return the target in page-locked memory."""
+        masks = self.masks
+        if masks is not None:
+            masks = masks.pin_memory()
         return Target(
-            self.boxes.pin_memory(),
-            self.labels.pin_memory(),
-            None if self.masks is None else self.masks.pin_memory(),
+            boxes=self.boxes.pin_memory(),
+            labels=self.labels.pin_memory(),
+            masks=masks,
         )
 
 
@@ -48,8 +55,9 @@ class Batch:
         images: (B, 3, Hp, Wp) uint8 RGB; every row and column outside an image's own size is padding of any value.
         sizes: (B, 2) int64, height and width of each image before padding.
         targets: one `Target` per image, or None when there is no ground truth.
-        seeds: (B,) int64 or None. Seeds of the random samplers, one per image: equal seeds give equal samples whatever
-            images are beside it, at the same padded size. None draws them from torch's global generator.
+        seeds: (B,) int64 or None. Seeds of the random samplers, one per image: at the same padded size, equal seeds
+            give equal samples, whatever the other images of the batch are. None draws them from torch's global
+            generator.
     """
 
     images: Tensor
@@ -59,21 +67,32 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch on `device`."""
-        move = {"device": device, "non_blocking": non_blocking}
+        targets = self.targets
+        if targets is not None:
+            targets = [target.to(device, non_blocking) for target in targets]
+        seeds = self.seeds
+        if seeds is not None:
+            seeds = seeds.to(device, non_blocking=non_blocking)
         return Batch(
-            self.images.to(**move),
-            self.sizes.to(**move),
-            None if self.targets is None else [target.to(**move) for target in self.targets],
-            None if self.seeds is None else self.seeds.to(**move),
+            images=self.images.to(device, non_blocking=non_blocking),
+            sizes=self.sizes.to(device, non_blocking=non_blocking),
+            targets=targets,
+            seeds=seeds,
         )
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory, so that `to(..., non_blocking=True)` does not wait."""
+        targets = self.targets
+        if targets is not None:
+            targets = [target.pin_memory() for target in targets]
+        seeds = self.seeds
+        if seeds is not None:
+            seeds = seeds.pin_memory()
         return Batch(
-            self.images.pin_memory(),
-            self.sizes.pin_memory(),
-            None if self.targets is None else [target.pin_memory() for target in self.targets],
-            None if self.seeds is None else self.seeds.pin_memory(),
+            images=self.images.pin_memory(),
+            sizes=self.sizes.pin_memory(),
+            targets=targets,
+            seeds=seeds,
         )
 
 
@@ -86,7 +105,7 @@ class Detections:
         scores: (N,) in [0, 1], falling.
         labels: (N,) int64, classes from 0.
         masks: (N, 28, 28) in [0, 1], how likely each cell of the box belongs to the object; None if the model predicts
-            boxes only. `detector.model.mask_head.paste_masks` draws them into an image.
+            boxes only. `detector.ops.paste_masks.paste_masks` draws them into an image.
     """
 
     boxes: Tensor

@@ -1,95 +1,28 @@
-"""The detector: its configuration and the module that chains the parts."""
+"""The detector: the module that chains backbone, pyramid, RPN and RoI head."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from detector.model.anchors import AnchorGenerator
+from detector.model.config import FasterRCNNConfig
 from detector.model.fpn import FPN
-from detector.model.mask_head import pad_masks
-from detector.model.matching import Matcher, PaddedTargets, Sampler
+from detector.model.matcher import Matcher
+from detector.model.padded_targets import pad_masks, pad_targets
 from detector.model.resnet import ResNet
 from detector.model.roi_head import RoIHead
 from detector.model.rpn import RPN
-from detector.structures import Batch, Detections
+from detector.model.sampler import BoxSampler, SamplingRule
+from detector.structures import Batch, Detections, Target
 
 STRIDES = (4, 8, 16, 32, 64)
-SAMPLING_RULES = {"random": ("random", "random"), "deterministic": ("spread", "first")}  # of RPN and of RoI head
+SIZE_DIVISOR = 32  # images are padded to multiples of this
 
-
-@dataclass(frozen=True)
-class FasterRCNNConfig:
-    """Everything that decides the network and its losses; the default is Faster R-CNN R50-FPN mdconv c3-c5.
-
-    Attributes:
-        depth: ResNet depth, 18, 50 or 101.
-        num_classes: without background; training takes the number of classes in its data instead.
-        dcn: deformable convolutions in the backbone: None, "v1" or "v2".
-        dcn_stages: which of the stages c2..c5 have them.
-        deform_groups: groups of channels that share offsets.
-        mask: predict masks too, with the head of Mask R-CNN.
-        frozen_stages: the stem and this many stages are not trained; -1 trains everything, 0 freezes the stem.
-        norm: "bn" or, to train from scratch, "gn" with small batches, "syncbn" (statistics of all GPUs) with several.
-        norm_eval: batch norms keep their running statistics in training.
-        base_channels: width of the ResNet's stem; 64 is the published network.
-        fpn_channels: width of the pyramid.
-        fc_channels: width of the box head.
-        anchor_scale: side of the square anchor in strides.
-        anchor_ratios: height / width of the anchors.
-        sampler: "random", or "deterministic", which compares runs with other programs.
-        rpn_positive_iou: from here on an anchor is positive.
-        rpn_negative_iou: below this an anchor is negative.
-        rpn_batch_size: anchors in the loss, per image.
-        rpn_positive_fraction: largest share of positive ones among them.
-        rpn_pre_nms_top_n: boxes per level before suppression, in training and in evaluation.
-        rpn_nms_iou: a box that overlaps a better one by more is suppressed.
-        rpn_post_nms_top_n: boxes per image after suppression.
-        rcnn_iou: from here on a region is positive, below negative.
-        roi_batch_size: regions in the loss, per image.
-        rcnn_positive_fraction: largest share of positive ones among them.
-        score_threshold: detections below it are left out.
-        nms_iou: a detection that overlaps a better one of its class by more is suppressed.
-        max_detections: most detections per image.
-        image_scale: images are resized to fit (long side, short side), ratio kept.
-        pixel_mean: of R, G, B in 0..255.
-        pixel_std: standard deviations, likewise.
-    """
-
-    depth: Literal[18, 50, 101] = 50
-    num_classes: int = 80
-    dcn: Literal["v1", "v2"] | None = "v2"
-    dcn_stages: tuple[bool, bool, bool, bool] = (False, True, True, True)
-    deform_groups: int = 1
-    mask: bool = False
-    frozen_stages: int = 1
-    norm: Literal["bn", "gn", "syncbn"] = "bn"
-    norm_eval: bool = True
-    base_channels: int = 64
-    fpn_channels: int = 256
-    fc_channels: int = 1024
-    anchor_scale: float = 8.0
-    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
-    sampler: Literal["random", "deterministic"] = "random"
-    rpn_positive_iou: float = 0.7
-    rpn_negative_iou: float = 0.3
-    rpn_batch_size: int = 256
-    rpn_positive_fraction: float = 0.5
-    rpn_pre_nms_top_n: tuple[int, int] = (2000, 1000)
-    rpn_nms_iou: float = 0.7
-    rpn_post_nms_top_n: int = 1000
-    rcnn_iou: float = 0.5
-    roi_batch_size: int = 512
-    rcnn_positive_fraction: float = 0.25
-    score_threshold: float = 0.05
-    nms_iou: float = 0.5
-    max_detections: int = 100
-    image_scale: tuple[int, int] = (1333, 800)
-    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+RPN_SAMPLING_RULES: dict[str, SamplingRule] = {"random": "random", "deterministic": "spread"}
+ROI_SAMPLING_RULES: dict[str, SamplingRule] = {"random": "random", "deterministic": "first"}
 
 
 class FasterRCNN(nn.Module):
@@ -102,55 +35,75 @@ class FasterRCNN(nn.Module):
         ValueError: a field of `config` is out of its range.
     """
 
-    def __init__(self, config: FasterRCNNConfig | None = None):
+    pixel_mean: Tensor  # (3, 1, 1)
+    pixel_std: Tensor  # (3, 1, 1)
+
+    def __init__(self, config: FasterRCNNConfig | None = None) -> None:
         super().__init__()
-        self.config = config = config or FasterRCNNConfig()
-        if config.sampler not in SAMPLING_RULES:
-            raise ValueError(f"sampler must be one of {tuple(SAMPLING_RULES)}, got {config.sampler!r}")
+        config = config or FasterRCNNConfig()
+        if config.sampler not in RPN_SAMPLING_RULES:
+            raise ValueError(f"sampler: expected one of {tuple(RPN_SAMPLING_RULES)}, got {config.sampler!r}")
         if config.num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {config.num_classes}")
+            raise ValueError(f"num_classes: expected at least 1, got {config.num_classes}")
+        self.config = config
+
         self.backbone = ResNet(
-            config.depth, config.dcn, config.dcn_stages, config.deform_groups, config.frozen_stages, config.norm,
-            config.norm_eval, config.base_channels,
-        )  # fmt: skip
-        self.neck = FPN(self.backbone.out_channels, config.fpn_channels, len(STRIDES))
-        rpn_rule, rcnn_rule = SAMPLING_RULES[config.sampler]
+            depth=config.depth,
+            dcn=config.dcn,
+            dcn_stages=config.dcn_stages,
+            deform_groups=config.deform_groups,
+            frozen_stages=config.frozen_stages,
+            norm=config.norm,
+            norm_eval=config.norm_eval,
+            base_channels=config.base_channels,
+        )
+        self.neck = FPN(
+            in_channels=self.backbone.out_channels,
+            out_channels=config.fpn_channels,
+            num_outs=len(STRIDES),
+        )
         self.rpn_head = RPN(
-            config.fpn_channels,
-            AnchorGenerator(STRIDES, config.anchor_scale, config.anchor_ratios),
-            Matcher(config.rpn_positive_iou, config.rpn_negative_iou, low_quality=config.rpn_negative_iou),
-            Sampler(config.rpn_batch_size, config.rpn_positive_fraction, rpn_rule),
-            config.rpn_nms_iou,
-            config.rpn_pre_nms_top_n,
-            config.rpn_post_nms_top_n,
+            channels=config.fpn_channels,
+            anchor_generator=AnchorGenerator(
+                strides=STRIDES,
+                scale=config.anchor_scale,
+                ratios=config.anchor_ratios,
+            ),
+            matcher=Matcher(
+                positive_iou=config.rpn_positive_iou,
+                negative_iou=config.rpn_negative_iou,
+                low_quality_iou=config.rpn_negative_iou,
+            ),
+            sampler=BoxSampler(
+                num_samples=config.rpn_batch_size,
+                positive_fraction=config.rpn_positive_fraction,
+                rule=RPN_SAMPLING_RULES[config.sampler],
+            ),
+            nms_iou=config.rpn_nms_iou,
+            pre_nms_top_n=config.rpn_pre_nms_top_n,
+            post_nms_top_n=config.rpn_post_nms_top_n,
         )
         self.roi_head = RoIHead(
-            config.fpn_channels,
-            7,
-            config.fc_channels,
-            config.num_classes,
-            STRIDES[:-1],
-            Matcher(config.rcnn_iou, config.rcnn_iou),
-            Sampler(config.roi_batch_size, config.rcnn_positive_fraction, rcnn_rule),
-            config.score_threshold,
-            config.nms_iou,
-            config.max_detections,
-            config.mask,
+            channels=config.fpn_channels,
+            fc_channels=config.fc_channels,
+            num_classes=config.num_classes,
+            strides=STRIDES[:-1],
+            matcher=Matcher(
+                positive_iou=config.roi_positive_iou,
+                negative_iou=config.roi_positive_iou,
+            ),
+            sampler=BoxSampler(
+                num_samples=config.roi_batch_size,
+                positive_fraction=config.roi_positive_fraction,
+                rule=ROI_SAMPLING_RULES[config.sampler],
+            ),
+            score_threshold=config.score_threshold,
+            nms_iou=config.nms_iou,
+            max_detections=config.max_detections,
+            mask=config.mask,
         )
         self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(config.pixel_std).view(3, 1, 1), persistent=False)
-
-    def normalize(self, batch: Batch) -> Tensor:
-        """Return the images as the network's input: normalized in float32, zero on the padding, channels_last."""
-        images = (batch.images.float() - self.pixel_mean.float()) / self.pixel_std.float()
-        y = torch.arange(images.shape[2], device=images.device) < batch.sizes[:, :1]
-        x = torch.arange(images.shape[3], device=images.device) < batch.sizes[:, 1:]
-        images = torch.where((y[:, :, None] & x[:, None, :])[:, None], images, 0)
-        return images.to(self.pixel_mean.dtype).contiguous(memory_format=torch.channels_last)
-
-    def features(self, images: Tensor) -> list[Tensor]:
-        """Return the pyramid P2..P6 of normalized images (B, 3, H, W)."""
-        return self.neck(self.backbone(images))
 
     def forward(self, batch: Batch) -> dict[str, Tensor] | list[Detections]:
         """Compute losses in training mode, detections in evaluation mode.
@@ -164,73 +117,139 @@ class FasterRCNN(nn.Module):
             ValueError: images are not (B, 3, H, W) uint8 with sides that divide by 32, or training without targets, or
                 without masks where the model predicts them.
         """
-        _check(batch, self.training, self.config.mask)
+        _check_images(batch)
         if self.training:
+            _check_targets(batch, self.config.mask)
             return self.losses(batch)
+
         boxes, scores, labels, valid, *masks = self.detect(batch)
-        counts = valid.sum(1).tolist()  # the one wait for the device
-        columns = boxes, scores, labels, *masks
-        return [Detections(*(column[image, :n] for column in columns)) for image, n in enumerate(counts)]
+        counts = valid.sum(1).tolist()  # the only time that evaluation waits for the device
+        detections = []
+        for image, count in enumerate(counts):
+            detections.append(
+                Detections(
+                    boxes=boxes[image, :count],
+                    scores=scores[image, :count],
+                    labels=labels[image, :count],
+                    masks=masks[0][image, :count] if masks else None,
+                )
+            )
+        return detections
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the losses of a batch with targets; on a GPU no tensor is read back to the host."""
+        assert batch.targets is not None
         features = self.features(self.normalize(batch))
-        logits, deltas = self.rpn_head(features)
-        anchors, shapes = self._anchors(features)
-        every = torch.cat(anchors)
-        targets = PaddedTargets.of(batch.targets, every.dtype)
+        level_shapes = _level_shapes(features)
+        anchors = self.rpn_head.anchor_generator(level_shapes)
+        all_anchors = torch.cat(anchors)
+        targets = pad_targets(batch.targets, all_anchors.dtype)
         seeds = batch.seeds
         if seeds is None:
-            seeds = torch.randint(1 << 62, (len(batch.images),), device=every.device)
-        valid = self.rpn_head.anchors.valid(shapes, (batch.sizes + 31) // 32 * 32)
-        samples = self.rpn_head.sample(every, valid, targets, seeds)
-        losses = self.rpn_head.losses(torch.cat(logits, 1), torch.cat(deltas, 1), every, samples, targets)
+            seeds = torch.randint(1 << 62, (len(batch.images),), device=all_anchors.device)
+
+        # First stage: anchors to proposals.
+        logits, deltas = self.rpn_head(features)
+        pad_sizes = (batch.sizes + SIZE_DIVISOR - 1) // SIZE_DIVISOR * SIZE_DIVISOR
+        valid = self.rpn_head.anchor_generator.valid_flags(level_shapes, pad_sizes)
+        samples = self.rpn_head.sample(all_anchors, valid, targets, seeds)
+        losses = self.rpn_head.losses(torch.cat(logits, 1), torch.cat(deltas, 1), all_anchors, samples, targets)
         proposals, _, valid = self.rpn_head.propose(logits, deltas, anchors, batch.sizes)
+
+        # Second stage: proposals to classes and boxes, and masks if asked for.
         regions, samples = self.roi_head.sample(proposals, valid, targets, seeds + 1)
         logits, deltas = self.roi_head(features, regions, samples.valid)
         losses |= self.roi_head.losses(logits, deltas, regions, samples, targets)
         if self.config.mask:
-            bitmaps = pad_masks(batch.targets, targets.labels.shape[1], batch.images.shape[2:], every.dtype)
+            num_targets = targets.labels.shape[1]
+            height, width = batch.images.shape[2:]
+            bitmaps = pad_masks(batch.targets, num_targets, (height, width), all_anchors.dtype)
             losses |= self.roi_head.mask_losses(features, regions, samples, targets, bitmaps)
         return losses
 
     @torch.no_grad()
     def detect(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Detect with fixed shapes: boxes (B, n, 4), scores, labels, valid (B, n) and, if any, masks (B, n, 28, 28)."""
+        """Detect with fixed shapes: nothing waits for the device, and the whole method can be exported.
+
+        Returns:
+            boxes (B, n, 4), scores (B, n), labels (B, n), valid (B, n) and, of a model with masks, their
+            probabilities (B, n, 28, 28); n = `max_detections`.
+        """
         features = self.features(self.normalize(batch))
+
+        # First stage: anchors to proposals.
+        anchors = self.rpn_head.anchor_generator(_level_shapes(features))
         logits, deltas = self.rpn_head(features)
-        anchors, _ = self._anchors(features)
         proposals, _, valid = self.rpn_head.propose(logits, deltas, anchors, batch.sizes)
+
+        # Second stage: proposals to classes and boxes, and masks if asked for.
         logits, deltas = self.roi_head(features, proposals, valid)
         boxes, scores, labels, valid = self.roi_head.detect(logits, deltas, proposals, valid, batch.sizes)
         if not self.config.mask:
             return boxes, scores, labels, valid
-        masks = self.roi_head.segment(features, boxes, labels, valid).to(boxes.dtype).sigmoid()
+        mask_logits = self.roi_head.predict_masks(features, boxes, labels, valid)
+        masks = mask_logits.to(boxes.dtype).sigmoid()
         return boxes, scores, labels, valid, masks
 
-    def _anchors(self, features: list[Tensor]) -> tuple[list[Tensor], list[tuple[int, int]]]:
-        shapes = [tuple(feature.shape[2:]) for feature in features]
-        return self.rpn_head.anchors(shapes), shapes
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Return the pyramid P2..P6 of normalized images (B, 3, H, W)."""
+        pyramid: list[Tensor] = self.neck(self.backbone(images))
+        return pyramid
+
+    def normalize(self, batch: Batch) -> Tensor:
+        """Return the images as the network's input: normalized in float32, zero on the padding, channels_last."""
+        images = (batch.images.float() - self.pixel_mean.float()) / self.pixel_std.float()
+        height, width = images.shape[2:]
+        y = torch.arange(height, device=images.device) < batch.sizes[:, :1]
+        x = torch.arange(width, device=images.device) < batch.sizes[:, 1:]
+        is_image = (y[:, :, None] & x[:, None, :])[:, None]
+        images = torch.where(is_image, images, 0)
+        return images.to(self.pixel_mean.dtype).contiguous(memory_format=torch.channels_last)
 
 
-def _check(batch: Batch, training: bool, mask: bool) -> None:
-    """Raise ValueError where a batch cannot be what the model works on."""
+def _level_shapes(features: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Return height and width of every level."""
+    shapes = []
+    for feature in features:
+        height, width = feature.shape[2:]
+        shapes.append((height, width))
+    return shapes
+
+
+def _check_images(batch: Batch) -> None:
+    """Raise ValueError if images and sizes of a batch are not what the model works on."""
     images = batch.images
+    shape = tuple(images.shape)
     if images.dim() != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
-        raise ValueError(f"images must be (B, 3, H, W) uint8, got {tuple(images.shape)} {images.dtype}")
-    if images.shape[0] == 0 or images.shape[2] % 32 or images.shape[3] % 32:
-        raise ValueError(f"images must not be empty and have sides that divide by 32, got {tuple(images.shape)}")
-    if tuple(batch.sizes.shape) != (len(images), 2):
-        raise ValueError(f"sizes has shape {tuple(batch.sizes.shape)}, expected {(len(images), 2)}")
-    if training and (batch.targets is None or len(batch.targets) != len(images)):
-        found = None if batch.targets is None else len(batch.targets)
-        raise ValueError(f"training needs one target per image: {len(images)} images, targets: {found}")
-    for index, target in enumerate(batch.targets if training and mask else ()):
-        masks, (height, width) = target.masks, images.shape[2:]
-        if masks is None or masks.dtype not in (torch.uint8, torch.bool):
-            raise ValueError(
-                f"targets[{index}].masks: expected uint8 or bool, found {masks if masks is None else masks.dtype}"
-            )
-        if masks.dim() != 3 or len(masks) != len(target.labels) or masks.shape[1] > height or masks.shape[2] > width:
-            expected = f"({len(target.labels)}, up to {height}, up to {width})"
-            raise ValueError(f"targets[{index}].masks: expected {expected}, found {tuple(masks.shape)}")
+        raise ValueError(f"images: expected (B, 3, H, W) uint8, got {shape} {images.dtype}")
+    if images.shape[0] == 0:
+        raise ValueError(f"images: expected at least one, got {shape}")
+    if images.shape[2] % SIZE_DIVISOR or images.shape[3] % SIZE_DIVISOR:
+        raise ValueError(f"images: expected sides that divide by {SIZE_DIVISOR}, got {shape}")
+    if batch.sizes.shape != (len(images), 2):
+        raise ValueError(f"sizes: expected {(len(images), 2)}, got {tuple(batch.sizes.shape)}")
+
+
+def _check_targets(batch: Batch, mask: bool) -> None:
+    """Raise ValueError if a batch cannot be trained on: without a target per image or, of a model with masks, those."""
+    num_images = len(batch.images)
+    if batch.targets is None or len(batch.targets) != num_images:
+        got = None if batch.targets is None else len(batch.targets)
+        raise ValueError(f"targets: expected one per image in training ({num_images} images), got {got}")
+    if mask:
+        height, width = batch.images.shape[2:]
+        for index, target in enumerate(batch.targets):
+            _check_masks(f"targets[{index}].masks", target, height, width)
+
+
+def _check_masks(name: str, target: Target, height: int, width: int) -> None:
+    """Raise ValueError if a target has no masks, or masks of another dtype, number or size; `name` is for messages."""
+    masks = target.masks
+    if masks is None:
+        raise ValueError(f"{name}: expected uint8 or bool, got None")
+    if masks.dtype not in (torch.uint8, torch.bool):
+        raise ValueError(f"{name}: expected uint8 or bool, got {masks.dtype}")
+    num_targets = len(target.labels)
+    if masks.dim() != 3 or len(masks) != num_targets or masks.shape[1] > height or masks.shape[2] > width:
+        expected = f"({num_targets}, up to {height}, up to {width})"
+        raise ValueError(f"{name}: expected {expected}, got {tuple(masks.shape)}")

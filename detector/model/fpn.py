@@ -1,4 +1,4 @@
-"""Feature pyramid: the backbone's four maps become five of equal width."""
+"""The feature pyramid: the backbone's four maps become five of equal width."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from detector.model.initialization import xavier_init
 
 
 class FPN(nn.Module):
@@ -26,10 +28,10 @@ class FPN(nn.Module):
     def __init__(self, in_channels: Sequence[int], out_channels: int = 256, num_outs: int = 5) -> None:
         super().__init__()
         if num_outs < len(in_channels):
-            raise ValueError(f"num_outs: expected at least {len(in_channels)}, one per input, found {num_outs}")
+            raise ValueError(f"num_outs: expected at least {len(in_channels)}, one per input, got {num_outs}")
         self.num_outs = num_outs
-        self.lateral_convs = nn.ModuleList(_Conv(channels, out_channels, 1) for channels in in_channels)
-        self.fpn_convs = nn.ModuleList(_Conv(out_channels, out_channels, 3) for _ in in_channels)
+        self.lateral_convs = nn.ModuleList(_ConvModule(channels, out_channels, 1) for channels in in_channels)
+        self.fpn_convs = nn.ModuleList(_ConvModule(out_channels, out_channels, 3) for _ in in_channels)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Merge maps from coarse to fine.
@@ -41,22 +43,24 @@ class FPN(nn.Module):
             `num_outs` maps of `out_channels` channels: one of the size of each input, then the halved ones.
         """
         merged = [conv(feature) for conv, feature in zip(self.lateral_convs, features, strict=True)]
-        for fine, coarse in zip(merged[-2::-1], merged[:0:-1], strict=True):
-            fine += F.interpolate(coarse, size=fine.shape[-2:], mode="nearest")
+        for level in range(len(merged) - 2, -1, -1):
+            fine = merged[level]
+            fine += F.interpolate(merged[level + 1], size=fine.shape[-2:], mode="nearest")
+
         outputs = [conv(feature) for conv, feature in zip(self.fpn_convs, merged, strict=True)]
         while len(outputs) < self.num_outs:
             outputs.append(F.max_pool2d(outputs[-1], kernel_size=1, stride=2))
         return outputs
 
 
-class _Conv(nn.Module):
+class _ConvModule(nn.Module):
     """Convolution with bias under the name `conv`, as in mmcv's `ConvModule`, Xavier uniform at the start."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
-        nn.init.xavier_uniform_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)
+        xavier_init(self.conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+        output: Tensor = self.conv(x)
+        return output

@@ -9,7 +9,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from detector.model.faster_rcnn import FasterRCNN
 from detector.model.resnet import Bottleneck
-from triton_dcn import fuse_batch_norm
+from triton_dcn import DeformConv2d, fuse_batch_norm
+from triton_dcn.nn import DeformConv2dPack
 
 
 def fuse_batch_norms(model: FasterRCNN) -> FasterRCNN:
@@ -25,23 +26,39 @@ def fuse_batch_norms(model: FasterRCNN) -> FasterRCNN:
         ValueError: the model is in training mode, or has group norms, which depend on the input.
     """
     if model.training:
-        raise ValueError("model must be in evaluation mode: call model.eval() first")
+        raise ValueError("model: expected evaluation mode, got training mode: call model.eval() first")
     if model.config.norm == "gn":
-        raise ValueError("model has group norms (norm 'gn'), expected batch norms: only those are fixed in evaluation")
+        raise ValueError("model: expected batch norms, which are fixed in evaluation, got group norms (norm 'gn')")
     model = copy.deepcopy(model)
     for module in list(model.backbone.modules()):
         if isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[1], nn.BatchNorm2d):
-            module[0], module[1] = _folded(module[0], module[1], False), nn.Identity()  # a shortcut
-        for index in (1, 2, 3):
-            norm = getattr(module, f"bn{index}", None)
-            if norm is not None:
-                relu = isinstance(module, Bottleneck) and index == 2
-                setattr(module, f"conv{index}", _folded(getattr(module, f"conv{index}"), norm, relu))
-                setattr(module, f"bn{index}", nn.Identity())
+            _fuse_shortcut(module)
+        _fuse_numbered_layers(module)
     return model
 
 
-def _folded(conv: nn.Module, norm: nn.BatchNorm2d, relu: bool) -> nn.Module:
+def _fuse_shortcut(shortcut: nn.Sequential) -> None:
+    """Fuse the convolution and the norm of a residual block's shortcut, in place."""
+    conv, norm = shortcut
+    shortcut[0] = _fuse(conv, norm, relu=False)
+    shortcut[1] = nn.Identity()
+
+
+def _fuse_numbered_layers(module: nn.Module) -> None:
+    """Fuse `conv1` and `bn1`, `conv2` and `bn2`, ... of a module, if it has them, in place."""
+    for index in (1, 2, 3):
+        norm = getattr(module, f"bn{index}", None)
+        if norm is not None:
+            conv = getattr(module, f"conv{index}")
+            relu = isinstance(module, Bottleneck) and index == 2
+            setattr(module, f"conv{index}", _fuse(conv, norm, relu))
+            setattr(module, f"bn{index}", nn.Identity())
+
+
+def _fuse(conv: nn.Module, norm: nn.Module, relu: bool) -> nn.Module:
+    """Return a convolution that also does the work of `norm`; a deformable one also that of the ReLU, if asked for."""
+    assert isinstance(norm, nn.BatchNorm2d)
     if isinstance(conv, nn.Conv2d):
         return fuse_conv_bn_eval(conv, norm)
+    assert isinstance(conv, DeformConv2d | DeformConv2dPack)
     return fuse_batch_norm(conv, norm, relu=relu)

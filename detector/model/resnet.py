@@ -1,4 +1,4 @@
-"""ResNet with deformable convolutions in the stages asked for.
+"""The backbone: ResNet with deformable convolutions in the stages asked for.
 
 Modules carry MMDetection's (and, but for `conv_offset`, torchvision's) names, so that weights of both load unchanged.
 With group normalization the modules are still called `bn1`, `bn2`, ...
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from triton_dcn.nn import DeformConv2dPack, ModulatedDeformConv2dPack
 
+Norm = nn.BatchNorm2d | nn.GroupNorm
+
 GROUP_CHANNELS = 16  # channels per group of a group normalization: Wu and He, ECCV 2018, table 3
 
 
@@ -25,12 +27,12 @@ class ResNet(nn.Module):
     Args:
         depth: 18 (basic blocks), 50 or 101 (bottlenecks).
         dcn: None, "v1" (offsets) or "v2" (offsets and masks).
-        dcn_stages: for each of the four stages, whether it is deformable; without meaning if `dcn` is None.
-        deform_groups: groups of input channels that move together.
+        dcn_stages: for each of the four stages, whether it is deformable; not used if `dcn` is None.
+        deform_groups: groups of input channels that share offsets.
         frozen_stages: -1 trains everything, 0 freezes the stem, n freezes the stem and the first n stages.
         norm: "bn" (batch), "gn" (groups of 16 channels, for training from scratch with few images a step) or "syncbn":
             here the same as "bn"; training on several GPUs takes its statistics over all of them.
-        norm_eval: batch normalization keeps to its running statistics while training; its scale and shift still train.
+        norm_eval: batch normalization uses its running statistics in training too; its scale and shift still train.
         base_channels: width of the stem and of the blocks of C2, which doubles with every stage; a multiple of 16.
 
     Attributes:
@@ -44,6 +46,11 @@ class ResNet(nn.Module):
         Deformable ConvNets v2, CVPR 2019. Initial values: mmdet 3.3.0 `ResNet`.
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
     def __init__(
         self,
         depth: int = 50,
@@ -56,10 +63,12 @@ class ResNet(nn.Module):
         base_channels: int = 64,
     ) -> None:
         super().__init__()
-        _check(depth=depth, dcn=dcn, dcn_stages=dcn_stages, frozen_stages=frozen_stages, norm=norm)
+        _check_choices(depth, dcn, frozen_stages, norm)
+        if len(dcn_stages) != 4:
+            raise ValueError(f"dcn_stages: expected four flags, one per stage, got {tuple(dcn_stages)}")
         if base_channels < 16 or base_channels % 16:
-            raise ValueError(f"base_channels: expected a multiple of 16, found {base_channels}")
-        block, counts = _LAYOUTS[depth]
+            raise ValueError(f"base_channels: expected a multiple of 16, got {base_channels}")
+        block, num_blocks = _LAYOUTS[depth]
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.out_channels = [(base_channels << stage) * block.expansion for stage in range(4)]
@@ -68,12 +77,13 @@ class ResNet(nn.Module):
         self.bn1 = _norm(norm, base_channels)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         in_channels = base_channels
-        for stage, count in enumerate(counts):
+        for stage in range(4):
+            planes = base_channels << stage
+            stage_dcn = dcn if dcn_stages[stage] else None
             blocks = []
-            for index in range(count):
+            for index in range(num_blocks[stage]):
                 stride = 2 if stage > 0 and index == 0 else 1
-                stage_dcn = dcn if dcn_stages[stage] else None
-                blocks.append(block(in_channels, base_channels << stage, stride, norm, stage_dcn, deform_groups))
+                blocks.append(block(in_channels, planes, stride, norm, stage_dcn, deform_groups))
                 in_channels = self.out_channels[stage]
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
 
@@ -88,7 +98,9 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
                 module.reset_parameters()
-        for module in self.modules():  # second, because the convolutions that predict offsets are `nn.Conv2d` too
+
+        # In a second loop, because the convolutions that predict offsets are `nn.Conv2d` too.
+        for module in self.modules():
             if isinstance(module, DeformConv2dPack | ModulatedDeformConv2dPack):
                 module.reset_parameters()
             elif isinstance(module, BasicBlock | Bottleneck):
@@ -103,7 +115,8 @@ class ResNet(nn.Module):
         Returns:
             [C2, C3, C4, C5], each (B, `out_channels[i]`, ceil(H / 2^(i+2)), ceil(W / 2^(i+2))).
         """
-        x = self.maxpool(F.relu(self.bn1(self.conv1(images)), inplace=True))
+        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        x = self.maxpool(x)
         features = []
         for stage in self._stages():
             x = stage(x)
@@ -121,11 +134,13 @@ class ResNet(nn.Module):
                     module.eval()
         return self
 
-    def _stages(self) -> list[nn.Module]:
+    def _stages(self) -> list[nn.Sequential]:
         return [self.layer1, self.layer2, self.layer3, self.layer4]
 
     def _frozen(self) -> list[nn.Module]:
-        return [] if self.frozen_stages < 0 else [self.conv1, self.bn1, *self._stages()[: self.frozen_stages]]
+        if self.frozen_stages < 0:
+            return []
+        return [self.conv1, self.bn1, *self._stages()[: self.frozen_stages]]
 
 
 class BasicBlock(nn.Module):
@@ -134,7 +149,13 @@ class BasicBlock(nn.Module):
     expansion = 1
 
     def __init__(
-        self, in_channels: int, planes: int, stride: int, norm: str, dcn: str | None, deform_groups: int
+        self,
+        in_channels: int,
+        planes: int,
+        stride: int,
+        norm: str,
+        dcn: str | None,
+        deform_groups: int,
     ) -> None:
         super().__init__()
         self.conv1 = _conv3x3(in_channels, planes, stride)
@@ -144,15 +165,16 @@ class BasicBlock(nn.Module):
         self.downsample = _shortcut(in_channels, planes, stride, norm)
 
     @property
-    def last_norm(self) -> nn.Module:
-        """The norm before the sum; scale 0 makes the block the identity."""
+    def last_norm(self) -> Norm:
+        """The norm before the sum; with scale 0 the block passes its input through."""
         return self.bn2
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, planes, ceil(H / stride), ceil(W / stride))."""
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
-        out += x if self.downsample is None else self.downsample(x)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out += shortcut
         return F.relu(out, inplace=True)
 
 
@@ -162,7 +184,13 @@ class Bottleneck(nn.Module):
     expansion = 4
 
     def __init__(
-        self, in_channels: int, planes: int, stride: int, norm: str, dcn: str | None, deform_groups: int
+        self,
+        in_channels: int,
+        planes: int,
+        stride: int,
+        norm: str,
+        dcn: str | None,
+        deform_groups: int,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, planes, 1, bias=False)
@@ -174,54 +202,74 @@ class Bottleneck(nn.Module):
         self.downsample = _shortcut(in_channels, planes * self.expansion, stride, norm)
 
     @property
-    def last_norm(self) -> nn.Module:
-        """The norm before the sum; scale 0 makes the block the identity."""
+    def last_norm(self) -> Norm:
+        """The norm before the sum; with scale 0 the block passes its input through."""
         return self.bn3
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, 4 * planes, ceil(H / stride), ceil(W / stride))."""
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
-        if not getattr(self.conv2, "relu", False):  # a fused one has done it
+        if not getattr(self.conv2, "relu", False):  # `fuse_batch_norms` can move the ReLU into the layer
             out = F.relu(out, inplace=True)
         out = self.bn3(self.conv3(out))
-        out += x if self.downsample is None else self.downsample(x)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out += shortcut
         return F.relu(out, inplace=True)
 
 
-_LAYOUTS = {18: (BasicBlock, (2, 2, 2, 2)), 50: (Bottleneck, (3, 4, 6, 3)), 101: (Bottleneck, (3, 4, 23, 3))}
+_LAYOUTS: dict[int, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+}
+"""Depth -> type and number of the blocks of each stage."""
+
 _DEFORMABLE = {"v1": DeformConv2dPack, "v2": ModulatedDeformConv2dPack}
 
 
 def _conv3x3(
-    in_channels: int, out_channels: int, stride: int, dcn: str | None = None, deform_groups: int = 1
+    in_channels: int,
+    out_channels: int,
+    stride: int,
+    dcn: str | None = None,
+    deform_groups: int = 1,
 ) -> nn.Module:
     if dcn is None:
         return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
-    return _DEFORMABLE[dcn](
-        in_channels, out_channels, 3, stride=stride, padding=1, deform_groups=deform_groups, bias=False
+    layer = _DEFORMABLE[dcn]
+    return layer(
+        in_channels,
+        out_channels,
+        3,
+        stride=stride,
+        padding=1,
+        deform_groups=deform_groups,
+        bias=False,
     )
 
 
-def _norm(norm: str, channels: int) -> nn.Module:
-    return nn.GroupNorm(channels // GROUP_CHANNELS, channels) if norm == "gn" else nn.BatchNorm2d(channels)
+def _norm(norm: str, channels: int) -> Norm:
+    if norm == "gn":
+        return nn.GroupNorm(channels // GROUP_CHANNELS, channels)
+    return nn.BatchNorm2d(channels)
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int, norm: str) -> nn.Sequential | None:
     if stride == 1 and in_channels == out_channels:
         return None
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), _norm(norm, out_channels))
+    conv = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+    return nn.Sequential(conv, _norm(norm, out_channels))
 
 
-def _check(*, depth: int, dcn: str | None, dcn_stages: Sequence[bool], frozen_stages: int, norm: str) -> None:
-    allowed = {
+def _check_choices(depth: int, dcn: str | None, frozen_stages: int, norm: str) -> None:
+    """Raise ValueError if an argument of `ResNet` is not among its choices."""
+    choices: dict[str, tuple[object, tuple[object, ...]]] = {
         "depth": (depth, tuple(_LAYOUTS)),
         "dcn": (dcn, (None, *_DEFORMABLE)),
         "norm": (norm, ("bn", "gn", "syncbn")),
         "frozen_stages": (frozen_stages, (-1, 0, 1, 2, 3, 4)),
     }
-    for name, (value, values) in allowed.items():
-        if value not in values:
-            raise ValueError(f"{name}: expected one of {values}, found {value!r}")
-    if len(dcn_stages) != 4:
-        raise ValueError(f"dcn_stages: expected four flags, one per stage, found {tuple(dcn_stages)}")
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")

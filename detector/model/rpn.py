@@ -1,4 +1,7 @@
-"""Region proposal network: objectness and box of every anchor; proposals and losses for whole batches."""
+"""The first stage: objectness and box of every anchor; proposals and losses for whole batches.
+
+Letters: B images, n anchors of a level, N anchors of all levels, S sampled anchors, P proposals.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detector.model.anchors import AnchorGenerator
-from detector.model.matching import Matcher, PaddedTargets, Sampler, SamplingResult
+from detector.model.initialization import normal_init
+from detector.model.losses import average_loss
+from detector.model.matcher import Matcher
+from detector.model.padded_targets import PaddedTargets
+from detector.model.sampler import BoxSampler, SamplingResult
+from detector.model.selection import gather_boxes, top_scores
 from detector.ops import boxes as box_ops
 from detector.ops.nms import batched_nms
 
-EPS = torch.finfo(torch.float32).eps  # MMDetection adds it to every average factor, in float64 too
-STDS = (1.0, 1.0, 1.0, 1.0)
+DELTA_STDS = (1.0, 1.0, 1.0, 1.0)
 
 
 class RPN(nn.Module):
@@ -22,50 +29,65 @@ class RPN(nn.Module):
 
     Args:
         channels: of the pyramid.
-        anchors: the anchor grid; its strides are the levels'.
-        matcher, sampler: of the training targets.
-        nms_iou: threshold of the suppression inside each level.
-        candidates: boxes kept per level before suppression, in training and in evaluation.
-        proposals: boxes left per image, of all levels together.
+        anchor_generator: its strides are those of the levels.
+        matcher: assigns anchors to ground truths in training.
+        sampler: chooses the anchors of the loss.
+        nms_iou: threshold of the non-maximum suppression inside each level.
+        pre_nms_top_n: boxes per level before the suppression, in training and in evaluation.
+        post_nms_top_n: boxes per image after it, of all levels together.
         min_size: boxes must be wider and higher than this, pixels.
 
     Source:
-        Ren et al., Faster R-CNN, 2015, as MMDetection's RPNHead; parameter names are its.
+        Ren et al., Faster R-CNN, 2015, as MMDetection's RPNHead, whose parameter names it has.
     """
 
     def __init__(
         self,
+        *,
         channels: int,
-        anchors: AnchorGenerator,
+        anchor_generator: AnchorGenerator,
         matcher: Matcher,
-        sampler: Sampler,
+        sampler: BoxSampler,
         nms_iou: float,
-        candidates: tuple[int, int],
-        proposals: int,
+        pre_nms_top_n: tuple[int, int],
+        post_nms_top_n: int,
         min_size: float = 0.0,
-    ):
+    ) -> None:
         super().__init__()
-        self.anchors, self.matcher, self.sampler = anchors, matcher, sampler
-        self.nms_iou, self.candidates, self.proposals, self.min_size = nms_iou, candidates, proposals, min_size
+        self.anchor_generator = anchor_generator
+        self.matcher = matcher
+        self.sampler = sampler
+        self.nms_iou = nms_iou
+        self.pre_nms_top_n = pre_nms_top_n
+        self.post_nms_top_n = post_nms_top_n
+        self.min_size = min_size
+
+        anchors_per_cell = anchor_generator.anchors_per_cell
         self.rpn_conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.rpn_cls = nn.Conv2d(channels, anchors.per_cell, 1)
-        self.rpn_reg = nn.Conv2d(channels, anchors.per_cell * 4, 1)
+        self.rpn_cls = nn.Conv2d(channels, anchors_per_cell, 1)
+        self.rpn_reg = nn.Conv2d(channels, anchors_per_cell * 4, 1)
         for layer in (self.rpn_conv, self.rpn_cls, self.rpn_reg):
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+            normal_init(layer, std=0.01)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return per level the logits (B, n) and the deltas (B, n, 4), n = H * W * A in (y, x, anchor) order."""
-        logits, deltas = [], []
+        logits = []
+        deltas = []
         for feature in features:
             hidden = F.relu(self.rpn_conv(feature), inplace=True)
-            logits.append(self.rpn_cls(hidden).permute(0, 2, 3, 1).flatten(1))
-            deltas.append(self.rpn_reg(hidden).permute(0, 2, 3, 1).reshape(hidden.shape[0], -1, 4))
+            level_logits = self.rpn_cls(hidden).permute(0, 2, 3, 1)
+            level_deltas = self.rpn_reg(hidden).permute(0, 2, 3, 1)
+            logits.append(level_logits.flatten(1))
+            deltas.append(level_deltas.reshape(hidden.shape[0], -1, 4))
         return logits, deltas
 
     @torch.no_grad()
     def propose(
-        self, logits: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Sequence[Tensor], sizes: Tensor
+        self,
+        logits: Sequence[Tensor],
+        deltas: Sequence[Tensor],
+        anchors: Sequence[Tensor],
+        sizes: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Turn predictions into proposals.
 
@@ -75,50 +97,113 @@ class RPN(nn.Module):
             sizes: (B, 2), height and width of the images; proposals are clipped to them.
 
         Returns:
-            boxes (B, P, 4), scores (B, P) falling, valid (B, P) bool; P = `proposals` or the number of candidates, if
-            that is smaller.
+            boxes (B, P, 4), scores (B, P) falling, valid (B, P) bool; P = `post_nms_top_n` or the number of boxes
+            before the suppression, if that is smaller.
         """
-        found = []
+        level_boxes = []
+        level_scores = []
         for logit, delta, anchor in zip(logits, deltas, anchors, strict=True):
-            keep = min(self.candidates[0 if self.training else 1], logit.shape[1])
-            score, index = logit.to(anchor.dtype).sigmoid().sort(dim=1, descending=True, stable=True)
-            # copies: torch.export guards the layout of a slice, which is another one where a level has few candidates
-            score, index = score.narrow_copy(1, 0, keep), index.narrow_copy(1, 0, keep)
-            delta = delta.to(anchor.dtype).gather(1, index[:, :, None].expand(-1, -1, 4))
-            found.append((box_ops.clip(box_ops.decode(anchor[index], delta, STDS), sizes), score))
-        most = max(score.shape[1] for _, score in found)
-        boxes = torch.stack([F.pad(box, (0, 0, 0, most - box.shape[1])) for box, _ in found], 1)  # (B, levels, most, 4)
-        scores = torch.stack([F.pad(score, (0, most - score.shape[1])) for _, score in found], 1)
-        valid = (boxes[..., 2:] - boxes[..., :2] > self.min_size).all(-1)  # padding is empty, so not valid
-        keep = batched_nms(boxes.flatten(0, 1), scores.flatten(0, 1), valid.flatten(0, 1), self.nms_iou).view_as(valid)
-        scores, order = torch.where(keep, scores, -1).flatten(1).sort(dim=1, descending=True, stable=True)
-        scores, order = scores[:, : self.proposals], order[:, : self.proposals]
-        return boxes.flatten(1, 2).gather(1, order[:, :, None].expand(-1, -1, 4)), scores, scores >= 0
+            boxes, scores = self._best_of_level(logit, delta, anchor, sizes)
+            level_boxes.append(boxes)
+            level_scores.append(scores)
+        boxes, scores = _stack_levels(level_boxes, level_scores)  # (B, levels, most, 4), (B, levels, most)
+        valid = (boxes[..., 2:] - boxes[..., :2] > self.min_size).all(-1)  # false on padding, whose boxes are empty
+
+        # Each level of each image is one group of the suppression.
+        keep = batched_nms(
+            boxes.flatten(0, 1),
+            scores.flatten(0, 1),
+            valid.flatten(0, 1),
+            self.nms_iou,
+        )
+        scores, index = top_scores(scores, keep.view_as(valid), self.post_nms_top_n)
+        boxes = gather_boxes(boxes.flatten(1, 2), index)
+        return boxes, scores, scores >= 0
+
+    def _best_of_level(
+        self,
+        logits: Tensor,
+        deltas: Tensor,
+        anchors: Tensor,
+        sizes: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the boxes (B, k, 4) with the highest scores (B, k) of one level, k at most `pre_nms_top_n`."""
+        top_n_training, top_n_evaluation = self.pre_nms_top_n
+        top_n = top_n_training if self.training else top_n_evaluation
+        count = min(top_n, logits.shape[1])
+        scores, index = logits.to(anchors.dtype).sigmoid().sort(dim=1, descending=True, stable=True)
+
+        # Copies, because torch.export puts a guard on the layout of a slice, which differs on levels with few anchors.
+        scores = scores.narrow_copy(1, 0, count)
+        index = index.narrow_copy(1, 0, count)
+
+        deltas = gather_boxes(deltas.to(anchors.dtype), index)
+        boxes = box_ops.decode(anchors[index], deltas, DELTA_STDS)
+        return box_ops.clip(boxes, sizes), scores
 
     def sample(self, anchors: Tensor, valid: Tensor, targets: PaddedTargets, seeds: Tensor) -> SamplingResult:
-        """Choose the anchors of the loss; `anchors` (N, 4), `valid` (B, N) bool, `seeds` (B,)."""
-        assigned = self.matcher(targets, anchors.expand(len(valid), -1, -1), valid)
+        """Choose the anchors of the loss.
+
+        Args:
+            anchors: (N, 4).
+            valid: (B, N) bool.
+            targets: of the same images.
+            seeds: (B,) int64, see `BoxSampler`.
+        """
+        boxes = anchors.expand(len(valid), -1, -1)
+        assigned = self.matcher(targets, boxes, valid)
         return self.sampler(assigned, seeds)
 
     def losses(
-        self, logits: Tensor, deltas: Tensor, anchors: Tensor, samples: SamplingResult, targets: PaddedTargets
+        self,
+        logits: Tensor,
+        deltas: Tensor,
+        anchors: Tensor,
+        samples: SamplingResult,
+        targets: PaddedTargets,
     ) -> dict[str, Tensor]:
         """Compute the two losses over the samples.
 
         Args:
-            logits: (B, N), deltas: (B, N, 4), anchors: (N, 4), of all levels one after the other.
+            logits: (B, N), of all levels one after the other.
+            deltas: (B, N, 4).
+            anchors: (N, 4).
+            samples: of `sample`.
+            targets: of the same images.
+
+        Returns:
+            "loss_rpn_cls" and "loss_rpn_bbox", scalars.
         """
-        logit = logits.gather(1, samples.index).to(anchors.dtype)  # (B, S)
-        delta = deltas.gather(1, samples.index[:, :, None].expand(-1, -1, 4)).to(anchors.dtype)
-        goal = targets.boxes.gather(1, samples.target[:, :, None].expand(-1, -1, 4))
-        box = anchors[samples.index]
-        goal = box_ops.encode(box, torch.where(samples.positive[:, :, None], goal, box), STDS)
-        entropy = F.binary_cross_entropy_with_logits(logit, samples.positive.to(logit.dtype), reduction="none")
-        distance = (delta - goal).abs().sum(2)
-        negative = samples.valid & ~samples.positive
-        average = samples.positive.sum(1).clamp(min=1).sum() + negative.sum(1).clamp(min=1).sum()
-        average = average.to(logit.dtype) + EPS
+        positive = samples.positive
+        negative = samples.valid & ~positive
+        num_positives = positive.sum(1).clamp(min=1).sum()
+        num_negatives = negative.sum(1).clamp(min=1).sum()
+        num_samples = (num_positives + num_negatives).to(anchors.dtype)
+
+        sampled_logits = logits.gather(1, samples.index).to(anchors.dtype)  # (B, S)
+        objectness = positive.to(anchors.dtype)
+        cross_entropy = F.binary_cross_entropy_with_logits(sampled_logits, objectness, reduction="none")
+
+        sampled_anchors = anchors[samples.index]  # (B, S, 4)
+        sampled_deltas = gather_boxes(deltas, samples.index).to(anchors.dtype)
+        target_boxes = gather_boxes(targets.boxes, samples.target)
+        target_boxes = torch.where(positive[:, :, None], target_boxes, sampled_anchors)
+        target_deltas = box_ops.encode(sampled_anchors, target_boxes, DELTA_STDS)
+        l1_distance = (sampled_deltas - target_deltas).abs().sum(2)
+
         return {
-            "loss_rpn_cls": torch.where(samples.valid, entropy, 0).sum() / average,
-            "loss_rpn_bbox": torch.where(samples.positive, distance, 0).sum() / average,
+            "loss_rpn_cls": average_loss(cross_entropy, samples.valid, num_samples),
+            "loss_rpn_bbox": average_loss(l1_distance, positive, num_samples),
         }
+
+
+def _stack_levels(boxes: Sequence[Tensor], scores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack levels behind the batch dimension, padded with zeros to the level with the most boxes."""
+    most = max(score.shape[1] for score in scores)
+    padded_boxes = []
+    padded_scores = []
+    for box, score in zip(boxes, scores, strict=True):
+        padding = most - score.shape[1]
+        padded_boxes.append(F.pad(box, (0, 0, 0, padding)))
+        padded_scores.append(F.pad(score, (0, padding)))
+    return torch.stack(padded_boxes, 1), torch.stack(padded_scores, 1)

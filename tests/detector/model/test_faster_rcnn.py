@@ -10,19 +10,29 @@ from detector import Batch, FasterRCNN, FasterRCNNConfig, Target
 from tests.detector.golden_model import FULL_GRADS, assert_summary, fill_model, make_batch
 
 SMALL = FasterRCNNConfig(
-    depth=18, num_classes=3, norm="gn", frozen_stages=-1, fpn_channels=32, fc_channels=32, rpn_batch_size=32,
-    roi_batch_size=32, rpn_pre_nms_top_n=(100, 50), rpn_post_nms_top_n=50,
-)  # fmt: skip
+    depth=18,
+    num_classes=3,
+    norm="gn",
+    frozen_stages=-1,
+    fpn_channels=32,
+    fc_channels=32,
+    rpn_batch_size=32,
+    rpn_pre_nms_top_n=(100, 50),
+    rpn_post_nms_top_n=50,
+    roi_batch_size=32,
+)
 
 
 def golden_batch(arrays, dtype):
-    valid = [arrays[f"img{i}.gt_ignore"] == 0 for i in range(2)]
-    return make_batch(
-        [arrays[f"img{i}.image_bgr"] for i in range(2)],
-        [arrays[f"img{i}.gt_bboxes"][valid[i]] for i in range(2)],
-        [arrays[f"img{i}.gt_labels"][valid[i]] for i in range(2)],
-        dtype,
-    )
+    images = []
+    boxes = []
+    labels = []
+    for i in range(2):
+        is_counted = arrays[f"img{i}.gt_ignore"] == 0
+        images.append(arrays[f"img{i}.image_bgr"])
+        boxes.append(arrays[f"img{i}.gt_bboxes"][is_counted])
+        labels.append(arrays[f"img{i}.gt_labels"][is_counted])
+    return make_batch(images, boxes, labels, dtype)
 
 
 class Run:
@@ -44,27 +54,29 @@ class Run:
         for name, module in self.model.backbone.named_modules():
             if name.endswith("conv_offset"):
                 self._watch(module, name)
-        for part, name in (
-            (self.model.rpn_head, "propose"),
-            (self.model.rpn_head, "sample"),
-            (self.model.roi_head, "sample"),
-        ):
-            self._spy(part, name)
+        self._watch_method(self.model.rpn_head, "propose")
+        self._watch_method(self.model.rpn_head, "sample")
+        self._watch_method(self.model.roi_head, "sample")
+
         self.losses = self.model(self.batch)
         self.train_seen = dict(self.seen)
         sum(self.losses.values()).backward()
+
         self.model.eval()
         self.detections = self.model(self.batch)
         self.test_seen = dict(self.seen)
+
         self.model.roi_head.score_threshold = self.params["spec"]["det_thr"]
         self.confident = self.model(self.batch)
 
     def _watch(self, module, name):
-        module.register_forward_hook(
-            lambda module, args, output: self.seen.update({name: output, f"{name}.args": args})
-        )
+        def hook(module, args, output):
+            self.seen[name] = output
+            self.seen[f"{name}.args"] = args
 
-    def _spy(self, part, name):
+        module.register_forward_hook(hook)
+
+    def _watch_method(self, part, name):
         method = getattr(part, name)
 
         def call(*args):
@@ -131,18 +143,25 @@ def test_float64_first_stage(float64):
 def test_float64_samples(float64):
     run = float64
     shapes = [tuple(feature.shape[2:]) for feature in run.train_seen["neck"]]
-    anchors = run.model.rpn_head.anchors.valid(shapes, (run.batch.sizes + 31) // 32 * 32)
-    _, regions = run.train_seen["RoIHead.sample"]
-    own = torch.tensor([[i < len(t.labels) for i in range(5)] for t in run.batch.targets])
-    candidates = torch.cat([own, run.train_seen["RPN.propose"][2]], 1)
-    for stage, samples, real in (("rpn", run.train_seen["RPN.sample"], anchors), ("rcnn", regions, candidates)):
-        among_real = real.cumsum(1) - 1
-        for i in range(2):
-            positive, negative = samples.positive[i], samples.valid[i] & ~samples.positive[i]
-            name = f"train.img{i}.{stage}"
-            assert among_real[i][samples.index[i][positive]].tolist() == run.arrays[f"{name}_pos_inds"].tolist()
-            assert among_real[i][samples.index[i][negative]].tolist() == run.arrays[f"{name}_neg_inds"].tolist()
-            assert samples.target[i][positive].tolist() == run.arrays[f"{name}_pos_gt"].tolist()
+    valid_anchors = run.model.rpn_head.anchor_generator.valid_flags(shapes, (run.batch.sizes + 31) // 32 * 32)
+    assert_samples(run, "rpn", run.train_seen["RPN.sample"], valid_anchors)
+
+    _, samples = run.train_seen["RoIHead.sample"]
+    valid_targets = torch.tensor([[i < len(t.labels) for i in range(5)] for t in run.batch.targets])
+    _, _, valid_proposals = run.train_seen["RPN.propose"]
+    assert_samples(run, "rcnn", samples, torch.cat([valid_targets, valid_proposals], 1))
+
+
+def assert_samples(run, stage, samples, valid):
+    """Compare samples with the golden ones, whose indices count only boxes that are no padding."""
+    among_valid = valid.cumsum(1) - 1
+    for i in range(2):
+        name = f"train.img{i}.{stage}"
+        positive = samples.positive[i]
+        negative = samples.valid[i] & ~positive
+        assert among_valid[i][samples.index[i][positive]].tolist() == run.arrays[f"{name}_pos_inds"].tolist()
+        assert among_valid[i][samples.index[i][negative]].tolist() == run.arrays[f"{name}_neg_inds"].tolist()
+        assert samples.target[i][positive].tolist() == run.arrays[f"{name}_pos_gt"].tolist()
 
 
 def test_float64_second_stage(float64):
@@ -168,9 +187,8 @@ def test_float64_losses_and_gradients(float64):
     checked = 0
     for name, parameter in run.model.named_parameters():
         if parameter.requires_grad:
-            assert_summary(
-                run.arrays, f"train.grad.{name}", parameter.grad, 1024 if name in FULL_GRADS else 48, 1e-10, 1e-6
-            )
+            num_samples = 1024 if name in FULL_GRADS else 48
+            assert_summary(run.arrays, f"train.grad.{name}", parameter.grad, num_samples, 1e-10, 1e-6)
             checked += 1
         else:
             assert parameter.grad is None
@@ -178,14 +196,14 @@ def test_float64_losses_and_gradients(float64):
 
 
 def assert_detections(run, detections, prefix):
-    for i, found in enumerate(detections):
+    for i, detected in enumerate(detections):
         labels = run.arrays[f"{prefix}.img{i}.det_labels"]
-        assert found.labels.tolist() == labels.tolist()
+        assert detected.labels.tolist() == labels.tolist()
         scale = torch.from_numpy(run.arrays[f"img{i}.scale_factor"]).double().repeat(2)
         expected = torch.from_numpy(run.arrays[f"{prefix}.img{i}.det_bboxes"])
-        torch.testing.assert_close(found.boxes / scale, expected, rtol=1e-10, atol=1e-7)
+        torch.testing.assert_close(detected.boxes / scale, expected, rtol=1e-10, atol=1e-7)
         expected = torch.from_numpy(run.arrays[f"{prefix}.img{i}.det_scores"])
-        torch.testing.assert_close(found.scores, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(detected.scores, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_float64_detections(float64):
@@ -203,9 +221,8 @@ def assert_float32(run):
         assert abs(run.losses[name].item() - expected) < 1e-5, name
     for name, parameter in run.model.named_parameters():
         if parameter.requires_grad:
-            assert_summary(
-                run.arrays, f"train.grad.{name}", parameter.grad, 1024 if name in FULL_GRADS else 48, 1e-2, 1e-6
-            )
+            num_samples = 1024 if name in FULL_GRADS else 48
+            assert_summary(run.arrays, f"train.grad.{name}", parameter.grad, num_samples, 1e-2, 1e-6)
 
 
 def test_float32(float32):
@@ -244,18 +261,20 @@ def test_float64_four_deform_groups(golden):
     ]
     assert names
     for name in names:
-        assert_summary(arrays, f"dg4.grad.{name}", grads[name], 256 if name in FULL_GRADS else 16, 1e-10, 1e-6)
+        num_samples = 256 if name in FULL_GRADS else 16
+        assert_summary(arrays, f"dg4.grad.{name}", grads[name], num_samples, 1e-10, 1e-6)
 
 
 def small_batch(count=2, seed=0, with_targets=True):
     draw = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (count, 3, 96, 128), dtype=torch.uint8, generator=draw)
-    targets = [
-        Target(torch.tensor([[8.0, 8.0, 60.0, 50.0], [40.0, 30.0, 100.0, 90.0]]), torch.tensor([0, 2]))
-        for _ in range(count)
-    ]
+    boxes = torch.tensor([[8.0, 8.0, 60.0, 50.0], [40.0, 30.0, 100.0, 90.0]])
+    target = Target(boxes, torch.tensor([0, 2]))
     return Batch(
-        images, torch.tensor([[90, 128]] * count), targets if with_targets else None, torch.arange(count) * 1000
+        images=images,
+        sizes=torch.tensor([[90, 128]] * count),
+        targets=[target] * count if with_targets else None,
+        seeds=torch.arange(count) * 1000,
     )
 
 
@@ -265,10 +284,11 @@ def test_batch_is_its_images_one_by_one():
     model = FasterRCNN(SMALL)
     batch = small_batch(2)
     together = model(batch)
-    alone = [
-        model(Batch(batch.images[i : i + 1], batch.sizes[i : i + 1], batch.targets[i : i + 1], batch.seeds[i : i + 1]))
-        for i in range(2)
-    ]
+    alone = []
+    for i in range(2):
+        image = slice(i, i + 1)
+        single = Batch(batch.images[image], batch.sizes[image], batch.targets[image], batch.seeds[image])
+        alone.append(model(single))
     for name, loss in together.items():
         torch.testing.assert_close(loss, (alone[0][name] + alone[1][name]) / 2, rtol=1e-5, atol=1e-6)
 
@@ -299,7 +319,8 @@ def test_training_step_has_no_data_dependent_shape():
         targets = [Target(box, label) for box, label in zip(boxes, labels, strict=True)]
         return model.losses(Batch(images, sizes, targets, seeds))
 
-    boxes, labels = [t.boxes for t in batch.targets], [t.labels for t in batch.targets]
+    boxes = [target.boxes for target in batch.targets]
+    labels = [target.labels for target in batch.targets]
     losses = step(batch.images, batch.sizes, boxes, labels, batch.seeds)
     for name, loss in losses.items():
         torch.testing.assert_close(loss, expected[name], rtol=1e-4, atol=1e-5)
@@ -320,11 +341,11 @@ def test_training_step_never_waits_for_the_gpu():
 def test_detections_are_sorted_and_inside():
     torch.manual_seed(0)
     model = FasterRCNN(replace(SMALL, score_threshold=0.0)).eval()
-    for found in model(small_batch(2, with_targets=False)):
-        assert len(found.boxes) == len(found.scores) == len(found.labels) > 0
-        assert (found.scores[:-1] >= found.scores[1:]).all()
-        assert (found.boxes[:, 2:] <= torch.tensor([128.0, 90.0])).all()
-        assert found.boxes.min() >= 0
+    for detected in model(small_batch(2, with_targets=False)):
+        assert len(detected.boxes) == len(detected.scores) == len(detected.labels) > 0
+        assert (detected.scores[:-1] >= detected.scores[1:]).all()
+        assert (detected.boxes[:, 2:] <= torch.tensor([128.0, 90.0])).all()
+        assert detected.boxes.min() >= 0
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_initial_values():
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match=r"num_outs: expected at least 4, .*found 3"):
+    with pytest.raises(ValueError, match=r"num_outs: expected at least 4, .*got 3"):
         FPN([1, 2, 3, 4], num_outs=3)
     with pytest.raises(ValueError, match="zip"):
         FPN([4, 4])([torch.zeros(1, 4, 4, 4)])

@@ -32,14 +32,18 @@ def test_same_features_and_detections(depth, dcn):
     fused = fuse_batch_norms(model)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
     assert set(model.state_dict()) == names
-    batch = Batch(torch.randint(256, (2, 3, 64, 96), dtype=torch.uint8), torch.tensor([[64, 96], [50, 90]]))
+
+    batch = Batch(
+        images=torch.randint(256, (2, 3, 64, 96), dtype=torch.uint8),
+        sizes=torch.tensor([[64, 96], [50, 90]]),
+    )
     images = model.normalize(batch)
-    for expected, found in zip(model.features(images), fused.features(images), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
-    for expected, found in zip(model(batch), fused(batch), strict=True):
+    for feature, expected in zip(fused.features(images), model.features(images), strict=True):
+        torch.testing.assert_close(feature, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+    for detected, expected in zip(fused(batch), model(batch), strict=True):
         assert len(expected.boxes)
-        torch.testing.assert_close(found.boxes, expected.boxes, rtol=1e-7, atol=1e-6)
-        assert torch.equal(found.labels, expected.labels)
+        torch.testing.assert_close(detected.boxes, expected.boxes, rtol=1e-7, atol=1e-6)
+        assert torch.equal(detected.labels, expected.labels)
 
 
 def test_the_deformable_layers_of_bottlenecks_rectify():

@@ -1,4 +1,4 @@
-"""Masks: targets, loss, pasting and the whole model, against direct definitions and MMDetection's rules."""
+"""Masks: targets, loss and the whole model, against direct definitions and MMDetection's rules."""
 
 import math
 from dataclasses import replace
@@ -8,14 +8,26 @@ import torch
 import torch.nn.functional as F
 
 from detector import Batch, FasterRCNN, FasterRCNNConfig, Target
-from detector.model.mask_head import MaskHead, mask_loss, mask_targets, pad_masks, paste_masks
-from detector.model.matching import Matcher, PaddedTargets, Sampler, SamplingResult
+from detector.model.mask_head import MaskHead, mask_loss, mask_targets
+from detector.model.matcher import Matcher
+from detector.model.padded_targets import PaddedTargets, pad_masks, pad_targets
 from detector.model.roi_head import RoIHead
+from detector.model.sampler import BoxSampler, SamplingResult
+from detector.ops.paste_masks import paste_masks
 
 SMALL = FasterRCNNConfig(
-    depth=18, num_classes=3, norm="gn", frozen_stages=-1, fpn_channels=32, fc_channels=32, rpn_batch_size=32,
-    roi_batch_size=32, rpn_pre_nms_top_n=(100, 50), rpn_post_nms_top_n=50, mask=True,
-)  # fmt: skip
+    depth=18,
+    num_classes=3,
+    mask=True,
+    norm="gn",
+    frozen_stages=-1,
+    fpn_channels=32,
+    fc_channels=32,
+    rpn_batch_size=32,
+    rpn_pre_nms_top_n=(100, 50),
+    rpn_post_nms_top_n=50,
+    roi_batch_size=32,
+)
 
 
 def bilinear(image, y, x):
@@ -23,9 +35,12 @@ def bilinear(image, y, x):
     height, width = image.shape
     if not (-1 <= y <= height and -1 <= x <= width):
         return 0.0
-    y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
-    y0, x0 = int(y), int(x)
-    y1, x1 = min(y0 + 1, height - 1), min(x0 + 1, width - 1)
+    y = min(max(y, 0), height - 1)
+    x = min(max(x, 0), width - 1)
+    y0 = int(y)
+    x0 = int(x)
+    y1 = min(y0 + 1, height - 1)
+    x1 = min(x0 + 1, width - 1)
     top = image[y0, x0] * (1 - (x - x0)) + image[y0, x1] * (x - x0)
     bottom = image[y1, x0] * (1 - (x - x0)) + image[y1, x1] * (x - x0)
     return float(top * (1 - (y - y0)) + bottom * (y - y0))
@@ -34,15 +49,17 @@ def bilinear(image, y, x):
 def crop_and_resize(bitmap, box, size):
     """RoIAlign of a bitmap at its own scale by its definition: the mean of ceil(side / size)^2 samples per bin."""
     x1, y1, x2, y2 = (value - 0.5 for value in box)
-    step_y, step_x = (y2 - y1) / size, (x2 - x1) / size
-    rows, columns = math.ceil(step_y), math.ceil(step_x)
+    bin_height = (y2 - y1) / size
+    bin_width = (x2 - x1) / size
+    rows = math.ceil(bin_height)
+    columns = math.ceil(bin_width)
     crop = torch.zeros(size, size, dtype=torch.float64)
     for i in range(size):
         for j in range(size):
             for k in range(rows):
                 for l in range(columns):
-                    y = y1 + (i + (k + 0.5) / rows) * step_y
-                    x = x1 + (j + (l + 0.5) / columns) * step_x
+                    y = y1 + (i + (k + 0.5) / rows) * bin_height
+                    x = x1 + (j + (l + 0.5) / columns) * bin_width
                     crop[i, j] += bilinear(bitmap, y, x) / (rows * columns)
     return crop
 
@@ -64,9 +81,9 @@ def test_targets_by_definition():
     )
     positive = torch.tensor([[True, True, True], [True, False, True]])
     samples = SamplingResult(torch.zeros(2, 3), torch.tensor([[0, 1, 1], [0, 0, 0]]), positive, positive)
-    found = mask_targets(padded, boxes, samples)
-    assert found.shape == (2, 3, 28, 28)
-    assert found.dtype == torch.bool
+    cropped = mask_targets(padded, boxes, samples)
+    assert cropped.shape == (2, 3, 28, 28)
+    assert cropped.dtype == torch.bool
     for image in range(2):
         for index in range(3):
             box = [min(max(value, 0.0), 64.0) for value in boxes[image, index].tolist()]
@@ -74,40 +91,41 @@ def test_targets_by_definition():
             sure = (expected - 0.5).abs() > 1e-9
             assert sure.double().mean() > 0.9
             if positive[image, index]:
-                assert torch.equal(found[image, index][sure], expected[sure] >= 0.5)
-                assert 0 < found[image, index].sum() < 28 * 28
+                assert torch.equal(cropped[image, index][sure], expected[sure] >= 0.5)
+                assert 0 < cropped[image, index].sum() < 28 * 28
             else:
-                assert not found[image, index].any()
+                assert not cropped[image, index].any()
 
 
 def test_loss_by_hand():
-    """The mean over the pixels of the positives of both images, whatever stands in the other slots."""
-    logits = torch.randn(2, 3, 28, 28, dtype=torch.float64)
-    goal = torch.rand(2, 3, 28, 28) > 0.5
+    """The mean over the pixels of the positives of both images, whatever the other slots hold."""
+    logits = torch.randn(2, 3, 28, 28, dtype=torch.float64, requires_grad=True)
+    targets = torch.rand(2, 3, 28, 28) > 0.5
     positive = torch.tensor([[True, True, False], [True, False, False]])
-    logits.requires_grad_()
-    loss = mask_loss(logits, goal, positive)
+    loss = mask_loss(logits, targets, positive)
+
     probability = logits.detach()[positive].sigmoid()
-    expected = -torch.where(goal[positive], probability.log(), (1 - probability).log()).mean()
+    expected = -torch.where(targets[positive], probability.log(), (1 - probability).log()).mean()
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-12, atol=1e-12)
+
     loss.backward()
     assert (logits.grad[~positive] == 0).all()
-    expected = (probability - goal[positive].double()) / (3 * 28 * 28)
+    expected = (probability - targets[positive].double()) / (3 * 28 * 28)
     torch.testing.assert_close(logits.grad[positive], expected, rtol=1e-12, atol=1e-15)
-    assert mask_loss(logits, goal, torch.zeros_like(positive)) == 0
+    assert mask_loss(logits, targets, torch.zeros_like(positive)) == 0
 
 
 def test_head_takes_the_map_of_each_class():
     head = MaskHead(8, 5)
-    pooled, labels = torch.randn(4, 8, 14, 14), torch.tensor([0, 4, 2, 2])
+    pooled = torch.randn(4, 8, 14, 14)
+    labels = torch.tensor([0, 4, 2, 2])
     hidden = pooled
     for conv in head.convs:
         hidden = F.relu(conv.conv(hidden))
-    every = head.conv_logits(F.relu(head.upsample(hidden)))
-    assert every.shape == (4, 5, 28, 28)
-    assert torch.equal(
-        head(pooled, labels), torch.stack([maps[label] for maps, label in zip(every, labels, strict=True)])
-    )
+    all_classes = head.conv_logits(F.relu(head.upsample(hidden)))
+    assert all_classes.shape == (4, 5, 28, 28)
+    expected = torch.stack([maps[label] for maps, label in zip(all_classes, labels, strict=True)])
+    assert torch.equal(head(pooled, labels), expected)
 
 
 def test_initial_values():
@@ -121,71 +139,13 @@ def test_initial_values():
             assert abs(parameter.std().item() / math.sqrt(2 / fan_out) - 1) < 0.02, name
 
 
-def pasted_by_definition(mask, box, height, width, threshold):
-    """MMDetection's rule pixel by pixel: bilinear between the cells of the mask, nothing beyond one pixel outside."""
-    x1, y1, x2, y2 = box
-    side = mask.shape[0]
-    image = torch.zeros(height, width, dtype=torch.bool)
-    for y in range(max(math.floor(y1) - 1, 0), min(math.ceil(y2) + 1, height)):
-        for x in range(max(math.floor(x1) - 1, 0), min(math.ceil(x2) + 1, width)):
-            at = []
-            for center, start, stop in ((y + 0.5, y1, y2), (x + 0.5, x1, x2)):
-                position = (center - start) / (stop - start) * 2 - 1 if stop > start else 0.0
-                at.append((position + 1) * side / 2 - 0.5)
-            value = 0.0
-            for i in (math.floor(at[0]), math.floor(at[0]) + 1):
-                for j in (math.floor(at[1]), math.floor(at[1]) + 1):
-                    if 0 <= i < side and 0 <= j < side:
-                        value += float(mask[i, j]) * (1 - abs(at[0] - i)) * (1 - abs(at[1] - j))
-            image[y, x] = value >= threshold
-    return image
-
-
-@pytest.mark.parametrize("threshold", [0.5, 0.2])
-def test_paste_by_definition(threshold):
-    boxes = torch.tensor(
-        [
-            [3.2, 4.7, 30.9, 25.1],  # inside
-            [-10.5, -3.25, 12.0, 18.6],  # over two borders
-            [30.0, 20.0, 60.0, 50.0],  # over the others
-            [-5.0, 10.0, 45.0, 12.0],  # flat, wider than the image
-            [10.25, 6.0, 10.25, 22.0],  # without width
-            [50.0, 3.0, 60.0, 9.0],  # outside
-            [0.0, 0.0, 40.0, 30.0],  # everything
-        ],
-        dtype=torch.float64,
-    )
-    masks = torch.rand(len(boxes), 28, 28, dtype=torch.float64)
-    found = paste_masks(masks, boxes, 30, 40, threshold)
-    assert found.shape == (len(boxes), 30, 40)
-    for mask, box, image in zip(masks, boxes.tolist(), found, strict=True):
-        assert torch.equal(image, pasted_by_definition(mask, box, 30, 40, threshold))
-    assert found[:5].flatten(1).any(1).all()
-    assert not found[5].any()
-
-
-def test_paste_nothing_and_errors():
-    assert paste_masks(torch.zeros(0, 28, 28), torch.zeros(0, 4), 5, 6).shape == (0, 5, 6)
-    with pytest.raises(ValueError, match=r"\(2, 28, 28\), \(1, 4\)"):
-        paste_masks(torch.zeros(2, 28, 28), torch.zeros(1, 4), 5, 6)
-
-
-@pytest.mark.gpu
-def test_paste_on_gpu():
-    low = torch.rand(30, 2) * 80 - 20
-    boxes = torch.cat([low, low + torch.rand(30, 2) * 60], 1)
-    masks = torch.rand(30, 28, 28)
-    expected = paste_masks(masks, boxes, 75, 90)
-    found = paste_masks(masks.cuda(), boxes.cuda(), 75, 90).cpu()
-    assert (found != expected).double().mean() < 1e-5  # pixels where rounding decides
-
-
 def batch_with_masks(count=2):
     """Ellipses in boxes, on images of noise that are brighter inside."""
     draw = torch.Generator().manual_seed(0)
     boxes = torch.tensor([[8.0, 8.0, 60.0, 50.0], [50.0, 30.0, 110.0, 90.0]])
     y, x = torch.meshgrid(torch.arange(90) + 0.5, torch.arange(128) + 0.5, indexing="ij")
-    center, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
+    center = (boxes[:, :2] + boxes[:, 2:]) / 2
+    half = (boxes[:, 2:] - boxes[:, :2]) / 2
     offset = (torch.stack([x, y], -1) - center[:, None, None]) / half[:, None, None]
     masks = offset.square().sum(-1) <= 1
     images = torch.randint(100, (count, 3, 96, 128), dtype=torch.uint8, generator=draw)
@@ -198,7 +158,8 @@ def batch_with_masks(count=2):
 def test_learns_masks():
     """Two images, a few steps: the loss falls, and the masks of the two boxes become those drawn there."""
     torch.manual_seed(0)
-    model, batch = FasterRCNN(replace(SMALL, dcn=None)), batch_with_masks()
+    model = FasterRCNN(replace(SMALL, dcn=None))
+    batch = batch_with_masks()
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     history = []
     for _ in range(45):  # at 30 the loss is 0.12 to 0.31, by the rounding of the machine; at 45 about 0.12
@@ -209,91 +170,119 @@ def test_learns_masks():
         optimizer.step()
         history.append(losses["loss_mask"].item())
     assert history[-1] < 0.3 < 0.6 < history[0]
+
+    target = batch.targets[0]
     with torch.no_grad():
         features = model.features(model.normalize(batch))
-        boxes, labels, masks = batch.targets[0].boxes, batch.targets[0].labels, batch.targets[0].masks.bool()
-        logits = model.roi_head.segment(features, boxes[None], labels[None], torch.ones(1, 2, dtype=torch.bool))
-        pasted = paste_masks(logits[0].sigmoid(), boxes, 90, 128)
-    assert ((pasted & masks).sum((1, 2)) / (pasted | masks).sum((1, 2)) > 0.8).all()
+        valid = torch.ones(1, 2, dtype=torch.bool)
+        logits = model.roi_head.predict_masks(features, target.boxes[None], target.labels[None], valid)
+        pasted = paste_masks(logits[0].sigmoid(), target.boxes, 90, 128)
+    masks = target.masks.bool()
+    intersection = (pasted & masks).sum((1, 2))
+    union = (pasted | masks).sum((1, 2))
+    assert (intersection / union > 0.8).all()
 
 
 def test_detections_have_masks():
     torch.manual_seed(0)
     model = FasterRCNN(replace(SMALL, score_threshold=0.0)).eval()
-    for found in model(batch_with_masks()):
-        assert len(found.labels) > 0
-        assert found.masks.shape == (len(found.labels), 28, 28)
-        assert ((found.masks >= 0) & (found.masks <= 1)).all()
-    assert model.detect(batch_with_masks())[4].shape == (2, SMALL.detections, 28, 28)
+    for detections in model(batch_with_masks()):
+        assert len(detections.labels) > 0
+        assert detections.masks.shape == (len(detections.labels), 28, 28)
+        assert ((detections.masks >= 0) & (detections.masks <= 1)).all()
+    assert model.detect(batch_with_masks())[4].shape == (2, SMALL.max_detections, 28, 28)
+
+
+def make_roi_head(num_samples):
+    return RoIHead(
+        channels=16,
+        fc_channels=8,
+        num_classes=3,
+        strides=(4, 8),
+        matcher=Matcher(0.5, 0.5),
+        sampler=BoxSampler(num_samples, 0.5),
+        score_threshold=0.05,
+        nms_iou=0.5,
+        max_detections=10,
+        mask=True,
+    )
+
+
+def make_features(count):
+    return [torch.randn(count, 16, 96 // stride, 128 // stride, requires_grad=True) for stride in (4, 8)]
 
 
 def test_fixed_shapes_give_the_same_numbers():
-    """What a GPU computes, every slot and no shape from values, traces as one graph and equals the CPU's short cut."""
-    head = RoIHead(
-        16, 7, 8, 3, (4, 8), Matcher(0.5, 0.5), Sampler(12, 0.5), score_threshold=0.05, nms_iou=0.5, max_detections=10,
-        mask=True,
-    )  # fmt: skip
-    features = [torch.randn(2, 16, 96 // stride, 128 // stride, requires_grad=True) for stride in (4, 8)]
-    given = batch_with_masks().targets
-    targets = PaddedTargets.of(given, torch.float32)
-    proposals = targets.boxes.repeat(1, 3, 1) + torch.randn(2, 6, 4)
-    regions, samples = head.sample(proposals, torch.ones(2, 6, dtype=torch.bool), targets, torch.arange(2))
+    """What a GPU computes (all slots, no shape from values) traces as one graph and equals what a CPU computes."""
+    head = make_roi_head(num_samples=12)
+    features = make_features(2)
+    targets = batch_with_masks().targets
+    padded = pad_targets(targets, torch.float32)
+    bitmaps = pad_masks(targets, 2, (96, 128), torch.float32)
+    proposals = padded.boxes.repeat(1, 3, 1) + torch.randn(2, 6, 4)
+    regions, samples = head.sample(proposals, torch.ones(2, 6, dtype=torch.bool), padded, torch.arange(2))
     samples.positive[1, 3:] = False
-    bitmaps = pad_masks(given, 2, (96, 128), torch.float32)
 
-    def loss(features, boxes, columns, targets, bitmaps):
-        samples, padded = SamplingResult(*columns), PaddedTargets(*targets)
-        return head.mask_losses(features, boxes, samples, padded, bitmaps)["loss_mask"]
+    def loss(features, boxes, sample_columns, target_columns, bitmaps):
+        samples = SamplingResult(*sample_columns)
+        targets = PaddedTargets(*target_columns)
+        return head.mask_losses(features, boxes, samples, targets, bitmaps)["loss_mask"]
 
-    inputs = features, regions, list(vars(samples).values()), list(vars(targets).values()), bitmaps
-    expected = loss(*inputs)
-    found = torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs)
-    torch.testing.assert_close(found, expected)
+    sample_columns = list(vars(samples).values())
+    target_columns = list(vars(padded).values())
+    expected = loss(features, regions, sample_columns, target_columns, bitmaps)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    traced = compiled(features, regions, sample_columns, target_columns, bitmaps)
+    torch.testing.assert_close(traced, expected)
+
     weights = [*head.mask_head.parameters(), *features]
-    for value, other in zip(torch.autograd.grad(found, weights), torch.autograd.grad(expected, weights), strict=True):
-        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
+    expected_gradients = torch.autograd.grad(expected, weights)
+    traced_gradients = torch.autograd.grad(traced, weights)
+    for gradient, expected_gradient in zip(traced_gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_gradient_comes_from_positives_only():
-    """Regions that are no positives leave no trace in loss and gradient."""
-    head = RoIHead(
-        16, 7, 8, 3, (4, 8), Matcher(0.5, 0.5), Sampler(8, 0.5), score_threshold=0.05, nms_iou=0.5, max_detections=10,
-        mask=True,
-    )  # fmt: skip
-    features = [torch.randn(1, 16, 96 // stride, 128 // stride, requires_grad=True) for stride in (4, 8)]
-    given = batch_with_masks(1).targets
-    targets, bitmaps = PaddedTargets.of(given, torch.float32), pad_masks(given, 2, (96, 128), torch.float32)
-    positive = torch.tensor([[True, True, False, False]])
+    """Regions that are not positive leave no trace in loss and gradient."""
+    head = make_roi_head(num_samples=8)
+    features = make_features(1)
+    targets = batch_with_masks(1).targets
+    padded = pad_targets(targets, torch.float32)
+    bitmaps = pad_masks(targets, 2, (96, 128), torch.float32)
     samples = SamplingResult(
-        torch.zeros(1, 4), torch.tensor([[0, 1, 0, 0]]), positive, torch.ones(1, 4, dtype=torch.bool)
+        index=torch.zeros(1, 4),
+        target=torch.tensor([[0, 1, 0, 0]]),
+        positive=torch.tensor([[True, True, False, False]]),
+        valid=torch.ones(1, 4, dtype=torch.bool),
     )
+    negatives = torch.tensor([[0.0, 0.0, 30.0, 30.0], [70.0, 0.0, 120.0, 40.0]])
     gradients = []
-    for others in (torch.tensor([[[0.0, 0.0, 30.0, 30.0]] * 2]), torch.tensor([[[70.0, 0.0, 120.0, 40.0]] * 2])):
-        boxes = torch.cat([targets.boxes, others], 1)
-        loss = head.mask_losses(features, boxes, samples, targets, bitmaps)["loss_mask"]
+    for negative in negatives:
+        boxes = torch.cat([padded.boxes, negative.expand(1, 2, 4)], 1)
+        loss = head.mask_losses(features, boxes, samples, padded, bitmaps)["loss_mask"]
         gradients.append(torch.autograd.grad(loss, features))
     for first, second in zip(*gradients, strict=True):
         assert torch.equal(first, second)
+
     touched = gradients[0][0].abs().sum((0, 1)) > 0
     assert touched.any()
     assert not touched[:, 30:].any()  # no target is right of x = 112
 
 
 def test_images_without_objects():
-    """No positive at all: the loss is 0 and every parameter of the head still has a gradient, which is 0."""
+    """No positive at all: the loss is 0 and all parameters of the head still have a gradient, which is 0."""
     torch.manual_seed(0)
-    model, batch = FasterRCNN(SMALL), batch_with_masks()
-    nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 90, 128, dtype=torch.uint8))
+    model = FasterRCNN(SMALL)
+    batch = batch_with_masks()
+    nothing = Target(
+        boxes=torch.zeros(0, 4),
+        labels=torch.zeros(0, dtype=torch.int64),
+        masks=torch.zeros(0, 90, 128, dtype=torch.uint8),
+    )
     losses = model(replace(batch, targets=[nothing, nothing]))
     assert losses["loss_mask"] == 0
     sum(losses.values()).backward()
     assert all((parameter.grad == 0).all() for parameter in model.roi_head.mask_head.parameters())
-
-
-def test_moves_with_its_target():
-    target = batch_with_masks().targets[0]
-    assert target.to("meta").masks.is_meta
-    assert Target(target.boxes, target.labels).to("meta").masks is None
 
 
 @pytest.mark.parametrize(
@@ -317,7 +306,8 @@ def test_errors(masks, words):
 
 @pytest.mark.gpu
 def test_training_step_with_masks_never_waits_for_the_gpu():
-    model, batch = FasterRCNN(SMALL).cuda(), batch_with_masks().to("cuda")
+    model = FasterRCNN(SMALL).cuda()
+    batch = batch_with_masks().to("cuda")
     sum(model(batch).values()).backward()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -136,10 +136,10 @@ def test_channels_last_stays_channels_last():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"depth": 34}, r"depth: expected one of \(18, 50, 101\), found 34"),
-        ({"dcn": "v3"}, "dcn: .*found 'v3'"),
-        ({"norm": "ln"}, "norm: .*found 'ln'"),
-        ({"frozen_stages": 5}, "frozen_stages: .*found 5"),
+        ({"depth": 34}, r"depth: expected one of \(18, 50, 101\), got 34"),
+        ({"dcn": "v3"}, "dcn: .*got 'v3'"),
+        ({"norm": "ln"}, "norm: .*got 'ln'"),
+        ({"frozen_stages": 5}, "frozen_stages: .*got 5"),
         ({"dcn_stages": (True, True)}, "dcn_stages: expected four flags"),
         ({"dcn": "v2", "deform_groups": 3}, "deform_groups"),
     ],

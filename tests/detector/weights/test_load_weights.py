@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from detector.model.faster_rcnn import FasterRCNN, FasterRCNNConfig
+from detector.model.config import FasterRCNNConfig
+from detector.model.faster_rcnn import FasterRCNN
 from detector.model.resnet import ResNet
 from detector.weights.checkpoint import read_checkpoint, save_weights
 from detector.weights.load_weights import HEADS, load_weights

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detector.model.faster_rcnn import FasterRCNN, FasterRCNNConfig
+from detector.model.config import FasterRCNNConfig
+from detector.model.faster_rcnn import FasterRCNN
 from detector.weights.checkpoint import Checkpoint, read_checkpoint
 from detector.weights.load_weights import CLASSIFIER, copy_weights
 

@@ -1,0 +1,76 @@
+"""The ground truth of a batch as tensors of one shape.
+
+Letters: B images, G ground truths of each image after padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from detector.structures import Target
+
+
+@dataclass(frozen=True)
+class PaddedTargets:
+    """Ground truth of a batch as three tensors.
+
+    Attributes:
+        boxes: (B, G, 4); G is the largest count of the batch and at least 1.
+        labels: (B, G) int64.
+        valid: (B, G) bool, false on padding.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    valid: Tensor
+
+
+def pad_targets(targets: Sequence[Target], dtype: torch.dtype) -> PaddedTargets:
+    """Put the boxes and labels of a batch into one tensor each; no value is read from the device.
+
+    Args:
+        targets: one per image, on one device.
+        dtype: of the boxes in the result.
+    """
+    num_images = len(targets)
+    num_targets = max(1, *(len(target.labels) for target in targets))
+    device = targets[0].boxes.device
+
+    boxes = torch.zeros(num_images, num_targets, 4, dtype=dtype, device=device)
+    labels = torch.zeros(num_images, num_targets, dtype=torch.int64, device=device)
+    valid = torch.zeros(num_images, num_targets, dtype=torch.bool, device=device)
+
+    for image, target in enumerate(targets):
+        count = len(target.labels)
+        boxes[image, :count] = target.boxes
+        labels[image, :count] = target.labels
+        valid[image, :count] = True
+    return PaddedTargets(boxes, labels, valid)
+
+
+def pad_masks(targets: Sequence[Target], num_targets: int, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Put the bitmaps of a batch into one tensor, zero on padding.
+
+    Args:
+        targets: one per image, with masks.
+        num_targets: G, as in the `PaddedTargets` of the same batch.
+        size: height and width of the padded images. RoIAlign repeats the last pixels of a bitmap beyond its border, so
+            this extent, which is MMDetection's, matters to objects that touch the border of their image.
+        dtype: of the result.
+
+    Returns:
+        (B, G, H, W), 0 or 1.
+    """
+    height, width = size
+    device = targets[0].boxes.device
+    bitmaps = torch.zeros(len(targets), num_targets, height, width, dtype=dtype, device=device)
+
+    for image, target in enumerate(targets):
+        assert target.masks is not None
+        count, mask_height, mask_width = target.masks.shape
+        bitmaps[image, :count, :mask_height, :mask_width] = target.masks
+    return bitmaps
