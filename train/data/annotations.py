@@ -200,8 +200,8 @@ def _overlaps_image(annotations: AnnotationColumns, images: ImageColumns) -> np.
     image_height = images.heights[annotations.image_indices]
     overlap_x = np.minimum(x + width, image_width) - np.maximum(x, 0)
     overlap_y = np.minimum(y + height, image_height) - np.maximum(y, 0)
-    overlap_area: np.ndarray = np.maximum(overlap_x, 0) * np.maximum(overlap_y, 0)
-    return overlap_area != 0
+    inside: np.ndarray = np.maximum(overlap_x, 0) * np.maximum(overlap_y, 0) != 0
+    return inside
 
 
 def _find_ids(values: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

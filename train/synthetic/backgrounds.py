@@ -17,7 +17,8 @@ def background(rng: Generator, height: int, width: int) -> ndarray:
     """Draw any of the backgrounds, its values clipped to [0, 1]."""
     scenes = (ground, wood, cloth, blurred_distance, table_and_wall)
     scene = scenes[rng.integers(5)]
-    return np.clip(scene(rng, height, width), 0, 1).astype(np.float32)
+    image: ndarray = np.clip(scene(rng, height, width), 0, 1)
+    return image.astype(np.float32)
 
 
 def muted_palette(rng: Generator) -> Palette:
@@ -74,8 +75,9 @@ def cloth(rng: Generator, height: int, width: int) -> ndarray:
 
     contrast = np.float32(rng.uniform(0.15, 0.7))
     weave = 1 + 0.05 * np.sin(2.1 * x) * np.sin(2.1 * y)
-    shading: ndarray = weave * (1 + 0.1 * folds)
-    return blend(base, accent, stripes * contrast) * shading
+    shading = weave * (1 + 0.1 * folds)
+    image: ndarray = blend(base, accent, stripes * contrast) * shading
+    return image
 
 
 def blurred_distance(rng: Generator, height: int, width: int) -> ndarray:

@@ -162,7 +162,8 @@ def bevel(mask: ndarray, width: float) -> ndarray:
     size = mask.shape[0]
     distance = cv2.distanceTransform((mask > 0.5).astype(np.uint8), cv2.DIST_L2, 3)
     depth = distance / (width * size / 2)
-    relief = np.sin(np.clip(depth, 0.0, 1.0) * np.float32(np.pi / 2)) * np.float32(width)
+    slope = np.sin(np.clip(depth, 0.0, 1.0) * np.float32(np.pi / 2))
+    relief: ndarray = slope * np.float32(width)
     return cv2.GaussianBlur(relief, (0, 0), 0.01 * size + 0.5)
 
 

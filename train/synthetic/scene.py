@@ -120,4 +120,5 @@ def apply_camera(rng: Generator, image: ndarray) -> ndarray:
 
     noise = rng.standard_normal(pixels.shape, np.float32) * np.sqrt(pixels + 0.05)
     noise_strength = np.float32(rng.uniform(1.5, 7.0))
-    return np.clip(pixels * 255 + noise * noise_strength + 0.5, 0, 255).astype(np.uint8)
+    photo: ndarray = np.clip(pixels * 255 + noise * noise_strength + 0.5, 0, 255)
+    return photo.astype(np.uint8)
