@@ -1,4 +1,4 @@
-"""Pictures of detections: boxes in the color of their class, labels that keep out of each other's way."""
+"""Pictures of detections: boxes and masks in the color of their class, labels that do not cover each other."""
 
 from __future__ import annotations
 
@@ -10,18 +10,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detector.picture import (
+    BLACK,
+    WHITE,
+    Color,
+    enlarge,
+    font_scale,
+    legend,
+    line_thickness,
+    put_text,
+    side_by_side,
+    text_extent,
+)
 from detector.structures import Detections, Target
 
-FONT = cv2.FONT_HERSHEY_SIMPLEX
-WHITE, BLACK, GRAY = (255, 255, 255), (0, 0, 0), (235, 235, 235)
 GOLDEN_RATIO = 0.618034
+LUMA = (0.299, 0.587, 0.114)  # how much red, green and blue add to the brightness (ITU-R BT.601)
+
+Rectangle = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels
 
 
-def class_color(label: int) -> tuple[int, int, int]:
+def class_color(label: int) -> Color:
     """Return the color (R, G, B) of a class; neighboring labels get hues far apart."""
     hue = (0.02 + label * GOLDEN_RATIO) % 1.0
     value = (1.0, 0.8, 0.6)[label // 12 % 3]
-    return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, 0.85, value))
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.85, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def draw_boxes(
@@ -50,24 +64,34 @@ def draw_boxes(
     Raises:
         ValueError: a label has no name, or the lengths disagree.
     """
-    boxes, labels = boxes.detach().cpu().double().numpy(), labels.cpu().tolist()
-    scores = [None] * len(labels) if scores is None else scores.detach().cpu().tolist()
-    if not len(boxes) == len(labels) == len(scores):
-        raise ValueError(f"boxes, labels, scores: {len(boxes)}, {len(labels)} and {len(scores)} entries")
-    if labels and not 0 <= min(labels) <= max(labels) < len(class_names):
-        raise ValueError(f"labels: found {min(labels)} to {max(labels)} with {len(class_names)} class names")
+    classes = labels.cpu().tolist()
+    score_values = [None] * len(classes) if scores is None else scores.detach().cpu().tolist()
+    if not len(boxes) == len(classes) == len(score_values):
+        lengths = f"{len(boxes)}, {len(classes)} and {len(score_values)}"
+        raise ValueError(f"boxes, labels, scores: expected equal lengths, got {lengths}")
+    if classes and not 0 <= min(classes) <= max(classes) < len(class_names):
+        raise ValueError(
+            f"labels: expected 0 to {len(class_names) - 1} for {len(class_names)} class names, "
+            f"got {min(classes)} to {max(classes)}"
+        )
+
     picture = image.copy()
-    size = _font_size(picture)
-    order = sorted(range(len(labels)), key=lambda i: -(scores[i] or 0.0))
-    corners = np.clip(np.nan_to_num(boxes), -1e6, 1e6).round().astype(int)
-    for label, mask in zip(labels, masks, strict=False):
-        _tint(picture, mask, class_color(label), size)
-    for i in reversed(order):  # the best on top
-        _rectangle(picture, corners[i], class_color(labels[i]), size)
-    taken: list[tuple[int, int, int, int]] = []
-    for i in order:
-        text = class_names[labels[i]] if scores[i] is None else f"{class_names[labels[i]]} {scores[i]:.2f}"
-        taken.append(_label(picture, text, corners[i], class_color(labels[i]), size, taken))
+    scale = font_scale(picture)
+    rectangles = _pixel_rectangles(boxes)
+    best_first = sorted(range(len(classes)), key=lambda i: -(score_values[i] or 0.0))
+
+    for label, mask in zip(classes, masks, strict=False):
+        _tint(picture, mask, class_color(label), scale)
+
+    for i in reversed(best_first):  # the best ends on top
+        _draw_rectangle(picture, rectangles[i], class_color(classes[i]), scale)
+
+    occupied: list[Rectangle] = []
+    for i in best_first:
+        text = class_names[classes[i]]
+        if score_values[i] is not None:
+            text += f" {score_values[i]:.2f}"
+        occupied.append(_draw_label(picture, text, rectangles[i], class_color(classes[i]), scale, occupied))
     return picture
 
 
@@ -95,121 +119,108 @@ def draw_comparison(
         A picture (H', W', 3) uint8, RGB.
     """
     image, factor = enlarge(image, min_side)
-    masks, true_masks = (_enlarge_masks(given, image.shape[:2]) for given in (masks, true_masks))
-    left = draw_boxes(image, detections.boxes * factor, detections.labels, class_names, detections.scores, masks)
-    right = draw_boxes(image, target.boxes * factor, target.labels, class_names, masks=true_masks)
+    height, width = image.shape[:2]
+
+    left = draw_boxes(
+        image,
+        detections.boxes * factor,
+        detections.labels,
+        class_names,
+        detections.scores,
+        _resize_masks(masks, height, width),
+    )
+    right = draw_boxes(
+        image,
+        target.boxes * factor,
+        target.labels,
+        class_names,
+        masks=_resize_masks(true_masks, height, width),
+    )
     titles = f"detected ({len(detections.labels)})", f"ground truth ({len(target.labels)})"
     picture = side_by_side([left, right], titles)
-    present = sorted(set(torch.cat([detections.labels.cpu(), target.labels.cpu()]).tolist()))
-    entries = [(class_names[label], class_color(label)) for label in present]
-    return np.vstack([picture, _legend(entries, picture.shape[1], _font_size(image))])
+
+    all_labels = torch.cat([detections.labels.cpu(), target.labels.cpu()])
+    entries = [(class_names[label], class_color(label)) for label in all_labels.unique().tolist()]
+    return np.vstack([picture, legend(entries, picture.shape[1], font_scale(image))])
 
 
-def enlarge(image: np.ndarray, min_side: int) -> tuple[np.ndarray, float]:
-    """Return the image, enlarged if its long side has less than `min_side` pixels, and the factor."""
-    factor = max(1.0, min_side / max(image.shape[:2]))
-    if factor > 1:
-        image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
-    return image, factor
+def _pixel_rectangles(boxes: Tensor) -> list[Rectangle]:
+    """Round boxes to pixels; what is not a number or too large for OpenCV becomes a number it takes."""
+    corners = boxes.detach().cpu().double().numpy()
+    corners = np.clip(np.nan_to_num(corners), -1e6, 1e6).round().astype(int)
+    return [(x1, y1, x2, y2) for x1, y1, x2, y2 in corners.tolist()]
 
 
-def _enlarge_masks(masks: Iterable[np.ndarray], size: tuple[int, int]) -> Iterator[np.ndarray]:
-    """Return masks (H, W) as bool of another size (height, width), one at a time."""
+def _resize_masks(masks: Iterable[np.ndarray], height: int, width: int) -> Iterator[np.ndarray]:
+    """Return masks (H, W) as bool of another size, one at a time."""
     for mask in masks:
-        yield cv2.resize(mask.astype(np.uint8), size[::-1], interpolation=cv2.INTER_NEAREST).astype(bool)
+        resized = cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
+        yield resized.astype(bool)
 
 
-def side_by_side(pictures: Sequence[np.ndarray], titles: Sequence[str]) -> np.ndarray:
-    """Join pictures, (H, W, 3) uint8 RGB of one size, into a row, each below its title."""
-    columns = []
-    for picture, title in zip(pictures, titles, strict=True):
-        columns.append(np.vstack([_heading(title, picture.shape[1], _font_size(picture)), picture]))
-        columns.append(np.full((len(columns[0]), max(4, picture.shape[1] // 100), 3), WHITE, np.uint8))
-    return np.hstack(columns[:-1])
-
-
-def _font_size(image: np.ndarray) -> float:
-    return float(np.clip(max(image.shape[:2]) / 1100, 0.35, 1.5))
-
-
-def _text_extent(text: str, size: float) -> tuple[int, int, int]:
-    """Return width of a text, and height above and depth below the base line of any text, in pixels."""
-    (width, _), _ = cv2.getTextSize(text, FONT, size, _thickness(size))
-    (_, height), depth = cv2.getTextSize("Hg", FONT, size, _thickness(size))
-    return width, height, depth
-
-
-def _thickness(size: float) -> int:
-    return max(1, round(size * 1.6))
-
-
-def _rectangle(picture: np.ndarray, corners: np.ndarray, color: tuple[int, int, int], size: float) -> None:
+def _draw_rectangle(picture: np.ndarray, rectangle: Rectangle, color: Color, scale: float) -> None:
     """Draw a box, a large one with a dark rim, so that it shows on a background of its own color."""
-    x1, y1, x2, y2 = corners.tolist()
-    width = max(2, round(size * 2.5))
-    if min(x2 - x1, y2 - y1) > 10 * width:
-        cv2.rectangle(picture, (x1, y1), (x2, y2), BLACK, width + 2, cv2.LINE_AA)
-    cv2.rectangle(picture, (x1, y1), (x2, y2), color, width, cv2.LINE_AA)
+    x1, y1, x2, y2 = rectangle
+    thickness = max(2, round(scale * 2.5))
+    if min(x2 - x1, y2 - y1) > 10 * thickness:
+        cv2.rectangle(picture, (x1, y1), (x2, y2), BLACK, thickness + 2, cv2.LINE_AA)
+    cv2.rectangle(picture, (x1, y1), (x2, y2), color, thickness, cv2.LINE_AA)
 
 
-def _tint(picture: np.ndarray, mask: np.ndarray, color: tuple[int, int, int], size: float) -> None:
+def _tint(picture: np.ndarray, mask: np.ndarray, color: Color, scale: float) -> None:
     """Mix a color into the pixels of a mask (H, W) and draw its outline."""
     picture[mask] = (0.6 * picture[mask] + 0.4 * np.array(color)).astype(np.uint8)
     outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    cv2.drawContours(picture, outlines, -1, color, _thickness(size), cv2.LINE_AA)
+    cv2.drawContours(picture, outlines, -1, color, line_thickness(scale), cv2.LINE_AA)
 
 
-def _label(
+def _draw_label(
     picture: np.ndarray,
     text: str,
-    corners: np.ndarray,
-    color: tuple[int, int, int],
-    size: float,
-    taken: Sequence[tuple[int, int, int, int]],
-) -> tuple[int, int, int, int]:
-    """Write a text near its box where least of it covers the texts in `taken`; return the rectangle it fills."""
-    width, height, depth = _text_extent(text, size)
-    pad = max(2, round(4 * size))
-    width, total = width + 2 * pad, height + depth + pad
-    x1, y1, x2, y2 = corners.tolist()
-    rows = (y1 - total, y1, y2, y2 - total, (y1 + y2 - total) // 2, y1 - 2 * total, y2 + total)
-    spots = [(x, y) for y in rows for x in (x1, x2 - width, x2, x1 - width)]
-    room_x, room_y = max(picture.shape[1] - width, 0), max(picture.shape[0] - total, 0)
-    spots = [(min(max(x, 0), room_x), min(max(y, 0), room_y)) for x, y in spots]
-    covered = [sum(_overlap((x, y, x + width, y + total), other) for other in taken) for x, y in spots]
-    x, y = spots[covered.index(min(covered))]
-    cv2.rectangle(picture, (x, y), (x + width - 1, y + total - 1), color, -1)
-    ink = BLACK if np.dot(color, (0.299, 0.587, 0.114)) > 140 else WHITE
-    cv2.putText(picture, text, (x + pad, y + height + pad // 2), FONT, size, ink, _thickness(size), cv2.LINE_AA)
-    return x, y, x + width, y + total
+    box: Rectangle,
+    color: Color,
+    scale: float,
+    occupied: Sequence[Rectangle],
+) -> Rectangle:
+    """Write a text near its box where it covers the labels in `occupied` least; return the rectangle it fills."""
+    text_width, text_height, depth = text_extent(text, scale)
+    padding = max(2, round(4 * scale))
+    width = text_width + 2 * padding
+    height = text_height + depth + padding
+
+    candidates = _label_candidates(box, width, height, picture.shape[1], picture.shape[0])
+    covered = []
+    for candidate in candidates:
+        covered.append(sum(_common_area(candidate, label) for label in occupied))
+    x1, y1, x2, y2 = candidates[covered.index(min(covered))]
+
+    cv2.rectangle(picture, (x1, y1), (x2 - 1, y2 - 1), color, -1)
+    brightness = np.dot(color, LUMA)
+    text_color = BLACK if brightness > 140 else WHITE
+    put_text(picture, text, x1 + padding, y1 + text_height + padding // 2, scale, text_color)
+    return x1, y1, x2, y2
 
 
-def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> int:
-    """Return the common area of two rectangles (x1, y1, x2, y2)."""
-    return max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+def _label_candidates(
+    box: Rectangle, width: int, height: int, picture_width: int, picture_height: int
+) -> list[Rectangle]:
+    """Return where a label of this size may stand around its box, the best first, all inside the picture."""
+    x1, y1, x2, y2 = box
+    tops = (y1 - height, y1, y2, y2 - height, (y1 + y2 - height) // 2, y1 - 2 * height, y2 + height)
+    lefts = (x1, x2 - width, x2, x1 - width)
+    max_left = max(picture_width - width, 0)
+    max_top = max(picture_height - height, 0)
+
+    candidates = []
+    for top in tops:
+        for left in lefts:
+            inside_left = min(max(left, 0), max_left)
+            inside_top = min(max(top, 0), max_top)
+            candidates.append((inside_left, inside_top, inside_left + width, inside_top + height))
+    return candidates
 
 
-def _heading(text: str, width: int, size: float) -> np.ndarray:
-    _, height, depth = _text_extent(text, size)
-    bar = np.full((2 * (height + depth), width, 3), WHITE, np.uint8)
-    cv2.putText(bar, text, (height // 2, height + depth), FONT, size, BLACK, _thickness(size), cv2.LINE_AA)
-    return bar
-
-
-def _legend(entries: Sequence[tuple[str, tuple[int, int, int]]], width: int, size: float) -> np.ndarray:
-    """Draw a strip of color swatches with names, in as many rows as they need."""
-    _, height, depth = _text_extent("", size)
-    row = round(1.6 * (height + depth))
-    spots, x, y = [], row // 2, 0
-    for name, _ in entries:
-        extent = 2 * row + _text_extent(name, size)[0]
-        if x > row // 2 and x + extent > width:
-            x, y = row // 2, y + row
-        spots.append((x, y))
-        x += extent
-    strip = np.full((y + row + depth, width, 3), GRAY, np.uint8)
-    for (name, color), (x, y) in zip(entries, spots, strict=True):
-        top, base = y + (row - height) // 2 + depth // 2, y + (row + height) // 2 + depth // 2
-        cv2.rectangle(strip, (x, top), (x + row - depth, base), color, -1)
-        cv2.putText(strip, name, (x + row, base), FONT, size, BLACK, _thickness(size), cv2.LINE_AA)
-    return strip
+def _common_area(a: Rectangle, b: Rectangle) -> int:
+    width = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
+    height = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+    return width * height

@@ -1,7 +1,7 @@
-"""Image files to pixels and the resize of the recipe: the only place where pixels are decoded or interpolated.
+"""Images: read, write, resize and stack; the only place where pixels are decoded or interpolated.
 
-Detection boxes follow the pixels, so training and prediction must decode and resize in exactly the same way. Both use
-OpenCV, bit for bit as the reference does.
+Boxes depend on the exact pixels, so training and prediction must decode and resize in the same way. Both use OpenCV,
+bit for bit as MMDetection does.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def read_image(path: str | Path) -> np.ndarray:
     data = Path(path).read_bytes()
     if _is_cut_off(data):
         raise ValueError(f"cannot read image {path}: the file is cut off after {len(data)} bytes")
+
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
     except cv2.error as error:
@@ -76,8 +77,12 @@ def resized_size(height: int, width: int, scale: tuple[int, int]) -> tuple[int, 
     Source:
         mmcv `imrescale` (rounding rule); a side never becomes 0 here.
     """
-    factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
-    return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
+    factor_for_long_side = max(scale) / max(height, width)
+    factor_for_short_side = min(scale) / min(height, width)
+    factor = min(factor_for_long_side, factor_for_short_side)
+    new_height = int(height * factor + 0.5)
+    new_width = int(width * factor + 0.5)
+    return max(new_height, 1), max(new_width, 1)
 
 
 def resize_keep_ratio(image: np.ndarray, scale: tuple[int, int]) -> tuple[np.ndarray, tuple[float, float]]:
@@ -109,23 +114,39 @@ def stack_images(images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         widths before padding.
     """
     sizes = torch.tensor([image.shape[:2] for image in images])
-    height, width = (-(-int(side) // STRIDE) * STRIDE for side in sizes.amax(0))
-    stacked = torch.empty(len(images), 3, height, width, dtype=torch.uint8)
+    max_height, max_width = sizes.amax(0).tolist()
+    stacked = torch.empty(len(images), 3, _round_up(max_height), _round_up(max_width), dtype=torch.uint8)
     for padded, image in zip(stacked.numpy(), images, strict=True):
         height, width = image.shape[:2]
-        padded[:, height:], padded[:, :height, width:] = 0, 0
+        padded[:, height:] = 0
+        padded[:, :height, width:] = 0
         cv2.split(image, list(padded[:, :height, :width]))  # faster than a strided copy
     return stacked, sizes
+
+
+def _round_up(side: int) -> int:
+    return -(-side // STRIDE) * STRIDE
 
 
 def _is_cut_off(data: bytes) -> bool:
     """Tell whether a JPEG or PNG lacks its end marker: decoders fill the missing part with gray and do not complain."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return data.rfind(b"IEND") < 0  # from the end, where it is
-    if not data.startswith(b"\xff\xd8\xff"):
-        return False
-    position = 2  # walk over the header segments: a thumbnail inside one has end markers of its own
-    while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
-        fill = data[position + 1 : position + 2] == b"\xff"
-        position += 1 if fill else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return data.rfind(b"\xff\xd9", position) < 0
+        return data.rfind(b"IEND") < 0  # the search begins at the end, where the marker is
+    if data.startswith(b"\xff\xd8\xff"):
+        return data.rfind(b"\xff\xd9", _end_of_jpeg_header(data)) < 0
+    return False
+
+
+def _end_of_jpeg_header(data: bytes) -> int:
+    """Return where the segments before the pixels end: a thumbnail inside one has end markers of its own."""
+    position = 2
+    while data[position : position + 1] == b"\xff":
+        marker = data[position + 1 : position + 2]
+        if marker == b"\xda":  # start of scan: the pixels follow
+            break
+        if marker == b"\xff":  # a fill byte
+            position += 1
+        else:
+            length = int.from_bytes(data[position + 2 : position + 4], "big")
+            position += 2 + length
+    return position

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,11 +14,12 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from detector.draw import BLACK, WHITE, enlarge, side_by_side
 from detector.image import read_image, resize_keep_ratio, stack_images, write_image
+from detector.model.faster_rcnn import FasterRCNN
+from detector.picture import BLACK, WHITE, enlarge, side_by_side
 from detector.predict import predict_images
 from detector.structures import Batch
-from detector.weights.load import load
+from detector.weights.load_detector import load
 from triton_dcn.nn import DeformConv2dPack, ModulatedDeformConv2dPack
 
 MIN_SIDE = 640  # smaller images are enlarged before points are drawn
@@ -26,7 +27,7 @@ RED = (255, 40, 40)
 
 
 @dataclass(frozen=True)
-class Options:
+class VisualizeOffsetsOptions:
     """Draw the positions that deformable layers read for one point of a photograph.
 
     In each stage the last layer reads 9 positions, the one before 9 for each.
@@ -64,43 +65,78 @@ class SamplingPoints:
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """What one deformable layer read from one image: (K, Ho, Wo) per group, in cells of its input."""
+class _SamplingGrid:
+    """What one deformable layer reads from one image.
 
-    y: Tensor  # (D, K, Ho, Wo)
-    x: Tensor  # (D, K, Ho, Wo)
-    mask: Tensor  # (D, K, Ho, Wo)
+    Attributes:
+        y, x: (D, K, Ho, Wo) float64, positions in cells of the layer's input, for D groups and K taps.
+        mask: (D, K, Ho, Wo) float64, their weights; 1 everywhere in version 1.
+        in_size: height and width of the layer's input.
+    """
+
+    y: Tensor
+    x: Tensor
+    mask: Tensor
     in_size: tuple[int, int]
 
     @classmethod
-    def of(cls, module: DeformConv2dPack, in_size: tuple[int, int], predicted: Tensor) -> _Layer:
+    def from_prediction(cls, module: DeformConv2dPack, in_size: tuple[int, int], predicted: Tensor) -> _SamplingGrid:
         """Build from a layer and what its `conv_offset` predicted (1, channels, Ho, Wo) for an input of `in_size`."""
         predicted = predicted[0].double().cpu()
-        (kh, kw), height, width = module.kernel_size, *predicted.shape[1:]
-        taps, groups = kh * kw, module.deform_groups
-        y, x = predicted[: 2 * groups * taps].view(groups, taps, 2, height, width).unbind(2)
-        mask = torch.ones_like(y)
+        height, width = predicted.shape[1:]
+        kernel_height, kernel_width = module.kernel_size
+        taps = kernel_height * kernel_width
+        groups = module.deform_groups
+        offset_channels = 2 * groups * taps
+
+        offset = predicted[:offset_channels].view(groups, taps, 2, height, width)
+        offset_y, offset_x = offset.unbind(2)
         if isinstance(module, ModulatedDeformConv2dPack):
-            mask = predicted[2 * groups * taps :].view(groups, taps, height, width).sigmoid()
-        steps = [torch.arange(n, dtype=torch.float64) for n in (height, width, kh, kw)]
-        rows = steps[0] * module.stride[0] - module.padding[0]
-        columns = steps[1] * module.stride[1] - module.padding[1]
-        y = y + rows[:, None] + (steps[2] * module.dilation[0]).repeat_interleave(kw)[:, None, None]
-        x = x + columns + (steps[3] * module.dilation[1]).repeat(kh)[:, None, None]
+            mask = predicted[offset_channels:].view(groups, taps, height, width).sigmoid()
+        else:
+            mask = torch.ones_like(offset_y)
+
+        stride_y, stride_x = module.stride
+        padding_y, padding_x = module.padding
+        dilation_y, dilation_x = module.dilation
+        window_y = _arange(height) * stride_y - padding_y  # top row of the window of each output row
+        window_x = _arange(width) * stride_x - padding_x
+        tap_y = (_arange(kernel_height) * dilation_y).repeat_interleave(kernel_width)  # taps in row-major order
+        tap_x = (_arange(kernel_width) * dilation_x).repeat(kernel_height)
+
+        y = offset_y + window_y[:, None] + tap_y[:, None, None]
+        x = offset_x + window_x + tap_x[:, None, None]
         return cls(y, x, mask, in_size)
 
-    def read(self, positions: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return positions (M, 2), x and y, in the input, and weights (M,), read for (N, 2) and (N,) of the output."""
+    def trace_back(self, positions: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Find what the layer reads for positions of its output.
+
+        Args:
+            positions: (N, 2), x and y in cells of the output; each stands for its nearest cell.
+            weights: (N,), how much each counts.
+
+        Returns:
+            Positions (M, 2), x and y in cells of the input, without those outside of it, and their weights (M,).
+        """
         cells = positions.round().long()
-        row, column = cells[:, 1].clamp(0, self.y.shape[2] - 1), cells[:, 0].clamp(0, self.y.shape[3] - 1)
-        y, x, mask = (values[:, :, row, column] for values in (self.y, self.x, self.mask))
-        inside = (y > -1) & (y < self.in_size[0]) & (x > -1) & (x < self.in_size[1])
+        column = cells[:, 0].clamp(0, self.x.shape[3] - 1)
+        row = cells[:, 1].clamp(0, self.y.shape[2] - 1)
+        y = self.y[:, :, row, column]  # (D, K, N)
+        x = self.x[:, :, row, column]
+        mask = self.mask[:, :, row, column]
+
+        height, width = self.in_size
+        inside = (y > -1) & (y < height) & (x > -1) & (x < width)
         return torch.stack([x[inside], y[inside]], 1), (mask * weights)[inside]
+
+
+def _arange(count: int) -> Tensor:
+    return torch.arange(count, dtype=torch.float64)
 
 
 @torch.inference_mode()
 def sampling_points(
-    model: nn.Module, image: np.ndarray, point: tuple[float, float], layers: int = 3
+    model: FasterRCNN, image: np.ndarray, point: tuple[float, float], layers: int = 3
 ) -> list[SamplingPoints]:
     """Find what the deformable layers of each stage read for a point of an image.
 
@@ -123,55 +159,67 @@ def sampling_points(
     """
     height, width = image.shape[:2]
     if not (0 <= point[0] < width and 0 <= point[1] < height):
-        raise ValueError(f"point: expected x in [0, {width}) and y in [0, {height}), found {point}")
+        raise ValueError(f"point: expected x in [0, {width}) and y in [0, {height}), got {point}")
     if layers < 1:
-        raise ValueError(f"layers: expected at least 1, found {layers}")
+        raise ValueError(f"layers: expected at least 1, got {layers}")
+
     resized, factors = resize_keep_ratio(image, model.config.image_scale)
-    batch = Batch(*stack_images([resized])).to(next(model.parameters()).device)
-    to_pixels = torch.tensor(factors, dtype=torch.float64)
-    stages = _watch(model, batch)
-    if not stages:
-        raise ValueError("model: expected deformable layers, found none")
-    found = []
-    for name, chain in stages.items():
-        chain = chain[-layers:]
-        stride = batch.images.shape[2] / chain[-1].y.shape[2]  # cell i of a map is centerd on pixel i * stride
-        positions = torch.tensor([point], dtype=torch.float64) * to_pixels / stride
+    stacked, sizes = stack_images([resized])
+    batch = Batch(stacked, sizes).to(next(model.parameters()).device)
+    grids_by_stage = _record_grids(model, batch)
+    if not grids_by_stage:
+        raise ValueError("model: expected deformable layers, got none")
+
+    padded_height = batch.images.shape[2]
+    resize = torch.tensor(factors, dtype=torch.float64)
+    stages = []
+    for name, grids in grids_by_stage.items():
+        grids = grids[-layers:]
+
+        # cell i of a feature map is centered on pixel i * stride
+        out_stride = padded_height / grids[-1].y.shape[2]
+        positions = torch.tensor([point], dtype=torch.float64) * resize / out_stride
         weights = torch.ones(1, dtype=torch.float64)
-        for layer in reversed(chain):
-            positions, weights = layer.read(positions, weights)
-        in_stride = batch.images.shape[2] / chain[0].in_size[0]
-        found.append(SamplingPoints(name, positions * in_stride / to_pixels, weights))
-    return found
+        for grid in reversed(grids):
+            positions, weights = grid.trace_back(positions, weights)
+
+        in_stride = padded_height / grids[0].in_size[0]
+        stages.append(SamplingPoints(name, positions * in_stride / resize, weights))
+    return stages
 
 
-def _watch(model: nn.Module, batch: Batch) -> dict[str, list[_Layer]]:
+def _record_grids(model: FasterRCNN, batch: Batch) -> dict[str, list[_SamplingGrid]]:
     """Run the backbone on one image; return what its deformable layers read, by stage, in the order they ran."""
-    stages: dict[str, list[_Layer]] = {}
+    grids_by_stage: dict[str, list[_SamplingGrid]] = {}
+
+    def recorder(stage: str, module: DeformConv2dPack) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
+        def record(_: nn.Module, inputs: tuple[Tensor], predicted: Tensor) -> None:
+            height, width = inputs[0].shape[2:]
+            grid = _SamplingGrid.from_prediction(module, (height, width), predicted)
+            grids_by_stage.setdefault(stage, []).append(grid)
+
+        return record
+
     hooks = []
     for name, module in model.backbone.named_modules():
         if isinstance(module, DeformConv2dPack):
-
-            def note(_: nn.Module, inputs: tuple[Tensor], predicted: Tensor, name=name, module=module) -> None:
-                size = tuple(inputs[0].shape[2:])
-                stages.setdefault(name.split(".")[0], []).append(_Layer.of(module, size, predicted))
-
-            hooks.append(module.conv_offset.register_forward_hook(note))
+            stage = name.split(".")[0]
+            hooks.append(module.conv_offset.register_forward_hook(recorder(stage, module)))
     try:
         model.backbone(model.normalize(batch))
     finally:
         for hook in hooks:
             hook.remove()
-    return stages
+    return grids_by_stage
 
 
-def draw_sampling_points(image: np.ndarray, point: tuple[float, float], found: Sequence[SamplingPoints]) -> np.ndarray:
-    """Draw one picture for each entry of `found`, side by side.
+def draw_sampling_points(image: np.ndarray, point: tuple[float, float], stages: Sequence[SamplingPoints]) -> np.ndarray:
+    """Draw one picture for each stage, side by side.
 
     Args:
         image: (H, W, 3) uint8, RGB.
         point: x and y in pixels of `image`, drawn as a cross.
-        found: see `sampling_points`.
+        stages: see `sampling_points`.
 
     Returns:
         A picture (H', W', 3) uint8, RGB.
@@ -179,51 +227,77 @@ def draw_sampling_points(image: np.ndarray, point: tuple[float, float], found: S
     image, factor = enlarge(image, MIN_SIDE)
     gray = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     radius = max(2, max(image.shape[:2]) // 250)
+    center = round(point[0] * factor), round(point[1] * factor)
+
     pictures = []
-    for points in found:
+    for stage in stages:
         picture = gray.copy()
-        opacity = points.weights / points.weights.max().clamp(min=1e-12) if len(points.weights) else points.weights
-        order = opacity.argsort()  # what counts most on top
-        for (x, y), share in zip((points.positions[order] * factor).tolist(), opacity[order].tolist(), strict=True):
-            _dot(picture, round(x), round(y), radius, share)
-        center = round(point[0] * factor), round(point[1] * factor)
-        cv2.drawMarker(picture, center, BLACK, cv2.MARKER_CROSS, 8 * radius, radius + 2, cv2.LINE_AA)
-        cv2.drawMarker(picture, center, WHITE, cv2.MARKER_CROSS, 8 * radius, max(1, radius - 1), cv2.LINE_AA)
+        opacity = stage.weights
+        if len(opacity):
+            opacity = opacity / opacity.max().clamp(min=1e-12)
+        most_opaque_last = opacity.argsort()
+        pixels = (stage.positions[most_opaque_last] * factor).tolist()
+        for (x, y), dot_opacity in zip(pixels, opacity[most_opaque_last].tolist(), strict=True):
+            _draw_dot(picture, round(x), round(y), radius, dot_opacity)
+
+        size = 8 * radius
+        cv2.drawMarker(picture, center, BLACK, cv2.MARKER_CROSS, size, radius + 2, cv2.LINE_AA)
+        cv2.drawMarker(picture, center, WHITE, cv2.MARKER_CROSS, size, max(1, radius - 1), cv2.LINE_AA)
         pictures.append(picture)
-    return side_by_side(pictures, [f"{points.name}: {len(points.weights)} positions" for points in found])
+
+    titles = [f"{stage.name}: {len(stage.weights)} positions" for stage in stages]
+    return side_by_side(pictures, titles)
 
 
-def _dot(picture: np.ndarray, x: int, y: int, radius: int, opacity: float) -> None:
+def _draw_dot(picture: np.ndarray, x: int, y: int, radius: int, opacity: float) -> None:
     """Blend a red dot into the picture, touching only the pixels around it."""
-    top, left = max(y - radius - 1, 0), max(x - radius - 1, 0)
-    patch = picture[top : y + radius + 2, left : x + radius + 2]
-    if y + radius + 2 <= 0 or x + radius + 2 <= 0 or not patch.size:
+    left = max(x - radius - 1, 0)
+    top = max(y - radius - 1, 0)
+    right = x + radius + 2
+    bottom = y + radius + 2
+    if right <= 0 or bottom <= 0:
+        return
+    patch = picture[top:bottom, left:right]
+    if not patch.size:
         return
     dot = cv2.circle(patch.copy(), (x - left, y - top), radius, RED, -1, cv2.LINE_AA)
     patch[:] = cv2.addWeighted(dot, opacity, patch, 1 - opacity, 0)
 
 
-def visualize(options: Options) -> None:
+def visualize(options: VisualizeOffsetsOptions) -> None:
     """Draw the picture that the options ask for, and say which point it is about."""
     image = read_image(options.image)
-    model, names = load(options.weights, None if options.device == "auto" else options.device)
-    point, what = options.point, "the point given"
-    if point is None:
-        (detections,) = predict_images(model, [image])
-        point, what = (image.shape[1] / 2, image.shape[0] / 2), "the middle of the image"
-        if len(detections.labels):
-            x1, y1, x2, y2 = detections.boxes[0].tolist()
-            point, what = ((x1 + x2) / 2, (y1 + y2) / 2), f"the best detection, {names[detections.labels[0]]}"
-    found = sampling_points(model, image, point, options.layers)
+    device = None if options.device == "auto" else options.device
+    model, class_names = load(options.weights, device)
+
+    if options.point is None:
+        point, description = _default_point(model, image, class_names)
+    else:
+        point = options.point
+        description = "the point given"
+
+    stages = sampling_points(model, image, point, options.layers)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_image(options.out, draw_sampling_points(image, point, found))
-    print(f"{options.out}: what is read for ({point[0]:.0f}, {point[1]:.0f}), {what}")
+    write_image(options.out, draw_sampling_points(image, point, stages))
+    print(f"{options.out}: what is read for ({point[0]:.0f}, {point[1]:.0f}), {description}")
+
+
+def _default_point(model: FasterRCNN, image: np.ndarray, class_names: Sequence[str]) -> tuple[tuple[float, float], str]:
+    """Return the middle of the best detection, or of the image if nothing is detected, and what it is."""
+    (detections,) = predict_images(model, [image])
+    if not len(detections.labels):
+        height, width = image.shape[:2]
+        return (width / 2, height / 2), "the middle of the image"
+
+    x1, y1, x2, y2 = detections.boxes[0].tolist()
+    class_name = class_names[int(detections.labels[0])]
+    return ((x1 + x2) / 2, (y1 + y2) / 2), f"the best detection, {class_name}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     try:
-        visualize(tyro.cli(Options, prog="python -m detector.visualize_offsets", args=arguments))
+        visualize(tyro.cli(VisualizeOffsetsOptions, prog="python -m detector.visualize_offsets", args=arguments))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

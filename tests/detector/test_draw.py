@@ -21,7 +21,8 @@ def test_colors_of_neighboring_classes_differ():
 
 def test_box_is_drawn_in_its_color_and_the_input_left_alone():
     image = np.full((200, 300, 3), 77, np.uint8)
-    boxes, labels = torch.tensor([[60.0, 80.0, 160.0, 150.0]], requires_grad=True), torch.tensor([1])
+    boxes = torch.tensor([[60.0, 80.0, 160.0, 150.0]], requires_grad=True)
+    labels = torch.tensor([1])
     picture = draw_boxes(image, boxes, labels, NAMES, torch.tensor([0.5]))
     assert (image == 77).all()
     assert picture.shape == image.shape
@@ -47,12 +48,21 @@ def test_nothing_to_draw():
 
 
 def test_labels_do_not_cover_each_other(monkeypatch):
-    placed, place = [], draw._label
-    monkeypatch.setattr(draw, "_label", lambda *arguments: placed.append(place(*arguments)) or placed[-1])
+    placed = []
+    draw_label = draw._draw_label
+
+    def record(*arguments):
+        rectangle = draw_label(*arguments)
+        placed.append(rectangle)
+        return rectangle
+
+    monkeypatch.setattr(draw, "_draw_label", record)
+    image = np.zeros((480, 640, 3), np.uint8)
     boxes = torch.tensor([300.0, 200.0, 380.0, 260.0]) + torch.arange(6).view(-1, 1) * 3  # nearly the same place
-    draw_boxes(np.zeros((480, 640, 3), np.uint8), boxes, torch.tensor([0, 1, 2] * 2), NAMES, torch.linspace(1, 0.5, 6))
+    labels = torch.tensor([0, 1, 2] * 2)
+    draw_boxes(image, boxes, labels, NAMES, torch.linspace(1, 0.5, 6))
     assert len(placed) == 6
-    assert all(draw._overlap(a, b) == 0 for a, b in itertools.combinations(placed, 2))
+    assert all(draw._common_area(a, b) == 0 for a, b in itertools.combinations(placed, 2))
     assert all(0 <= x1 < x2 <= 640 and 0 <= y1 < y2 <= 480 for x1, y1, x2, y2 in placed)
 
 
@@ -65,10 +75,11 @@ def test_boxes_outside_or_without_area_and_small_images(size):
 
 
 def test_wrong_labels_and_lengths_are_named():
-    image, boxes = np.zeros((20, 30, 3), np.uint8), torch.zeros(1, 4)
-    with pytest.raises(ValueError, match="labels: found 3 to 3 with 3 class names"):
+    image = np.zeros((20, 30, 3), np.uint8)
+    boxes = torch.zeros(1, 4)
+    with pytest.raises(ValueError, match="labels: expected 0 to 2 for 3 class names, got 3 to 3"):
         draw_boxes(image, boxes, torch.tensor([3]), NAMES)
-    with pytest.raises(ValueError, match="1, 2 and 2 entries"):
+    with pytest.raises(ValueError, match="boxes, labels, scores: expected equal lengths, got 1, 2 and 2"):
         draw_boxes(image, boxes, torch.tensor([0, 1]), NAMES)
 
 
@@ -78,12 +89,14 @@ def test_comparison_has_both_halves_and_a_legend(size, count):
     image = np.full((*size, 3), 77, np.uint8)
     boxes = torch.tensor([[4.0, 20.0, 30.0, 40.0]] * count).view(-1, 4)
     labels = torch.arange(count)
-    found = Detections(boxes, torch.linspace(0.9, 0.5, count), labels)
-    picture = draw_comparison(image, found, Target(boxes[:1], labels[:1]), NAMES)
+    detections = Detections(boxes, torch.linspace(0.9, 0.5, count), labels)
+    picture = draw_comparison(image, detections, Target(boxes[:1], labels[:1]), NAMES)
     assert picture.dtype == np.uint8
     assert picture.shape[1] > 2 * size[1]
     assert max(picture.shape[0], picture.shape[1] // 2) >= 640
-    left, right = picture[:, : picture.shape[1] // 2 - 8], picture[:, picture.shape[1] // 2 + 8 :]
+    middle = picture.shape[1] // 2
+    left = picture[:, : middle - 8]
+    right = picture[:, middle + 8 :]
     if count:
         third = np.array(class_color(2))  # detected, but not in the ground truth; in the legend once
         assert (left == third).all(-1).sum() > 2 * (right == third).all(-1).sum()
@@ -93,9 +106,11 @@ def test_comparison_has_both_halves_and_a_legend(size, count):
 def test_long_legend_wraps():
     names = [f"a class with a long name {label}" for label in range(30)]
     labels = torch.arange(30)
-    found = Detections(torch.rand(30, 4) * 100, torch.rand(30), labels)
+    detections = Detections(torch.rand(30, 4) * 100, torch.rand(30), labels)
     image = np.zeros((100, 100, 3), np.uint8)
-    wide = draw_comparison(image, found, Target(torch.zeros(0, 4), labels[:0]), names)
-    short = draw_comparison(image, Detections(found.boxes[:1], found.scores[:1], labels[:1]), Target(torch.zeros(0, 4), labels[:0]), names)  # fmt: skip  # noqa: E501
-    assert wide.shape[1] == short.shape[1]
-    assert wide.shape[0] > short.shape[0]
+    nothing = Target(torch.zeros(0, 4), labels[:0])
+    long_legend = draw_comparison(image, detections, nothing, names)
+    one_detection = Detections(detections.boxes[:1], detections.scores[:1], labels[:1])
+    short_legend = draw_comparison(image, one_detection, nothing, names)
+    assert long_legend.shape[1] == short_legend.shape[1]
+    assert long_legend.shape[0] > short_legend.shape[0]

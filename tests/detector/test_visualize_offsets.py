@@ -6,7 +6,7 @@ import torch
 
 from detector import FasterRCNN, FasterRCNNConfig
 from detector.image import read_image, write_image
-from detector.visualize_offsets import _Layer, draw_sampling_points, main, sampling_points
+from detector.visualize_offsets import _SamplingGrid, draw_sampling_points, main, sampling_points
 from detector.weights.checkpoint import save_weights
 from triton_dcn import DeformConv2dPack, ModulatedDeformConv2dPack, deform_conv2d
 
@@ -28,9 +28,9 @@ def unique(points):
 
 @pytest.mark.parametrize(("layers", "reach"), [(1, 1), (2, 2), (3, 2)])
 def test_zero_offsets_are_a_regular_grid(model, layers, reach):
-    found = sampling_points(model, IMAGE, (96.0, 64.0), layers)
-    assert [points.name for points in found] == ["layer2", "layer4"]
-    layer2 = found[0]  # stride 8 in the resized image, 16 in the original; two layers in the stage
+    stages = sampling_points(model, IMAGE, (96.0, 64.0), layers)
+    assert [stage.name for stage in stages] == ["layer2", "layer4"]
+    layer2 = stages[0]  # stride 8 in the resized image, 16 in the original; two layers in the stage
     grid = range(-reach, reach + 1)
     assert unique(layer2) == sorted((96.0 + 16 * x, 64.0 + 16 * y) for x in grid for y in grid)
     assert len(layer2.weights) == 9**reach
@@ -54,35 +54,39 @@ def test_positions_are_those_the_operator_reads(kind):
     module = kind(4, 1, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), deform_groups=2).double()
     one_hot = torch.eye(99, dtype=torch.float64).view(99, 1, 9, 11).expand(99, 4, 9, 11)  # one image per cell
     predicted = torch.randn(1, module.conv_offset.out_channels, 5, 9, dtype=torch.float64)
-    offset, mask = predicted[:, :24].expand(99, 24, 5, 9), None
+    offset = predicted[:, :24].expand(99, 24, 5, 9)
+    mask = None
     if kind is ModulatedDeformConv2dPack:
         mask = predicted[:, 24:].sigmoid().expand(99, 12, 5, 9)
     weight = torch.ones(1, 4, 3, 2, dtype=torch.float64)
     read = deform_conv2d(one_hot, offset, weight, None, (2, 1), (1, 0), (1, 2), mask)[:, 0, 3, 5].view(9, 11)
-    positions, weights = _Layer.of(module, (9, 11), predicted).read(
-        torch.tensor([[5.0, 3.0]], dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-    )
+
+    grid = _SamplingGrid.from_prediction(module, (9, 11), predicted)
+    output_cell = torch.tensor([[5.0, 3.0]], dtype=torch.float64)
+    positions, weights = grid.trace_back(output_cell, torch.ones(1, dtype=torch.float64))
+
     expected = torch.zeros(9 + 2, 11 + 2, dtype=torch.float64)  # what is read of each cell, with a rim
     for (px, py), share in zip(positions.tolist(), weights.tolist(), strict=True):
-        left, top = int(np.floor(px)), int(np.floor(py))
+        left = int(np.floor(px))
+        top = int(np.floor(py))
         for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
             expected[top + i + 1, left + j + 1] += share * (1 - abs(py - top - i)) * (1 - abs(px - left - j))
     torch.testing.assert_close(read, expected[1:-1, 1:-1] * 2)  # each group has two channels
 
 
 def test_wrong_arguments_are_named(model):
-    with pytest.raises(ValueError, match=r"point: expected x in \[0, 192\) .* found \(192, 5\)"):
+    with pytest.raises(ValueError, match=r"point: expected x in \[0, 192\) .* got \(192, 5\)"):
         sampling_points(model, IMAGE, (192, 5))
-    with pytest.raises(ValueError, match="layers: expected at least 1, found 0"):
+    with pytest.raises(ValueError, match="layers: expected at least 1, got 0"):
         sampling_points(model, IMAGE, (5, 5), 0)
     plain = FasterRCNN(FasterRCNNConfig(depth=18, dcn=None, fpn_channels=32, fc_channels=16)).eval()
-    with pytest.raises(ValueError, match="model: expected deformable layers, found none"):
+    with pytest.raises(ValueError, match="model: expected deformable layers, got none"):
         sampling_points(plain, IMAGE, (5, 5))
 
 
 def test_picture(model):
-    found = sampling_points(model, IMAGE, (0.0, 127.0))
-    picture = draw_sampling_points(IMAGE, (0.0, 127.0), found)
+    stages = sampling_points(model, IMAGE, (0.0, 127.0))
+    picture = draw_sampling_points(IMAGE, (0.0, 127.0), stages)
     assert picture.shape[1] > 2 * 640
     red = (picture[..., 0].astype(int) - picture[..., 1] > 100).sum()
     assert red > 100
@@ -93,6 +97,7 @@ def test_command_line(model, tmp_path, capsys):
     save_weights(tmp_path / "model.safetensors", model, ["disc", "ring", "star"])
     write_image(tmp_path / "photo.png", IMAGE)
     command = [str(tmp_path / "photo.png"), "--weights", str(tmp_path / "model.safetensors"), "--device", "cpu"]
+
     out = tmp_path / "new" / "offsets.png"
     assert main([*command, "--out", str(out)]) == 0
     assert read_image(out).shape[1] > 2 * 640
