@@ -1,13 +1,12 @@
 """Checkpoint files of several kinds, read into one form: a flat state dict under MMDetection's names.
 
 Nothing in a file is executed: torch files are read with `weights_only`, and objects that are not plain data (the logs
-of a trainer, say) are replaced by placeholders.
+of a trainer, for example) are replaced by empty ones.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -18,11 +17,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-WRAPPINGS = ("state_dict", "model", "ema_state_dict")  # MMDetection; ours and torchvision's; averaged weights alone
-PREFIXES = ("module.", "_orig_mod.", "ema_model.")  # DistributedDataParallel, torch.compile, averaged models
-AVERAGED = "ema_"  # MMDetection 2 keeps a second set of weights under this prefix
+from detector.files import replacing
+from detector.model.faster_rcnn import FasterRCNN
+
+STATE_KEYS = ("state_dict", "model", "ema_state_dict")  # MMDetection; ours and torchvision's; averaged weights alone
+WRAPPER_PREFIXES = ("module.", "_orig_mod.", "ema_model.")  # DistributedDataParallel, torch.compile, averaged models
+AVERAGED_PREFIX = "ema_"  # MMDetection 2 keeps a second, averaged set of weights under this prefix
+AVERAGED_COUNTER = "steps"  # mmengine's averaged models count their updates under this name
 
 
 @dataclass(frozen=True)
@@ -55,30 +58,31 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         ValueError: the file is cut off, is not a checkpoint or holds no weights; the message names it.
     """
     path = Path(path)
-    with path.open("rb"):  # a missing file or a folder is named here, in the words of the operating system
+    with path.open("rb"):  # if the file is missing or a folder, the operating system's own error says so
         pass
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+
     state = _find_state(path, content)
-    while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in state)), None):
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-    averaged = [name for name in state if name.startswith(AVERAGED)]
-    if len(averaged) == len(state):
-        state = {name.removeprefix(AVERAGED): value for name, value in state.items()}
-        averaged = []
-    # MMDetection 2 swaps both sets before it saves: the averaged weights are under the plain names.
-    state = {_today(name): value for name, value in state.items() if name not in averaged}
-    config, classes = _describe(path, content)
-    return Checkpoint(path, state, config, classes, tuple(averaged))
+    state = _remove_wrapper_prefixes(state)
+    state, dropped = _drop_averaged(state)
+    state = {_rename_legacy_offset(name): value for name, value in state.items()}
+    return Checkpoint(
+        path=path,
+        state=state,
+        config=_find_config(path, content),
+        classes=_find_classes(path, content),
+        dropped=tuple(dropped),
+    )
 
 
-def save_weights(path: str | Path, model: nn.Module, classes: Sequence[str]) -> None:
+def save_weights(path: str | Path, model: FasterRCNN, classes: Sequence[str]) -> None:
     """Write weights to share, without training state: safetensors with configuration and class names inside.
 
     The file appears under its name only when it is complete.
 
     Args:
         path: file to write, `.safetensors`.
-        model: a `FasterRCNN`.
+        model: the detector.
         classes: class names by label.
 
     Raises:
@@ -86,92 +90,144 @@ def save_weights(path: str | Path, model: nn.Module, classes: Sequence[str]) -> 
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"path: expected a name ending in .safetensors, found {path}")
+        raise ValueError(f"path: expected a name ending in .safetensors, got {path}")
     if len(classes) != model.config.num_classes:
-        raise ValueError(f"classes: expected {model.config.num_classes} names, found {len(classes)}")
-    metadata = {"config": json.dumps(asdict(model.config)), "classes": json.dumps(list(classes))}
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, partial, metadata)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        raise ValueError(f"classes: expected {model.config.num_classes} names, got {len(classes)}")
+
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    metadata = {
+        "config": json.dumps(asdict(model.config)),
+        "classes": json.dumps(list(classes)),
+    }
+    with replacing(path) as partial:
+        save_file(state, partial, metadata)
 
 
 def list_names(names: Sequence[object], limit: int = 6) -> str:
     """Join names for a message: the first `limit`, then how many more there are."""
     shown = ", ".join(str(name) for name in names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+    if len(names) <= limit:
+        return shown
+    return f"{shown} and {len(names) - limit} more"
 
 
-class _Placeholder:
-    """Stands for an object of a class that is not plain data; takes whatever the file builds it from and forgets it."""
+class _EmptyObject:
+    """Takes the place of an object that is not plain data; accepts and forgets whatever the file builds it from."""
 
-    def __new__(cls, *args: Any) -> _Placeholder:
+    def __new__(cls, *args: object) -> _EmptyObject:
         return super().__new__(cls)
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, *args: object) -> None:
         pass
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         pass
 
 
 def _read_torch(path: Path) -> Any:
-    path.open("rb").close()  # a file that is missing or forbidden is told as such
+    """Return what `torch.save` wrote, with `_EmptyObject` for what is not plain data."""
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
-            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            with torch.serialization.safe_globals([(_Placeholder, name) for name in foreign]):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            with torch.serialization.safe_globals([(_EmptyObject, name) for name in names]):
                 return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are not a checkpoint make the readers fail in any way, with OSError too
+    except Exception as error:  # on bytes that are not a checkpoint torch fails with errors of any type
         raise ValueError(_unreadable(path, error)) from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
+    """Return the content of a safetensors file as our checkpoints have it: "model", "config" and "classes"."""
+    content: dict[str, Any] = {}
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            content["model"] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             metadata = file.metadata() or {}
-        described = {key: json.loads(metadata[key]) for key in ("config", "classes") if key in metadata}
+        for key in ("config", "classes"):
+            if key in metadata:
+                content[key] = json.loads(metadata[key])
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(_unreadable(path, error)) from error
-    return {"model": state} | described
+    return content
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return f"{path}: not a checkpoint, or cut off ({path.stat().st_size} bytes): {reason}"
+    """Return the message for a file that its reader does not understand."""
+    reason = str(error) or type(error).__name__
+    first_line = reason.splitlines()[0]
+    return f"{path}: not a checkpoint, or cut off ({path.stat().st_size} bytes): {first_line}"
 
 
 def _find_state(path: Path, content: Any) -> dict[str, Tensor]:
-    """Return the state dict inside whatever was stored around it."""
-    if isinstance(content, Mapping):
-        inner = next((content[key] for key in WRAPPINGS if isinstance(content.get(key), Mapping)), content)
-        state = {name: value for name, value in inner.items() if isinstance(value, Tensor) and name != "steps"}
-        if state and (inner is not content or len(state) == len(content)):
+    """Return the state dict of a file: what one of `STATE_KEYS` holds, or the whole content if it is tensors only."""
+    if not isinstance(content, Mapping):
+        raise ValueError(_no_state(path, f"a {type(content).__name__}"))
+
+    wrapped = next((content[key] for key in STATE_KEYS if isinstance(content.get(key), Mapping)), None)
+    source = content if wrapped is None else wrapped
+    state = {}
+    for name, value in source.items():
+        if isinstance(value, Tensor) and name != AVERAGED_COUNTER:
+            state[name] = value
+
+    is_state = wrapped is not None or len(state) == len(content)
+    if not state or not is_state:
+        raise ValueError(_no_state(path, f"the keys {list_names(list(content))}"))
+    return state
+
+
+def _no_state(path: Path, got: str) -> str:
+    return f"{path}: expected a state dict, bare or under one of {STATE_KEYS}, got {got}"
+
+
+def _remove_wrapper_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the prefixes that all names have in common, one inside the other."""
+    while True:
+        shared = [prefix for prefix in WRAPPER_PREFIXES if all(name.startswith(prefix) for name in state)]
+        if not shared:
             return state
-    found = f"the keys {list_names(list(content))}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
-    raise ValueError(f"{path}: expected a state dict, bare or under one of {WRAPPINGS}, found {found}")
+        state = {name.removeprefix(shared[0]): value for name, value in state.items()}
 
 
-def _describe(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, Any] | None, tuple[str, ...] | None]:
-    """Return configuration and class names: ours beside the weights, MMDetection's names inside `meta`."""
-    config, classes = content.get("config"), content.get("classes")
+def _drop_averaged(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return one set of weights, and the names of a second set that the file also has.
+
+    MMDetection 2 swaps both sets before it saves: the plain names hold the averaged weights, so these are kept.
+    """
+    averaged = [name for name in state if name.startswith(AVERAGED_PREFIX)]
+    if len(averaged) == len(state):
+        return {name.removeprefix(AVERAGED_PREFIX): value for name, value in state.items()}, []
+    plain = {name: value for name, value in state.items() if not name.startswith(AVERAGED_PREFIX)}
+    return plain, averaged
+
+
+def _rename_legacy_offset(name: str) -> str:
+    """Return today's name of a weight: the first mmcv called the layer that predicts offsets `conv2_offset`."""
+    return re.sub(r"\b(conv\d)_offset\.", r"\1.conv_offset.", name)
+
+
+def _find_config(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the configuration, which our own files keep beside the weights."""
+    config = content.get("config")
+    if config is None:
+        return None
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{path}: expected `config` to be a dict, got {type(config).__name__}")
+    return dict(config)
+
+
+def _find_classes(path: Path, content: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return the class names: ours are beside the weights, MMDetection's inside `meta`."""
+    classes = content.get("classes")
     meta = content.get("meta")
     if classes is None and isinstance(meta, Mapping):
-        dataset = meta.get("dataset_meta")
-        for source in (dataset if isinstance(dataset, Mapping) else {}, meta):
-            classes = classes or source.get("classes") or source.get("CLASSES")
-    if config is not None and not isinstance(config, Mapping):
-        raise ValueError(f"{path}: expected `config` to be a dict, found {type(config).__name__}")
-    if classes is not None and not (isinstance(classes, list | tuple) and all(isinstance(n, str) for n in classes)):
-        raise ValueError(f"{path}: expected `classes` to be a list of names, found {classes!r}")
-    return None if config is None else dict(config), None if classes is None else tuple(classes)
-
-
-def _today(name: str) -> str:
-    """Return the present name of a weight: the first mmcv called the layer that predicts offsets `conv2_offset`."""
-    return re.sub(r"\b(conv\d)_offset\.", r"\1.conv_offset.", name)
+        dataset_meta = meta.get("dataset_meta")  # MMDetection 3; version 2 writes into `meta` itself
+        for source in (dataset_meta, meta):
+            if isinstance(source, Mapping):
+                classes = classes or source.get("classes") or source.get("CLASSES")
+    if classes is None:
+        return None
+    if not isinstance(classes, list | tuple) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"{path}: expected `classes` to be a list of names, got {classes!r}")
+    return tuple(classes)

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from detector.model.config import FasterRCNNConfig
+from detector.model.config import FasterRCNNConfig, rename_fields
 from detector.model.faster_rcnn import FasterRCNN
 from detector.weights.checkpoint import Checkpoint, read_checkpoint
 from detector.weights.load_weights import CLASSIFIER, copy_weights
 
-LAST_BLOCK = {(1, 2): 18, (5, 3): 50, (22, 3): 101}  # (last block of layer3, convolutions in a block) -> depth
+DEPTHS: dict[tuple[int, int], Literal[18, 50, 101]] = {(2, 2): 18, (6, 3): 50, (23, 3): 101}
+"""(blocks in layer3, convolutions in a block) -> depth."""
 
 
 def load(path: str | Path, device: torch.device | str | None = None) -> tuple[FasterRCNN, list[str]]:
@@ -23,8 +24,8 @@ def load(path: str | Path, device: torch.device | str | None = None) -> tuple[Fa
 
         model, class_names = detector.load("best.pt")
 
-    Files of this project hold the configuration. For MMDetection's files of this architecture it is read off the shapes
-    of the weights; the thresholds are then the defaults.
+    Files of this project hold the configuration. For MMDetection's files of this architecture it is inferred from the
+    shapes of the weights; the thresholds are then the defaults.
 
     Args:
         path: a checkpoint of training, a `.safetensors` file of `save_weights`, or an MMDetection file.
@@ -38,27 +39,29 @@ def load(path: str | Path, device: torch.device | str | None = None) -> tuple[Fa
         ValueError: the file is not a checkpoint of a detector, or the device is not there; the message names it.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # before the long way through the file
-        raise ValueError(f"device: cannot compute on {str(device)!r}: {str(error).splitlines()[0]}") from error
+    _check_device(device)  # first, because it takes less time than reading the file
+
     checkpoint = read_checkpoint(path)
     if CLASSIFIER not in checkpoint.state:
-        raise ValueError(f"{path}: not the weights of a whole detector, {CLASSIFIER} is missing")
+        raise ValueError(f"{path}: expected the weights of a whole detector, got a file without {CLASSIFIER}")
     config = infer_config(checkpoint.state) if checkpoint.config is None else _stored_config(checkpoint)
-    found = len(checkpoint.state[CLASSIFIER]) - 1
-    if found != config.num_classes:
-        raise ValueError(f"{path}: its configuration says {config.num_classes} classes, its weights have {found}")
-    names = checkpoint.classes or tuple(f"class {label}" for label in range(found))
-    if len(names) != found:
-        raise ValueError(f"{path}: {len(names)} class names, but its weights have {found} classes")
+
+    num_classes = len(checkpoint.state[CLASSIFIER]) - 1
+    if num_classes != config.num_classes:
+        raise ValueError(
+            f"{path}: expected weights of {config.num_classes} classes, as its configuration says, got {num_classes}"
+        )
+    names = checkpoint.classes or tuple(f"class {label}" for label in range(num_classes))
+    if len(names) != num_classes:
+        raise ValueError(f"{path}: expected {num_classes} class names, one per class of its weights, got {len(names)}")
+
     model = FasterRCNN(config)
     copy_weights(model, checkpoint)
     return model.to(device).eval(), list(names)
 
 
 def infer_config(state: Mapping[str, Tensor]) -> FasterRCNNConfig:
-    """Read the architecture off the names and shapes of a detector's weights.
+    """Infer the architecture from the names and shapes of a detector's weights.
 
     Args:
         state: state dict under MMDetection's names.
@@ -69,31 +72,53 @@ def infer_config(state: Mapping[str, Tensor]) -> FasterRCNNConfig:
     Raises:
         ValueError: the weights are not those of a ResNet 18, 50 or 101 with FPN and two fully connected layers.
     """
-    last = max((index for index in range(23) if f"backbone.layer3.{index}.conv1.weight" in state), default=None)
-    convolutions = 3 if "backbone.layer3.0.conv3.weight" in state else 2
-    depth = LAST_BLOCK.get((last, convolutions))
+    num_blocks = 0
+    while f"backbone.layer3.{num_blocks}.conv1.weight" in state:
+        num_blocks += 1
+    num_convs = 3 if "backbone.layer3.0.conv3.weight" in state else 2
+    depth = DEPTHS.get((num_blocks, num_convs))
     if depth is None:
-        raise ValueError(f"weights: expected a ResNet of depth {sorted(LAST_BLOCK.values())}, found another backbone")
-    offsets = [f"backbone.layer{stage}.0.conv2.conv_offset.weight" for stage in range(1, 5)]
-    channels = next((len(state[name]) for name in offsets if name in state), 0)
-    taps = 27 if channels % 27 == 0 else 18  # per deformable group: offsets and mask, or offsets alone
+        raise ValueError(f"weights: expected a ResNet of depth {sorted(DEPTHS.values())}, got another backbone")
+
     return FasterRCNNConfig(
         depth=depth,
         num_classes=len(state[CLASSIFIER]) - 1,
-        dcn=None if channels == 0 else "v2" if taps == 27 else "v1",
-        dcn_stages=tuple(name in state for name in offsets),
-        deform_groups=max(channels // taps, 1),
         mask="roi_head.mask_head.conv_logits.weight" in state,
         norm="bn" if "backbone.bn1.running_mean" in state else "gn",
         base_channels=len(state["backbone.conv1.weight"]),
         fpn_channels=len(state["neck.fpn_convs.0.conv.weight"]),
         fc_channels=len(state["roi_head.bbox_head.shared_fcs.0.weight"]),
+        **_infer_deformable_fields(state),
     )
 
 
+def _infer_deformable_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return `dcn`, `dcn_stages` and `deform_groups` of a `FasterRCNNConfig`."""
+    names = [f"backbone.layer{stage}.0.conv2.conv_offset.weight" for stage in range(1, 5)]
+    stages = tuple(name in state for name in names)
+    if not any(stages):
+        return {"dcn": None, "dcn_stages": stages}
+
+    # Per group and tap of the 3x3 kernel: two offsets and a mask (version 2), or two offsets alone (version 1).
+    channels = next(len(state[name]) for name in names if name in state)
+    if channels % 27 == 0:
+        return {"dcn": "v2", "dcn_stages": stages, "deform_groups": channels // 27}
+    return {"dcn": "v1", "dcn_stages": stages, "deform_groups": max(channels // 18, 1)}
+
+
+def _check_device(device: torch.device | str) -> None:
+    """Raise ValueError if nothing can be computed on the device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).splitlines()[0]
+        raise ValueError(f"device: cannot compute on {str(device)!r}: {first_line}") from error
+
+
 def _stored_config(checkpoint: Checkpoint) -> FasterRCNNConfig:
-    """Rebuild the configuration of a checkpoint of training, where it is part of the run's, or of shared weights."""
-    stored = checkpoint.config.get("model", checkpoint.config)
+    """Rebuild the model's configuration; in a checkpoint of training it is the field "model" of the run's."""
+    assert checkpoint.config is not None
+    stored = rename_fields(checkpoint.config.get("model", checkpoint.config))
     known = {field.name for field in fields(FasterRCNNConfig)}
     unknown = sorted(set(stored) - known)
     if unknown:
@@ -101,9 +126,11 @@ def _stored_config(checkpoint: Checkpoint) -> FasterRCNNConfig:
             f"{checkpoint.path}: unknown fields in its configuration of the model: {', '.join(unknown)}; "
             "a newer version of this package wrote it"
         )
-    return FasterRCNNConfig(**{name: _tuples(value) for name, value in stored.items()})
+    return FasterRCNNConfig(**{name: _to_tuples(value) for name, value in stored.items()})
 
 
-def _tuples(value: Any) -> Any:
-    """Undo what JSON does to tuples."""
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+def _to_tuples(value: Any) -> Any:
+    """Turn lists back into the tuples that they were before JSON."""
+    if isinstance(value, list):
+        return tuple(_to_tuples(item) for item in value)
+    return value

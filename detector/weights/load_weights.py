@@ -1,4 +1,4 @@
-"""Weights from files into a model, name by name, with an account of what went where."""
+"""Weights from a file into a model that exists already, name by name, with a summary of what went where."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 from detector.weights.checkpoint import Checkpoint, list_names, read_checkpoint
 
-HEADS = ("roi_head.bbox_head.fc_cls", "roi_head.bbox_head.fc_reg", "roi_head.mask_head.conv_logits")
+HEADS = (  # the layers whose size is the number of classes
+    "roi_head.bbox_head.fc_cls",
+    "roi_head.bbox_head.fc_reg",
+    "roi_head.mask_head.conv_logits",
+)
 CLASSIFIER = "roi_head.bbox_head.fc_cls.weight"  # (classes + 1, hidden): the last row is background
 
 
@@ -38,7 +42,9 @@ class LoadSummary:
             "unexpected, not used": self.unexpected,
             "skipped": self.skipped,
         }
-        lines += [f"  {len(names)} {kind}: {list_names(names)}" for kind, names in kinds.items() if names]
+        for kind, names in kinds.items():
+            if names:
+                lines.append(f"  {len(names)} {kind}: {list_names(names)}")
         return "\n".join(lines)
 
 
@@ -63,57 +69,91 @@ def load_weights(model: nn.Module, path: str | Path, *, strict: bool = True, ski
 
 
 def copy_weights(
-    model: nn.Module, checkpoint: Checkpoint, *, strict: bool = True, skip_heads: bool = False
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    strict: bool = True,
+    skip_heads: bool = False,
 ) -> LoadSummary:
     """Copy a checkpoint that has been read into a model; as `load_weights`."""
-    ours = model.state_dict()
-    state, skipped = dict(checkpoint.state), list(checkpoint.dropped)
+    model_state = model.state_dict()
+    state = checkpoint.state
+    skipped = list(checkpoint.dropped)
+
     from_imagenet = "conv1.weight" in state and "layer1.0.conv1.weight" in state
     if from_imagenet:
-        skipped += [state_name for state_name in state if state_name.startswith("fc.")]
-        state = {name: value for name, value in state.items() if not name.startswith("fc.")}
-        if "backbone.conv1.weight" in ours:
+        state, classifier = _split(state, ("fc.",))
+        skipped += classifier
+        if "backbone.conv1.weight" in model_state:
             state = {f"backbone.{name}": value for name, value in state.items()}
-    flat = {name.replace(".", "_"): name for name in ours}  # as the averaged weights of MMDetection 2 are called
-    state = {flat.get(name, name): value for name, value in state.items()}
-    if skip_heads:
-        heads = [name for name in state if name.startswith(HEADS)]
-        skipped += heads
-        state = {name: value for name, value in state.items() if name not in heads}
 
-    _check_shapes(checkpoint.path, ours, state)
-    missing = [name for name in ours if name not in state]
-    unexpected = [name for name in state if name not in ours]
+    # The averaged weights of MMDetection 2 have underscores where the names of the model have dots.
+    dotted = {name.replace(".", "_"): name for name in model_state}
+    state = {dotted.get(name, name): value for name, value in state.items()}
+    if skip_heads:
+        state, heads = _split(state, HEADS)
+        skipped += heads
+
+    _check_shapes(checkpoint.path, model_state, state)
+    loaded = [name for name in model_state if name in state]
+    missing = [name for name in model_state if name not in state]
+    unexpected = [name for name in state if name not in model_state]
     if strict:
-        excused = [name for name in missing if _may_be_missing(name, from_imagenet, skip_heads)]
-        absent = [name for name in missing if name not in excused]
-        if absent or unexpected:
+        not_optional = [name for name in missing if not _is_optional(name, from_imagenet, skip_heads)]
+        if not_optional or unexpected:
             raise ValueError(
                 f"{checkpoint.path} does not fit the model: "
-                f"{len(absent)} names missing in the file ({list_names(absent) or 'none'}), "
+                f"{len(not_optional)} names missing in the file ({list_names(not_optional) or 'none'}), "
                 f"{len(unexpected)} unknown to the model ({list_names(unexpected) or 'none'})"
             )
-    loaded = [name for name in ours if name in state]
+
     model.load_state_dict({name: state[name] for name in loaded}, strict=False)
-    return LoadSummary(checkpoint.path, tuple(loaded), tuple(missing), tuple(unexpected), tuple(skipped))
+    return LoadSummary(
+        path=checkpoint.path,
+        loaded=tuple(loaded),
+        missing=tuple(missing),
+        unexpected=tuple(unexpected),
+        skipped=tuple(skipped),
+    )
 
 
-def _may_be_missing(name: str, from_imagenet: bool, skip_heads: bool) -> bool:
-    """Tell whether the model's own value will do. Old files lack the counter that batch norms never read here."""
-    if name.endswith(".num_batches_tracked") or (skip_heads and name.startswith(HEADS)):
+def _split(state: dict[str, Tensor], prefixes: tuple[str, ...]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the weights whose names have none of the prefixes, and the names of the others."""
+    kept = {name: value for name, value in state.items() if not name.startswith(prefixes)}
+    left_out = [name for name in state if name.startswith(prefixes)]
+    return kept, left_out
+
+
+def _is_optional(name: str, from_imagenet: bool, skip_heads: bool) -> bool:
+    """Tell whether the model can keep its own value of a weight that the file does not have."""
+    if name.endswith(".num_batches_tracked"):
+        return True  # old files lack this counter, and no batch norm of the model reads it
+    if skip_heads and name.startswith(HEADS):
         return True
-    return from_imagenet and (".conv_offset." in name or name.startswith(("neck.", "rpn_head.", "roi_head.")))
+    if from_imagenet:
+        return ".conv_offset." in name or name.startswith(("neck.", "rpn_head.", "roi_head."))
+    return False
 
 
-def _check_shapes(path: Path, ours: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    """Raise ValueError if a weight has another shape than the model's; different class counts get their own words."""
-    wrong = [name for name in ours if name in state and state[name].shape != ours[name].shape]
-    if CLASSIFIER in wrong and ours[CLASSIFIER].shape[1:] == state[CLASSIFIER].shape[1:]:
-        heads = [name for name in wrong if name.startswith(HEADS)]
-        raise ValueError(
-            f"{path}: the file has {len(state[CLASSIFIER]) - 1} classes, the model has {len(ours[CLASSIFIER]) - 1} "
-            f"({list_names(heads)}). To keep everything but these last layers, load with skip_heads=True"
-        )
-    if wrong:
-        shapes = [f"{name} {tuple(state[name].shape)} instead of {tuple(ours[name].shape)}" for name in wrong]
-        raise ValueError(f"{path} does not fit the model: {len(wrong)} shapes differ: {list_names(shapes)}")
+def _check_shapes(path: Path, model_state: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Raise ValueError if a weight has another shape than the model's.
+
+    Another number of classes, the most frequent reason, has a message of its own.
+    """
+    differing = [name for name in model_state if name in state and state[name].shape != model_state[name].shape]
+    if CLASSIFIER in differing:
+        expected = model_state[CLASSIFIER]
+        got = state[CLASSIFIER]
+        if expected.shape[1:] == got.shape[1:]:
+            heads = [name for name in differing if name.startswith(HEADS)]
+            raise ValueError(
+                f"{path}: expected {len(expected) - 1} classes, as the model has, got {len(got) - 1} "
+                f"({list_names(heads)}). To keep everything but these last layers, load with skip_heads=True"
+            )
+    if differing:
+        shapes = []
+        for name in differing:
+            expected_shape = tuple(model_state[name].shape)
+            got_shape = tuple(state[name].shape)
+            shapes.append(f"{name}: expected {expected_shape}, got {got_shape}")
+        raise ValueError(f"{path} does not fit the model: {len(shapes)} shapes differ: {list_names(shapes)}")
