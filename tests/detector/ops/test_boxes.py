@@ -14,25 +14,26 @@ def test_codec_golden(golden, coder, dtype, suffix, atol):
     arrays, params = golden("heads")
     rois, gts, deltas = (torch.from_numpy(arrays[f"{coder}.{name}"]).to(dtype) for name in ("rois", "gts", "deltas"))
     sizes = torch.tensor([params[coder]["max_shape"]])
+    rtol = 1e-6 if atol > 1e-6 else 1e-12
 
-    def check(found, name):
+    def check(actual, name):
         expected = torch.from_numpy(arrays[f"{coder}.{name}_{suffix}"])
-        torch.testing.assert_close(
-            found.reshape(expected.shape), expected, rtol=1e-6 if atol > 1e-6 else 1e-12, atol=atol
-        )
+        torch.testing.assert_close(actual.reshape(expected.shape), expected, rtol=rtol, atol=atol)
 
     check(encode(rois, gts, STDS[coder]), "encode")
     boxes = decode(rois[:, None], deltas.view(-1, 3, 4), STDS[coder])
     check(boxes, "decode_noclip")
     check(clip(boxes[None], sizes), "decode")
-    check(clip(decode(rois, deltas[:, :4], STDS[coder])[None], sizes), "decode_one")
+    first_class = decode(rois, deltas[:, :4], STDS[coder])
+    check(clip(first_class[None], sizes), "decode_one")
 
 
 def test_decode_inverts_encode():
     corner = torch.rand(50, 2, dtype=torch.float64) * 100
     boxes = torch.cat([corner, corner + 5 + torch.rand(50, 2) * 40], 1)
     targets = boxes.flip(0)
-    torch.testing.assert_close(decode(boxes, encode(boxes, targets, STDS["coder1"]), STDS["coder1"]), targets)
+    deltas = encode(boxes, targets, STDS["coder1"])
+    torch.testing.assert_close(decode(boxes, deltas, STDS["coder1"]), targets)
 
 
 def test_iou_by_hand():

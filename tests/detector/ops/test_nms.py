@@ -20,23 +20,27 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def oracle(boxes: np.ndarray, scores: np.ndarray, valid: np.ndarray, threshold: float) -> np.ndarray:
     """Greedy suppression of one group as its definition reads; boxes (M, 4) -> keep (M,)."""
     keep = np.zeros(len(boxes), bool)
-    alive = [i for i in range(len(boxes)) if valid[i] and not math.isnan(scores[i])]
-    alive = np.array(sorted(alive, key=lambda i: -scores[i]), int)  # sorted is stable
+    live = [i for i in range(len(boxes)) if valid[i] and not math.isnan(scores[i])]
+    live.sort(key=lambda i: -scores[i])  # a stable sort
+    rest = np.array(live, int)
     threshold = boxes.dtype.type(threshold)
     with np.errstate(all="ignore"):
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        while len(alive):
-            best, alive = alive[0], alive[1:]
+        while len(rest):
+            best = rest[0]
+            rest = rest[1:]
             keep[best] = True
-            low = np.maximum(boxes[best, :2], boxes[alive, :2])
-            side = np.maximum(np.minimum(boxes[best, 2:], boxes[alive, 2:]) - low, 0)
-            inter = side[:, 0] * side[:, 1]
-            alive = alive[~(inter / (area[best] + area[alive] - inter) > threshold)]
+            low = np.maximum(boxes[best, :2], boxes[rest, :2])
+            high = np.minimum(boxes[best, 2:], boxes[rest, 2:])
+            sides = np.maximum(high - low, 0)
+            inter = sides[:, 0] * sides[:, 1]
+            iou = inter / (area[best] + area[rest] - inter)
+            rest = rest[~(iou > threshold)]
     return keep
 
 
 def expected(boxes, scores, valid, threshold):
-    """The oracle on every group of tensors."""
+    """Return what the oracle keeps of every group of tensors."""
     groups = zip(boxes.numpy(), scores.double().numpy(), valid.numpy(), strict=True)
     keep = [oracle(*group, threshold) for group in groups]
     return torch.from_numpy(np.stack(keep)) if keep else torch.zeros_like(valid)
@@ -45,16 +49,22 @@ def expected(boxes, scores, valid, threshold):
 def random_groups(groups, size, *, spread=100.0, side=20.0, dtype=torch.float32):
     """Boxes on a grid of 1/4, so that ties and equal boxes occur; scores with ties, NaN and -inf; some padding."""
     low = torch.rand(groups, size, 2, dtype=dtype) * spread
-    boxes = torch.cat([low, low + (torch.rand(groups, size, 2, dtype=dtype) * 1.05 - 0.05) * side], 2)
+    sides = (torch.rand(groups, size, 2, dtype=dtype) * 1.05 - 0.05) * side  # a few are negative
+    boxes = torch.cat([low, low + sides], 2)
+    boxes = (boxes * 4).round() / 4
     scores = (torch.rand(groups, size, dtype=dtype) * 50).round() / 50
     scores[torch.rand(groups, size) < 0.03] = math.nan
     scores[torch.rand(groups, size) < 0.03] = -math.inf
-    return (boxes * 4).round() / 4, scores, torch.rand(groups, size) < 0.9
+    valid = torch.rand(groups, size) < 0.9
+    return boxes, scores, valid
 
 
 @st.composite
 def problems(draw, largest=40):
-    groups, size = draw(st.integers(0, 3)), draw(st.integers(0, largest))
+    """Draw the arguments of `batched_nms`: few different numbers, so that equal boxes and scores are common."""
+    groups = draw(st.integers(0, 3))
+    size = draw(st.integers(0, largest))
+    count = groups * size
     coordinate = st.integers(-4, 12).map(lambda n: n / 2) | st.sampled_from([math.nan, math.inf, 1e30])
     corner = st.tuples(coordinate, coordinate)
     box = st.one_of(
@@ -62,14 +72,17 @@ def problems(draw, largest=40):
         st.sampled_from([(0.0, 0.0, 2.0, 2.0), (0.0, 0.0, 2.0, 4.0), (1.0, 1.0, 1.0, 1.0), (0.0, 0.0, 6.0, 6.0)]),
     )
     score = st.sampled_from([0.0, 0.25, 0.5, 0.5, 0.75, 1.0, -1.0, math.nan, math.inf, -math.inf])
-    count = groups * size
-    boxes = torch.tensor(draw(st.lists(box, min_size=count, max_size=count)), dtype=torch.float32)
-    scores = torch.tensor(draw(st.lists(score, min_size=count, max_size=count)), dtype=torch.float32)
-    valid = torch.tensor(
-        draw(st.lists(st.booleans() | st.just(True), min_size=count, max_size=count)), dtype=torch.bool
-    )
-    shaped = boxes.reshape(groups, size, 4), scores.reshape(groups, size), valid.reshape(groups, size)
-    return *shaped, draw(st.sampled_from([0.0, 0.25, 0.5, 0.7, 1.0]))
+    is_valid = st.booleans() | st.just(True)
+
+    def draw_tensor(element, dtype, *shape):
+        values = draw(st.lists(element, min_size=count, max_size=count))
+        return torch.tensor(values, dtype=dtype).reshape(groups, size, *shape)
+
+    boxes = draw_tensor(box, torch.float32, 4)
+    scores = draw_tensor(score, torch.float32)
+    valid = draw_tensor(is_valid, torch.bool)
+    threshold = draw(st.sampled_from([0.0, 0.25, 0.5, 0.7, 1.0]))
+    return boxes, scores, valid, threshold
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -91,7 +104,7 @@ def test_matches_brute_force(problem):
     ],
 )
 def test_sizes(groups, size, spread, threshold):
-    problem = *random_groups(groups, size, spread=spread), threshold
+    problem = (*random_groups(groups, size, spread=spread), threshold)
     assert torch.equal(batched_nms(*problem), expected(*problem))
 
 
@@ -102,17 +115,19 @@ def test_identical_boxes_keep_the_first():
 
 
 def test_long_chain_of_suppressions():
-    """Each box overlaps the next only: every other one stays, decided one after the other."""
+    """Each box overlaps only the next: every second one stays, decided one after the other."""
     x = torch.arange(700, dtype=torch.float32)
     boxes = torch.stack([x, torch.zeros(700), x + 1.5, torch.ones(700)], 1)[None]
-    keep = batched_nms(boxes, torch.linspace(1, 0, 700)[None], torch.ones(1, 700, dtype=torch.bool), 0.15)
+    scores = torch.linspace(1, 0, 700)[None]
+    keep = batched_nms(boxes, scores, torch.ones(1, 700, dtype=torch.bool), 0.15)
     assert keep[0].nonzero()[:, 0].tolist() == list(range(0, 700, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_dtypes(dtype):
     boxes, scores, valid = random_groups(3, 50, spread=15.0, side=8.0)
-    boxes, scores = boxes.to(dtype), scores.to(dtype)
+    boxes = boxes.to(dtype)
+    scores = scores.to(dtype)
     computed = boxes if dtype == torch.float64 else boxes.float()
     assert torch.equal(batched_nms(boxes, scores, valid, 0.4), expected(computed, scores, valid, 0.4))
 
@@ -122,8 +137,8 @@ def test_any_strides():
     keep = batched_nms(boxes, scores, valid, 0.5)
     views = [tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (boxes, scores, valid)]
     assert torch.equal(batched_nms(*views, 0.5), keep)
-    one = boxes[:1].expand(4, -1, -1), scores[:1].expand(4, -1), valid[:1].expand(4, -1)
-    assert torch.equal(batched_nms(*one, 0.5), keep[:1].expand(4, -1))
+    expanded = (boxes[:1].expand(4, -1, -1), scores[:1].expand(4, -1), valid[:1].expand(4, -1))
+    assert torch.equal(batched_nms(*expanded, 0.5), keep[:1].expand(4, -1))
 
 
 @pytest.mark.parametrize("case", [f"s{i:02}" for i in range(9)])
@@ -136,7 +151,8 @@ def test_golden_one_class(golden, case):
 @pytest.mark.parametrize("case", [f"b{i:02}" for i in range(6)])
 def test_golden_by_id(golden, case):
     arrays, parameters = golden("nms")
-    boxes, scores, ids, keep = (torch.from_numpy(arrays[f"{case}.{n}"]) for n in ("boxes", "scores", "ids", "keep"))
+    names = ("boxes", "scores", "ids", "keep")
+    boxes, scores, ids, keep = (torch.from_numpy(arrays[f"{case}.{name}"]) for name in names)
     assert nms_by_id(boxes, scores, ids, parameters[case]["iou_threshold"]).tolist() == keep.tolist()
 
 
@@ -150,10 +166,10 @@ def test_golden_multiclass(golden, case):
     boxes = torch.from_numpy(arrays[f"{case}.boxes"]).view(len(scores), -1, 4).expand(-1, classes, 4)
     valid = scores > parameters["score_thr"]
     keep = batched_nms(boxes.transpose(0, 1), scores.t(), valid.t(), parameters["iou_threshold"])
-    found = keep.t().flatten().nonzero()[:, 0]
-    found = found[scores.flatten()[found].sort(descending=True, stable=True).indices]
-    limit = parameters["max_num"] if parameters["max_num"] > 0 else len(found)
-    assert found[:limit].tolist() == arrays[f"{case}.inds"].tolist()
+    kept = keep.t().flatten().nonzero()[:, 0]
+    kept = kept[scores.flatten()[kept].sort(descending=True, stable=True).indices]
+    limit = parameters["max_num"] if parameters["max_num"] > 0 else len(kept)
+    assert kept[:limit].tolist() == arrays[f"{case}.inds"].tolist()
 
 
 def test_nms_and_nms_by_id_sort_by_score():
@@ -176,8 +192,9 @@ def test_nms_and_nms_by_id_sort_by_score():
 )
 def test_errors(change, error, message):
     arguments = {"boxes": torch.zeros(2, 3, 4), "scores": torch.zeros(2, 3), "valid": torch.ones(2, 3).bool()}
+    arguments |= change
     with pytest.raises(error, match=message):
-        batched_nms(**(arguments | change), iou_threshold=0.5)
+        batched_nms(**arguments, iou_threshold=0.5)
 
 
 def test_opcheck():
@@ -185,10 +202,13 @@ def test_opcheck():
 
 
 def test_compiles_as_one_graph():
-    compiled = torch.compile(lambda b, s, v: batched_nms(b * 2, s, v, 0.5).sum(1), fullgraph=True, backend="aot_eager")
+    def count_kept(boxes, scores, valid):
+        return batched_nms(boxes * 2, scores, valid, 0.5).sum(1)
+
+    compiled = torch.compile(count_kept, fullgraph=True, backend="aot_eager")
     for size in (12, 20):
-        boxes, scores, valid = random_groups(2, size, spread=20.0)
-        assert torch.equal(compiled(boxes, scores, valid), batched_nms(boxes * 2, scores, valid, 0.5).sum(1))
+        groups = random_groups(2, size, spread=20.0)
+        assert torch.equal(compiled(*groups), count_kept(*groups))
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
@@ -218,7 +238,8 @@ class TestKernels:
     )
     def test_sizes(self, run, groups, size, dtype):
         boxes, scores, valid = random_groups(groups, size, spread=30.0)
-        boxes, scores = boxes.to(dtype), scores.to(dtype)
+        boxes = boxes.to(dtype)
+        scores = scores.to(dtype)
         computed = boxes if dtype == torch.float64 else boxes.float()
         assert torch.equal(run(boxes, scores, valid, 0.3), expected(computed, scores, valid, 0.3))
 
