@@ -1,8 +1,12 @@
-"""What the `embedding_bag` formulation of deformable convolution reads: tables of pixels, rows and weights of samples.
+"""What `torch_backend` samples with: tables of pixels, and the table rows and weights of each sample.
 
-Letters: B batch, n images of a piece, C channels, G groups, D offset groups, K taps, P positions of an image, p those
-of a piece, L = lcm(G, D) slices of the channels, J = L / G of them in a group. Samples are ordered
-(G, n, p, K, J).
+Receives the tensors and the geometry of a call, a part of its images and positions at a time.
+
+Letters: B images, n images of a part, C channels, G channel groups, D offset groups, K taps, P positions of an image,
+p positions of a part, L = lcm(G, D) slices of the channels, J = L / G slices of a group.
+
+Within a slice all channels have the same group and the same offset group, so that a slice is what a sample reads at
+once. Samples are ordered (G, n, p, K, J).
 """
 
 from __future__ import annotations
@@ -17,80 +21,134 @@ from torch import Tensor
 from triton_dcn.geometry import ConvGeometry, even_slices
 
 CHUNK_BYTES = 8 << 20
-"""Size of the columns and indices of one piece; the backward pass holds a few such buffers."""
+"""Size of the columns and indices of one chunk; the backward pass holds a few such buffers."""
+
 CHUNK_WEIGHTS = 3
-"""Columns of one piece may be this many times as large as the weight, which the products rearrange for every piece."""
-LIMIT = float(1 << 30)
-"""Pixels; larger offsets are cut to it, so that positions are int32."""
+"""Columns of one chunk may be this many times as large as the weight, which the products rearrange for every chunk."""
+
+FAR = float(1 << 30)
+"""Pixels; larger offsets are limited to it, so that positions fit in int32."""
+
+
+class Block(NamedTuple):
+    """Positions whose samples are computed at once.
+
+    Attributes:
+        positions: of the images.
+        chunks: positions within the block whose columns are computed, and contracted, at once.
+    """
+
+    positions: slice
+    chunks: list[slice]
 
 
 class BilinearSamples(NamedTuple):
-    """Four table rows and weights per sample, and the factors of the weights."""
+    """The samples of a block: four corners each, and what the weights of the corners are made of.
 
-    rows: Tensor  # (G, n, p, K, J, 4) int32 or int64
-    weights: Tensor  # (G, n, p, K, J, 4)
-    fractions: Tensor  # (2, n, p, K, D): y, x within the cell
-    mask: Tensor | None  # (n, p, K, D)
+    Attributes:
+        rows: (G, n, p, K, J, 4), int32 or int64, the table row of each corner: top left, top right, bottom left,
+            bottom right.
+        weights: (G, n, p, K, J, 4), the weight of each corner, the mask included.
+        fractions: (2, n, p, K, D), y and x from the top left corner.
+        mask: (n, p, K, D), 0 outside the image; None in version 1.
+    """
 
-    def piece(self, positions: slice) -> tuple[Tensor, Tensor]:
-        """Return rows and weights of some of the positions."""
+    rows: Tensor
+    weights: Tensor
+    fractions: Tensor
+    mask: Tensor | None
+
+    def chunk(self, positions: slice) -> tuple[Tensor, Tensor]:
+        """Return rows and weights of some positions, flat."""
         return self.rows[:, :, positions].flatten(), self.weights[:, :, positions].flatten()
 
 
-def cut(geom: ConvGeometry, itemsize: int) -> Iterator[tuple[slice, list[tuple[slice, list[slice]]]]]:
-    """Cut the work into images, within these positions to sample at once, within these positions to contract at once.
+def divide_work(geom: ConvGeometry, itemsize: int) -> Iterator[tuple[slice, list[Block]]]:
+    """Divide the images and their positions so that memory stays bounded.
 
-    The images' table and the rows and weights of the first stay near CHUNK_BYTES each, the columns of the second near
-    that or CHUNK_WEIGHTS weights. Computed for many positions at once, rows and weights keep every thread busy and cost
-    few calls; columns are contracted while they are in the cache.
+    The table of some images, and the rows and weights of a block, take about CHUNK_BYTES each; the columns of a chunk
+    take as much, or as much as CHUNK_WEIGHTS weights. Blocks are large because rows and weights of many positions keep
+    all threads busy with few calls. Chunks are small because columns are contracted while they are in the cache.
+
+    Args:
+        geom: of the call.
+        itemsize: bytes of an element in the dtype of the computation.
 
     Yields:
-        Slices of the batch; for each, slices of its positions; for each of these, slices within it.
+        Slices of the batch, and the blocks of each.
     """
-    pixel = geom.in_channels * itemsize
-    sample = 64 * geom.taps * slice_count(geom)  # four rows and weights, and their order
-    column = geom.taps * pixel + sample
-    image = max(geom.positions * column, (geom.height + 3) * (geom.width + 2) * pixel)
-    piece = max(CHUNK_BYTES, CHUNK_WEIGHTS * geom.out_channels * geom.taps * pixel // geom.groups)
-    blocks = [
-        (block, even_slices(block.stop - block.start, max(1, piece // column)))
-        for block in even_slices(geom.positions, max(1, CHUNK_BYTES // sample))
-    ]
-    for images in even_slices(geom.batch, max(1, CHUNK_BYTES // image)):
+    pixel_bytes = geom.in_channels * itemsize
+    sample_bytes = 64 * geom.taps * slice_count(geom)  # per position: four rows and weights, and their order
+    column_bytes = geom.taps * pixel_bytes + sample_bytes
+    table_bytes = (geom.height + 3) * (geom.width + 2) * pixel_bytes
+    image_bytes = max(geom.positions * column_bytes, table_bytes)
+    weight_bytes = geom.out_channels * geom.taps * pixel_bytes // geom.groups
+    chunk_bytes = max(CHUNK_BYTES, CHUNK_WEIGHTS * weight_bytes)
+
+    blocks = []
+    for positions in even_slices(geom.positions, max(1, CHUNK_BYTES // sample_bytes)):
+        chunks = even_slices(positions.stop - positions.start, max(1, chunk_bytes // column_bytes))
+        blocks.append(Block(positions, chunks))
+    for images in even_slices(geom.batch, max(1, CHUNK_BYTES // image_bytes)):
         yield images, blocks
 
 
+def slice_count(geom: ConvGeometry) -> int:
+    """Return the number of slices of the channels, L."""
+    return math.lcm(geom.groups, geom.offset_groups)
+
+
+def view_slices(geom: ConvGeometry, rows: Tensor) -> Tensor:
+    """View rows of C channels as rows of slices: (any, C/L)."""
+    return rows.view(-1, geom.in_channels // slice_count(geom))
+
+
+def view_samples(geom: ConvGeometry, tensor: Tensor, images: slice, positions: slice) -> Tensor:
+    """View some positions of offsets (B, 2*D*K, Ho, Wo) as (2, n, p, K, D), or of masks (B, D*K, Ho, Wo) as (1, ...).
+
+    Height and width must lie in memory as one dimension if the view is to be written to.
+    """
+    planes: Tensor = tensor[images].flatten(2)[..., positions]
+    return planes.unflatten(1, (geom.offset_groups, geom.taps, -1)).permute(3, 0, 4, 2, 1)
+
+
 def tap_grid(geom: ConvGeometry, device: torch.device) -> Tensor:
-    """Positions of the taps without offsets: (2, P, K), int32 pixels."""
-    axes = []
-    for axis, extent in enumerate((geom.out_height, geom.out_width)):
-        start = torch.arange(extent, dtype=torch.int32, device=device) * geom.stride[axis] - geom.padding[axis]
-        tap = torch.arange(geom.kernel[axis], dtype=torch.int32, device=device) * geom.dilation[axis]
-        axes.append(start[:, None] + tap)
-    y, x = axes
-    full = (geom.out_height, geom.out_width, *geom.kernel)
-    y, x = y[:, None, :, None].expand(full), x[None, :, None].expand(full)
+    """Return where the taps lie without offsets: (2, P, K), y and x, int32 pixels."""
+
+    def steps(count: int, step: int) -> Tensor:
+        return torch.arange(count, dtype=torch.int32, device=device) * step
+
+    window_y = steps(geom.out_height, geom.stride[0]) - geom.padding[0]  # where the first tap lies
+    window_x = steps(geom.out_width, geom.stride[1]) - geom.padding[1]
+    y = window_y[:, None] + steps(geom.kernel[0], geom.dilation[0])
+    x = window_x[:, None] + steps(geom.kernel[1], geom.dilation[1])
+
+    shape = (geom.out_height, geom.out_width, *geom.kernel)
+    y = y[:, None, :, None].expand(shape)
+    x = x[None, :, None, :].expand(shape)
     return torch.stack((y, x)).view(2, geom.positions, geom.taps)
 
 
 def make_table(geom: ConvGeometry, input: Tensor, dtype: torch.dtype) -> Tensor:
-    """Lay out images as rows of channels with zeros around: (R, C), R = (n * (H + 3) + 2) * (W + 2).
+    """Lay out images (n, C, H, W) as a table of pixels with zeros around them: (R, C).
 
-    Pixel (y, x) of image i is row (i * (H + 3) + y + 2) * (W + 2) + x + 1. All four corners exist for every cell with
-    -2 <= y <= H, -1 <= x <= W (the right neighbor of the last column is the first of the next row), and they are zero
-    for the cells at y = -2, y = H and x = W, which stand for everything outside.
+    R is (n * (H + 3) + 2) * (W + 2), and pixel (y, x) of image i is row (i * (H + 3) + y + 2) * (W + 2) + x + 1. All
+    four corners exist for every cell with -2 <= y <= H and -1 <= x <= W: the right neighbor of the last column is the
+    first column of the next row. The corners are zero for the cells at y = -2, y = H and x = W, which stand for
+    everything outside.
     """
-    n, c, h, w = input.shape
-    table = input.new_zeros((n * (h + 3) + 2) * (w + 2), c, dtype=dtype)
-    pixels(geom, table).copy_(input.permute(0, 2, 3, 1))
+    images, channels, height, width = input.shape
+    table = input.new_zeros((images * (height + 3) + 2) * (width + 2), channels, dtype=dtype)
+    view_pixels(geom, table).copy_(input.permute(0, 2, 3, 1))
     return table
 
 
-def pixels(geom: ConvGeometry, table: Tensor) -> Tensor:
-    """The pixels of a table as a view (n, H, W, C)."""
-    high, wide = geom.height + 3, geom.width + 2
-    n = len(table) // (high * wide)
-    return table[: n * high * wide].view(n, high, wide, -1)[:, 2:-1, 1:-1]
+def view_pixels(geom: ConvGeometry, table: Tensor) -> Tensor:
+    """View the pixels of the images that a table holds: (n, H, W, C)."""
+    row_length = geom.width + 2
+    image_rows = geom.height + 3
+    images = table[2 * row_length :].view(-1, image_rows, row_length, geom.in_channels)
+    return images[:, : geom.height, 1:-1]
 
 
 def make_samples(
@@ -102,63 +160,114 @@ def make_samples(
     grid: Tensor,
     dtype: torch.dtype,
 ) -> BilinearSamples:
-    """Compute which rows the samples of some positions read, and their weights in `dtype`.
+    """Compute which table rows the samples of a block read, and with which weights.
 
-    As in the kernels, the offset is split before the grid is added: the cell is exact, and the fractions have the
-    rounding of the offset alone, however large the image. Offsets beyond LIMIT, and NaN, lie outside.
+    Args:
+        geom: of the call.
+        offset: (B, 2*D*K, Ho, Wo), pixels.
+        mask: (B, D*K, Ho, Wo), the factor of each sample, or None.
+        images: the images that the table holds.
+        positions: the positions of the block.
+        grid: from `tap_grid`.
+        dtype: of the weights.
     """
-    move = per_sample(geom, offset, images, positions).to(dtype).nan_to_num(nan=LIMIT).clamp_(-LIMIT, LIMIT)
-    whole = move.floor()
-    fractions = move.sub_(whole)
-    cell = whole.to(torch.int32) + grid[:, None, positions, :, None]
-    before = cell + (fractions > 0) < 0  # at -1 or below
-    y = torch.where(before[0], -2, cell[0]).clamp_(max=geom.height)
-    x = torch.where(before[1], geom.width, cell[1]).clamp_(max=geom.width)
-    slices, pitch = slice_count(geom), geom.width + 2
-    small = (geom.batch * (geom.height + 3) + 2) * pitch * slices < 2**31
-    y, x = (y, x) if small else (y.long(), x.long())
-    image = torch.arange(len(y), dtype=y.dtype, device=y.device).view(-1, 1, 1, 1)
-    base = torch.add(x, y, alpha=pitch).add_((image * (geom.height + 3) + 2) * pitch + 1)
-    ly, lx = fractions
+    y, x, fractions = _find_cells(geom, view_samples(geom, offset, images, positions), grid[:, positions], dtype)
+    lower_weight = fractions[0]
     if mask is None:
-        lower, upper = ly, 1 - ly
+        upper_weight = 1 - lower_weight
     else:
-        mask = per_sample(geom, mask, images, positions).to(dtype).contiguous()
-        if not mask.is_cpu or not mask.sum().isfinite():  # what lies outside has no mask, be it NaN; a GPU is not asked
-            mask = torch.where((y < -1) | (y == geom.height) | (x == geom.width), 0, mask)
-        lower = ly * mask
-        upper = mask - lower
+        mask = view_samples(geom, mask, images, positions)[0].to(dtype).contiguous()
+        mask = _clear_outside(geom, mask, y, x)
+        lower_weight = lower_weight * mask
+        upper_weight = mask - lower_weight
 
-    def split(per_offset_group: Tensor) -> Tensor:  # (n, p, K, D) -> (n, p, K, G, J)
-        per_slice = per_offset_group.repeat_interleave(slices // geom.offset_groups, -1)
-        return per_slice.view(*per_slice.shape[:-1], geom.groups, slices // geom.groups)
+    slices = slice_count(geom)
+    row_length = geom.width + 2
+    image_rows = geom.height + 3
+    if (geom.batch * image_rows + 2) * row_length * slices >= 2**31:
+        y = y.long()
+        x = x.long()
+    image = torch.arange(len(y), dtype=y.dtype, device=y.device).view(-1, 1, 1, 1)
+    top_left = torch.add(x, y, alpha=row_length).add_((image * image_rows + 2) * row_length + 1)
+    top_left = _repeat_for_slices(geom, top_left) * slices
+    top_left = top_left + torch.arange(slices, dtype=y.dtype, device=y.device).view(geom.groups, -1)
+    rows = _corner_rows(geom, top_left)
 
-    base, lower, upper, lx = (split(x) for x in (base, lower, upper, lx))
-    base = base * slices + torch.arange(slices, dtype=base.dtype, device=base.device).view(geom.groups, -1)
-    shape = (geom.groups, *base.shape[:3], base.shape[4], 4)
-    rows, weights = base.new_empty(shape), lower.new_empty(shape)
-    row, part = (x.permute(5, 1, 2, 3, 0, 4) for x in (rows, weights))  # (4, n, p, K, G, J)
-    for corner, step in enumerate((0, 1, pitch, pitch + 1)):
-        torch.add(base, step * slices, out=row[corner])
-    torch.mul(upper, lx, out=part[1])
-    torch.sub(upper, part[1], out=part[0])
-    torch.mul(lower, lx, out=part[3])
-    torch.sub(lower, part[3], out=part[2])
+    weights = _corner_weights(
+        _repeat_for_slices(geom, upper_weight),
+        _repeat_for_slices(geom, lower_weight),
+        _repeat_for_slices(geom, fractions[1]),
+    )
     return BilinearSamples(rows, weights, fractions, mask)
 
 
-def per_sample(geom: ConvGeometry, tensor: Tensor, images: slice, positions: slice) -> Tensor:
-    """Offsets (B, 2*D*K, Ho, Wo) of some positions as (2, n, p, K, D), masks (B, D*K, Ho, Wo) as (n, p, K, D)."""
-    planes: Tensor = tensor[images].flatten(2)[..., positions].unflatten(1, (geom.offset_groups, geom.taps, -1))
-    planes = planes.permute(3, 0, 4, 2, 1)
-    return planes if len(planes) == 2 else planes[0]
+def _find_cells(geom: ConvGeometry, offset: Tensor, grid: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the top left corner of each sample, y and x (n, p, K, D) int32, and its fractions (2, n, p, K, D).
+
+    The whole pixels of the offset are split off before the grid is added, as in the Triton kernels: the corner is
+    exact, and the fractions are rounded as the offset alone is, however large the image. What lies at or beyond -1, H
+    or W, or is NaN, gets one of the corners that stand for everything outside, see `make_table`.
+
+    Args:
+        geom: of the call.
+        offset: (2, n, p, K, D).
+        grid: (2, p, K).
+        dtype: of the fractions.
+    """
+    fractions = offset.to(dtype).nan_to_num(nan=FAR).clamp_(-FAR, FAR)
+    whole = fractions.floor()
+    fractions.sub_(whole)
+    cell = whole.to(torch.int32) + grid[:, None, :, :, None]
+
+    at_most_minus_one = cell + (fractions > 0) < 0
+    y = torch.where(at_most_minus_one[0], -2, cell[0]).clamp_(max=geom.height)
+    x = torch.where(at_most_minus_one[1], geom.width, cell[1]).clamp_(max=geom.width)
+    return y, x, fractions
 
 
-def slice_count(geom: ConvGeometry) -> int:
-    """Slices of the channels within which group and offset group are the same: L."""
-    return math.lcm(geom.groups, geom.offset_groups)
+def _clear_outside(geom: ConvGeometry, mask: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """Return the mask with 0 where the sample lies outside the image, because it may be NaN there."""
+    if mask.is_cpu and mask.sum().isfinite():  # on a GPU, looking at a value would wait for the device
+        return mask
+    outside = (y < -1) | (y == geom.height) | (x == geom.width)
+    return torch.where(outside, 0, mask)
 
 
-def sliced(geom: ConvGeometry, rows: Tensor) -> Tensor:
-    """View rows of channels as rows of slices: (any, C / L)."""
-    return rows.view(-1, geom.in_channels // slice_count(geom))
+def _repeat_for_slices(geom: ConvGeometry, samples: Tensor) -> Tensor:
+    """Repeat values per offset group, (n, p, K, D), for the slices: (n, p, K, G, J)."""
+    slices = slice_count(geom)
+    repeated = samples.repeat_interleave(slices // geom.offset_groups, -1)
+    return repeated.view(*samples.shape[:-1], geom.groups, slices // geom.groups)
+
+
+def _corner_rows(geom: ConvGeometry, top_left: Tensor) -> Tensor:
+    """Return the rows of the four corners, (G, n, p, K, J, 4), from those of the first, (n, p, K, G, J)."""
+    rows, corners = _empty_corners(top_left)
+    slices = slice_count(geom)
+    row_length = geom.width + 2
+    for corner, pixels_from_first in enumerate((0, 1, row_length, row_length + 1)):
+        torch.add(top_left, pixels_from_first * slices, out=corners[corner])
+    return rows
+
+
+def _corner_weights(upper: Tensor, lower: Tensor, right: Tensor) -> Tensor:
+    """Return the weights of the four corners, (G, n, p, K, J, 4).
+
+    Args:
+        upper: (n, p, K, G, J), weight of the two upper corners together.
+        lower: (n, p, K, G, J), weight of the two lower corners together.
+        right: (n, p, K, G, J), the share of the right corners.
+    """
+    weights, (top_left, top_right, bottom_left, bottom_right) = _empty_corners(upper)
+    torch.mul(upper, right, out=top_right)
+    torch.sub(upper, top_right, out=top_left)
+    torch.mul(lower, right, out=bottom_right)
+    torch.sub(lower, bottom_right, out=bottom_left)
+    return weights
+
+
+def _empty_corners(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Allocate (G, n, p, K, J, 4) for a tensor of shape (n, p, K, G, J); also return it as (4, n, p, K, G, J)."""
+    images, positions, taps, groups, slices_per_group = like.shape
+    values = like.new_empty(groups, images, positions, taps, slices_per_group, 4)
+    return values, values.permute(5, 1, 2, 3, 0, 4)

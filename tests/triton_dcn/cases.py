@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
+from triton_dcn import reference
 from triton_dcn.geometry import ConvGeometry, conv_output_size
+from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where the Triton kernels run; on a CPU that is in Triton's interpreter, see `tests/conftest.py`."""
+
+QUANTITIES = ("output", "grad_input", "grad_offset", "grad_mask", "grad_weight")
+"""What `run_backend` returns."""
 
 # batch, in, out, (H, W), kernel, stride, padding, dilation, groups, offset groups, mask, bias
 CASES = {
@@ -51,6 +57,17 @@ class Case:
         return tuple(tensor is not None for tensor in self.tensors)
 
     @property
+    def offset_mask(self) -> OffsetMask:
+        """Offset and mask as one."""
+        return OffsetMask(self.tensors[1], self.tensors[2])
+
+    def double(self) -> Case:
+        """Return the inputs in float64."""
+        tensors = tuple(None if tensor is None else tensor.double() for tensor in self.tensors)
+        bias = None if self.bias is None else self.bias.double()
+        return Case(self.geom, tensors, bias, self.grad_output.double())
+
+    @property
     def arguments(self) -> dict:
         """Keyword arguments of `deform_conv2d` beside input, offset and weight."""
         geom = self.geom
@@ -58,6 +75,68 @@ class Case:
             "bias": self.bias, "mask": self.tensors[2],
             "stride": geom.stride, "padding": geom.padding, "dilation": geom.dilation,
         }  # fmt: skip
+
+
+def run_backend(
+    case: Case, backend: ModuleType, needs: tuple[bool, ...] | None = None, *, mask_logits: bool = False
+) -> dict[str, Tensor | None]:
+    """Run forward and backward of a backend without the operator around it.
+
+    Args:
+        case: what to compute.
+        backend: `triton_backend`, `torch_backend` or `reference`.
+        needs: which gradients to compute, of input, offset, mask and weight; None is all that exist.
+        mask_logits: the mask is the sigmoid of the case's mask.
+
+    Returns:
+        A value for each of `QUANTITIES`, None for the gradients that do not exist or are not needed.
+    """
+    input, offset, mask, weight = case.tensors
+    offset_mask = OffsetMask(offset, mask, mask_logits)
+    needs_input, needs_offset, needs_mask, needs_weight = case.needs if needs is None else needs
+    needs_mask = needs_mask and mask is not None
+    if backend is reference:
+        return _run_reference(case, offset_mask, (needs_input, needs_offset, needs_mask, needs_weight))
+
+    output = backend.forward(case.geom, input, offset_mask, weight, case.bias)
+    grad_offset_mask = OffsetMaskGrad(
+        _to_be_written(offset) if needs_offset else None,
+        _to_be_written(mask) if needs_mask else None,
+        mask_logits,
+    )
+    grad_input, grad_weight = backend.backward(
+        case.geom,
+        case.grad_output,
+        input,
+        offset_mask,
+        weight,
+        grad_offset_mask,
+        needs_input=needs_input,
+        needs_weight=needs_weight,
+    )
+    grads = (grad_input, grad_offset_mask.offset, grad_offset_mask.mask, grad_weight)
+    return dict(zip(QUANTITIES, (output, *grads), strict=True))
+
+
+def _run_reference(case: Case, offset_mask: OffsetMask, needs: tuple[bool, ...]) -> dict[str, Tensor | None]:
+    """Run the reference on leaves of its own, and autograd."""
+    tensors = (case.tensors[0], offset_mask.offset, offset_mask.mask, case.tensors[3])
+    input, offset, mask, weight = (
+        None if tensor is None else tensor.detach().requires_grad_(need)
+        for tensor, need in zip(tensors, needs, strict=True)
+    )
+    offset_mask = replace(offset_mask, offset=offset, mask=mask)
+    output = reference.forward(case.geom, input, offset_mask, weight, case.bias)
+
+    leaves = [leaf for leaf, need in zip((input, offset, mask, weight), needs, strict=True) if need]
+    grads = iter(torch.autograd.grad(output, leaves, case.grad_output) if leaves else ())
+    results = [output.detach(), *(next(grads) if need else None for need in needs)]
+    return dict(zip(QUANTITIES, results, strict=True))
+
+
+def _to_be_written(tensor: Tensor) -> Tensor:
+    """Return memory for a gradient, filled with NaN so that what a backend does not write is seen."""
+    return torch.full_like(tensor, torch.nan, memory_format=torch.contiguous_format)
 
 
 def device_of(backend: str) -> str:
