@@ -22,6 +22,7 @@ TARGETS = {
     "sm90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# Types of the arguments that several kernels share.
 LEVELS = {"heights": ("fp32",) * 4, "widths": ("fp32",) * 4}
 WEIGHTS = {"weights_ptr": "*fp32", "bounds_ptr": "*i32", "hulls_ptr": "*i32"}
 ROIS = {"rois_ptr": "*fp32", "levels_ptr": "*i64"}
@@ -34,23 +35,28 @@ def kernels():
         types = NMS | {"boxes_ptr": f"*{kind}"}
         yield f"overlap {kind}", nms.nms_overlap_kernel, types, {"THRESHOLD": 0.7}, 8, False
     yield "sweep", nms.nms_sweep_kernel, NMS, {}, 4, True
-    base = {"LEVELS": 4, "BINS": 7}
+
+    sizes = {"LEVELS": 4, "BINS": 7}
     for ratio, candidates in ((0, roi_weights.ADAPTIVE_CANDIDATES), (2, 2)):
-        known = base | {"SAMPLING_RATIO": ratio, "CANDIDATES": candidates, "MAX_SAMPLES": 1 << 20}
-        known |= {"BLOCK_L": roi_weights.BLOCK_L, "BLOCK_S": 8}
         types = LEVELS | WEIGHTS | ROIS | {"scales": ("fp32",) * 4}
-        yield f"weights {ratio}", roi_weights.roi_align_weights_kernel, types, known, 1, False
-    tile = {"TILE_H": roi_align.TILE[0], "TILE_W": roi_align.TILE[1], "BLOCK_C": 256, "BLOCK_S": 8}
+        constexprs = sizes | {"SAMPLING_RATIO": ratio, "CANDIDATES": candidates, "MAX_SAMPLES": 1 << 20}
+        constexprs |= {"BLOCK_L": roi_weights.BLOCK_L, "BLOCK_S": 8}
+        yield f"weights {ratio}", roi_weights.roi_align_weights_kernel, types, constexprs, 1, False
+
     for kind in ("bf16", "fp32"):
         types = LEVELS | WEIGHTS | ROIS | {"out_ptr": f"*{kind}", "feature_ptrs": (f"*{kind}",) * 4}
-        yield f"forward {kind}", roi_align.roi_align_forward_kernel, types, base | {"BLOCK_C": 256}, 1, True
+        constexprs = sizes | {"BLOCK_C": 256}
+        yield f"forward {kind}", roi_align.roi_align_forward_kernel, types, constexprs, 1, True
+
         types |= {"grad_ptr": f"*{kind}", "order_ptr": "*i64", "begins_ptr": "*i64"}
-        yield f"backward {kind}", roi_align.roi_align_backward_kernel, types, base | tile, 1, True
+        tile_height, tile_width = roi_align.TILE
+        constexprs |= {"TILE_H": tile_height, "TILE_W": tile_width, "BLOCK_S": 8}
+        yield f"backward {kind}", roi_align.roi_align_backward_kernel, types, constexprs, 1, True
 
 
-def compiled(kernel, types, known, warps, fusion, target):
+def compiled(kernel, types, constexprs, warps, fusion, target):
     """Compile with pointers and channel counts that are multiples of 16, as in the networks of this project."""
-    signature = {name: "constexpr" if name in known else types.get(name, "i32") for name in kernel.arg_names}
+    signature = {name: "constexpr" if name in constexprs else types.get(name, "i32") for name in kernel.arg_names}
     attributes = {}
     for index, (name, kind) in enumerate(signature.items()):
         if isinstance(kind, tuple):
@@ -58,16 +64,17 @@ def compiled(kernel, types, known, warps, fusion, target):
         else:
             aligned = [(index,)] if kind.startswith("*") or name == "channels" else []
         attributes |= {path: [["tt.divisibility", 16]] for path in aligned}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": fusion})
 
 
-def facts(code, name: str) -> dict[str, int]:
+def facts(code, target_name: str) -> dict[str, int]:
     """Return bytes of stack (or spilled registers), shared memory, 128-bit global loads and atomics."""
-    if name.startswith("gfx"):
+    if target_name.startswith("gfx"):
         text = code.asm["amdgcn"]
         spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text))
-        wide, atomics = r"(?:global|buffer)_load_dwordx4", r"(?:global|buffer)_atomic_"
+        wide_load = r"(?:global|buffer)_load_dwordx4"
+        atomic = r"(?:global|buffer)_atomic_"
     else:
         text = code.asm["ptx"]
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -77,15 +84,20 @@ def facts(code, name: str) -> dict[str, int]:
             command = [tool, "--dump-resource-usage", file.name]
             usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         spills = int(re.search(r"STACK:(\d+)", usage)[1])
-        wide, atomics = r"ld\.global\.v4\.b32", r"\b(?:atom|red)\.global"
-    count = {"wide_loads": len(re.findall(wide, text)), "atomics": len(re.findall(atomics, text))}
-    return {"spills": spills, "shared": code.metadata.shared, **count}
+        wide_load = r"ld\.global\.v4\.b32"
+        atomic = r"\b(?:atom|red)\.global"
+    return {
+        "spills": spills,
+        "shared": code.metadata.shared,
+        "wide_loads": len(re.findall(wide_load, text)),
+        "atomics": len(re.findall(atomic, text)),
+    }
 
 
 if __name__ == "__main__":
-    found = {
-        f"{name} {target}": facts(compiled(*specification, TARGETS[target]), target)
-        for name, *specification in kernels()
-        for target in TARGETS
-    }
-    print(json.dumps(found))
+    facts_by_kernel = {}
+    for name, *specification in kernels():
+        for target_name, target in TARGETS.items():
+            code = compiled(*specification, target)
+            facts_by_kernel[f"{name} {target_name}"] = facts(code, target_name)
+    print(json.dumps(facts_by_kernel))

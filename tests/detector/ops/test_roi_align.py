@@ -32,14 +32,14 @@ SPECIAL = torch.tensor(
         [0, -1e6, -1e6, 1e6, 1e6],
         [1, -1e30, -1e30, 1e30, 1e30],
         [0, -3e38, 0.0, 3e38, 50.0],
-        [0, math.nan, 0.0, 50.0, 50.0],  # does not count
+        [0, math.nan, 0.0, 50.0, 50.0],  # ignored, as those below
         [0, 0.0, 0.0, math.inf, 50.0],
         [-1, 0.0, 0.0, 50.0, 50.0],
         [2, 0.0, 0.0, 50.0, 50.0],
         [math.nan, 0.0, 0.0, 50.0, 50.0],
     ]
 )
-DEAD = 6  # the last rows of SPECIAL, whose output must be 0
+NUM_IGNORED = 6  # the last rows of SPECIAL, whose output must be 0
 
 
 def pyramid(channels=3, batch=2, dtype=torch.float64, sizes=SIZES):
@@ -54,7 +54,7 @@ def random_rois(count, batch=2, extent=(124.0, 96.0), dtype=torch.float64):
 
 
 def problem(count=20, dtype=torch.float64):
-    """Special and random rois: (features, rois, levels)."""
+    """Return features, random and special rois, and their levels."""
     rois = torch.cat([random_rois(count), SPECIAL.double()]).to(dtype)
     levels = torch.randint(len(STRIDES), (len(rois),))
     levels[:count] = roi_levels(rois[:count, 1:])
@@ -62,16 +62,17 @@ def problem(count=20, dtype=torch.float64):
 
 
 def both_ways(function, features, rois, levels, grad, strides=STRIDES, **options):
-    """Output and feature gradients of one of the two functions."""
+    """Return the output and the gradients of the features of one of the two functions."""
     features = [feature.detach().requires_grad_() for feature in features]
     output = function(features, rois, levels, strides=strides, output_size=grad.shape[2], **options)
     grads = torch.autograd.grad(output, features, grad.to(output.dtype), allow_unused=True, materialize_grads=True)
     return [output.detach(), *grads]
 
 
-def relative(found, target):
-    found, target = torch.as_tensor(found).double(), torch.as_tensor(target).double()
-    return float((found - target).norm() / target.norm().clamp(min=1e-300))
+def relative_error(actual, expected):
+    actual = torch.as_tensor(actual).double()
+    expected = torch.as_tensor(expected).double()
+    return float((actual - expected).norm() / expected.norm().clamp(min=1e-300))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -80,42 +81,48 @@ class TestGolden:
     @pytest.mark.parametrize("case", [f"r{i:02}" for i in range(6)])
     def test_one_level(self, golden, function, case, dtype, tolerance):
         arrays, parameters = golden("roi_align")
-        feature, rois, grad = (
-            torch.from_numpy(arrays[f"{case}.{name}"]).to(dtype) for name in ("feat", "rois", "grad_out")
-        )
+        parameters = parameters[case]
+        names = ("feat", "rois", "grad_out")
+        feature, rois, grad = (torch.from_numpy(arrays[f"{case}.{name}"]).to(dtype) for name in names)
         levels = torch.zeros(len(rois), dtype=torch.int64)
-        options = {
-            "strides": [1 / parameters[case]["spatial_scale"]],
-            "sampling_ratio": parameters[case]["sampling_ratio"],
-        }
-        output, grad_feature = both_ways(function, [feature], rois, levels, grad, **options)
-        assert relative(output, arrays[f"{case}.output"]) < tolerance
-        assert relative(grad_feature, arrays[f"{case}.grad_feat"]) < tolerance
+        strides = [1 / parameters["spatial_scale"]]
+        ratio = parameters["sampling_ratio"]
+        output, grad_feature = both_ways(function, [feature], rois, levels, grad, strides=strides, sampling_ratio=ratio)
+        assert relative_error(output, arrays[f"{case}.output"]) < tolerance
+        assert relative_error(grad_feature, arrays[f"{case}.grad_feat"]) < tolerance
 
     def test_four_levels(self, golden, function, dtype, tolerance):
         arrays, _ = golden("roi_align")
         features = [torch.from_numpy(arrays[f"extract.feat{i}"]).to(dtype) for i in range(4)]
-        rois, grad = (torch.from_numpy(arrays[f"extract.{name}"]).to(dtype) for name in ("rois", "grad_out"))
+        rois = torch.from_numpy(arrays["extract.rois"]).to(dtype)
+        grad = torch.from_numpy(arrays["extract.grad_out"]).to(dtype)
         output, *grads = both_ways(function, features, rois, roi_levels(rois[:, 1:]), grad)
-        assert relative(output, arrays["extract.output"]) < tolerance
+        assert relative_error(output, arrays["extract.output"]) < tolerance
         for level, grad_feature in enumerate(grads):
             flat = grad_feature.flatten()
             step = max(1, len(flat) // 1024) | 1
-            assert relative(flat[::step][:1024], arrays[f"extract.grad_feat{level}.samples"]) < tolerance
-            assert relative(flat.norm(), arrays[f"extract.grad_feat{level}.stats"][2]) < tolerance
+            assert relative_error(flat[::step][:1024], arrays[f"extract.grad_feat{level}.samples"]) < tolerance
+            assert relative_error(flat.norm(), arrays[f"extract.grad_feat{level}.stats"][2]) < tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_levels_are_golden(golden, dtype):
     arrays, _ = golden("roi_align")
     rois = torch.from_numpy(arrays["levels.rois"]).to(dtype)
-    target = arrays["levels.level_f32" if dtype == torch.float32 else "levels.level_f64"]
-    assert roi_levels(rois[:, 1:]).tolist() == target.tolist()
+    expected = arrays["levels.level_f32" if dtype == torch.float32 else "levels.level_f64"]
+    assert roi_levels(rois[:, 1:]).tolist() == expected.tolist()
 
 
 def test_levels_of_strange_boxes():
-    inf, nan = math.inf, math.nan
-    boxes = torch.tensor([[0, 0, 0, 0], [0, 0, inf, inf], [0, 0, nan, 1], [9, 0, 0, 9], [0, 0, 1e30, 1e30]])
+    boxes = torch.tensor(
+        [
+            [0, 0, 0, 0],
+            [0, 0, math.inf, math.inf],
+            [0, 0, math.nan, 1],
+            [9, 0, 0, 9],
+            [0, 0, 1e30, 1e30],
+        ]
+    )
     assert roi_levels(boxes).tolist() == [0, 3, 0, 0, 3]
     assert roi_levels(boxes.view(5, 1, 4), num_levels=2).tolist() == [[0], [1], [0], [0], [1]]
 
@@ -137,14 +144,14 @@ def test_a_linear_feature_is_read_exactly(function, sampling_ratio):
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
 def test_equals_reference(sampling_ratio, output_size):
     features, rois, levels = problem()
-    levels[0], levels[1] = -1, 4
+    levels[:2] = torch.tensor([-1, 4])  # do not exist
     grad = torch.randn(len(rois), 3, output_size, output_size, dtype=torch.float64)
-    found = both_ways(roi_align, features, rois, levels, grad, sampling_ratio=sampling_ratio)
-    target = both_ways(roi_align_reference, features, rois, levels, grad, sampling_ratio=sampling_ratio)
-    for one, other in zip(found, target, strict=True):
-        assert relative(one, other) < 1e-12
-    assert not found[0][-DEAD:].any()
-    assert not found[0][:2].any()
+    results = both_ways(roi_align, features, rois, levels, grad, sampling_ratio=sampling_ratio)
+    expected = both_ways(roi_align_reference, features, rois, levels, grad, sampling_ratio=sampling_ratio)
+    for result, reference in zip(results, expected, strict=True):
+        assert relative_error(result, reference) < 1e-12
+    assert not results[0][-NUM_IGNORED:].any()
+    assert not results[0][:2].any()
 
 
 def test_chunks_change_nothing(monkeypatch):
@@ -153,8 +160,9 @@ def test_chunks_change_nothing(monkeypatch):
     whole = both_ways(roi_align, features, rois, levels, grad)
     monkeypatch.setattr(roi_align_cpu, "CHUNK_ENTRIES", 1000)
     monkeypatch.setattr(roi_align_cpu, "COPY_CELLS", 10)
-    for one, other in zip(both_ways(roi_align, features, rois, levels, grad), whole, strict=True):
-        assert relative(one, other) < 1e-14
+    in_chunks = both_ways(roi_align, features, rois, levels, grad)
+    for result, expected in zip(in_chunks, whole, strict=True):
+        assert relative_error(result, expected) < 1e-14
 
 
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
@@ -172,40 +180,44 @@ def test_half_is_float32_rounded_once(dtype):
     features, rois, levels = problem(dtype=torch.float32)
     features = [feature.to(dtype) for feature in features]
     grad = torch.randn(len(rois), 3, 7, 7).to(dtype)
-    found = both_ways(roi_align, features, rois, levels, grad)
-    exact = both_ways(roi_align, [feature.float() for feature in features], rois, levels, grad.float())
-    for one, other in zip(found, exact, strict=True):
-        assert one.dtype == dtype
-        assert torch.equal(one, other.to(dtype))
+    in_half = both_ways(roi_align, features, rois, levels, grad)
+    in_float32 = both_ways(roi_align, [feature.float() for feature in features], rois, levels, grad.float())
+    for half, exact in zip(in_half, in_float32, strict=True):
+        assert half.dtype == dtype
+        assert torch.equal(half, exact.to(dtype))
 
 
 def test_strides_of_the_tensors():
     features, rois, levels = problem()
     output = roi_align(features, rois, levels, strides=STRIDES)
     assert output.is_contiguous(memory_format=torch.channels_last)
-    last = [feature.contiguous(memory_format=torch.channels_last) for feature in features]
-    wide = [torch.cat([f, f], 3)[..., : f.shape[3]] for f in features]
-    doubled = torch.cat([rois, rois], 1)[:, :5], torch.stack([levels, levels], 1)[:, 0]
-    for views in ((last, rois, levels), (wide, *doubled)):
-        assert torch.equal(roi_align(*views, strides=STRIDES), output)
-    expanded = torch.ones(1, dtype=torch.float64).expand(len(rois), 3, 7, 7)
-    for one, other in zip(
-        both_ways(roi_align, features, rois, levels, expanded),
-        both_ways(roi_align, features, rois, levels, expanded.contiguous()),
-        strict=True,
-    ):
-        assert torch.equal(one, other)
+
+    channels_last = [feature.contiguous(memory_format=torch.channels_last) for feature in features]
+    assert torch.equal(roi_align(channels_last, rois, levels, strides=STRIDES), output)
+
+    feature_views = [torch.cat([feature, feature], 3)[..., : feature.shape[3]] for feature in features]
+    roi_view = torch.cat([rois, rois], 1)[:, :5]
+    level_view = torch.stack([levels, levels], 1)[:, 0]
+    assert torch.equal(roi_align(feature_views, roi_view, level_view, strides=STRIDES), output)
+
+    expanded_grad = torch.ones(1, dtype=torch.float64).expand(len(rois), 3, 7, 7)
+    results = both_ways(roi_align, features, rois, levels, expanded_grad)
+    expected = both_ways(roi_align, features, rois, levels, expanded_grad.contiguous())
+    for result, contiguous in zip(results, expected, strict=True):
+        assert torch.equal(result, contiguous)
 
 
 @pytest.mark.parametrize(("batch", "count"), [(2, 0), (0, 0), (0, 3)])
 def test_nothing_to_pool(batch, count):
     features = [feature.requires_grad_() for feature in pyramid(batch=batch, dtype=torch.float32)]
     rois = torch.cat([torch.full((count, 1), -1.0), torch.rand(count, 4)], 1)
+    levels = torch.zeros(count).long()
     for function in (roi_align, roi_align_reference):
-        output = function(features, rois, torch.zeros(count).long(), strides=STRIDES)
+        output = function(features, rois, levels, strides=STRIDES)
         assert output.shape == (count, 3, 7, 7)
         assert not output.any()
-    grads = torch.autograd.grad(roi_align(features, rois, torch.zeros(count).long(), strides=STRIDES).sum(), features)
+    output = roi_align(features, rois, levels, strides=STRIDES)
+    grads = torch.autograd.grad(output.sum(), features)
     assert not any(grad.any() for grad in grads)
 
 
@@ -234,11 +246,14 @@ def test_errors(function, change, error, message):
 def test_opcheck():
     features = [feature.requires_grad_() for feature in pyramid(2, 1)]
     rois = random_rois(4, batch=1)
-    arguments = (features, rois, torch.tensor([0, 1, 2, 3]), [float(s) for s in STRIDES], 2, 0)
-    torch.library.opcheck(module.forward_op, arguments)
-    heights, widths = (list(side) for side in zip(*SIZES, strict=True))
-    arguments = (torch.randn(4, 2, 2, 2).double(), *arguments[1:3], 1, heights, widths, arguments[3], 0)
-    torch.library.opcheck(module.backward_op, arguments)
+    levels = torch.tensor([0, 1, 2, 3])
+    strides = [float(stride) for stride in STRIDES]
+    torch.library.opcheck(module.forward_op, (features, rois, levels, strides, 2, 0))
+
+    grad = torch.randn(4, 2, 2, 2).double()
+    heights = [height for height, _ in SIZES]
+    widths = [width for _, width in SIZES]
+    torch.library.opcheck(module.backward_op, (grad, rois, levels, 1, heights, widths, strides, 0))
 
 
 def test_compiles_as_one_graph():
@@ -249,11 +264,10 @@ def test_compiles_as_one_graph():
     for count in (5, 9):
         features, rois, levels = problem(count)
         features = [feature.requires_grad_() for feature in features]
-        found, target = (
-            torch.autograd.grad(function(features, rois, levels), features) for function in (compiled, loss)
-        )
-        for one, other in zip(found, target, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+        grads = torch.autograd.grad(compiled(features, rois, levels), features)
+        expected = torch.autograd.grad(loss(features, rois, levels), features)
+        for grad, eager in zip(grads, expected, strict=True):
+            torch.testing.assert_close(grad, eager, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
@@ -266,15 +280,19 @@ class TestKernels:
         return pytest.importorskip("detector.ops.kernels.roi_align")
 
     def both_ways(self, kernels, geometry, features, rois, levels, grad):
-        features, (rois, levels, grad) = (
-            [tensor.to(DEVICE) for tensor in tensors] for tensors in (features, (rois, levels, grad))
-        )
+        """Return the output and the gradients of the features, on the CPU."""
+        features = [feature.to(DEVICE) for feature in features]
+        rois, levels, grad = (tensor.to(DEVICE) for tensor in (rois, levels, grad))
         output = kernels.forward(geometry, features, rois, levels)
-        table = kernels.backward(geometry, grad, rois, levels)
         assert output.is_contiguous(memory_format=torch.channels_last)
-        sizes = [(geometry.batch, *size) for size in zip(geometry.heights, geometry.widths, strict=True)]
-        parts = zip(table.split([math.prod(size) for size in sizes]), sizes, strict=True)
-        return [output.cpu(), *(part.view(*size, -1).permute(0, 3, 1, 2).cpu() for part, size in parts)]
+
+        table = kernels.backward(geometry, grad, rois, levels)
+        level_tables = table.split([feature[:, 0].numel() for feature in features])
+        grads = []
+        for level_table, feature in zip(level_tables, features, strict=True):
+            batch, channels, height, width = feature.shape
+            grads.append(level_table.view(batch, height, width, channels).permute(0, 3, 1, 2).cpu())
+        return [output.cpu(), *grads]
 
     @pytest.mark.parametrize(
         ("dtype", "floor", "sampling_ratio", "bins", "channels"),
@@ -295,44 +313,53 @@ class TestKernels:
         grad = torch.randn(len(rois), channels, bins, bins).to(dtype)
         options = {"strides": STRIDES[1:3], "sampling_ratio": sampling_ratio}
         geometry = RoIAlignGeometry(2, (12, 6), (16, 8), (8.0, 16.0), bins, sampling_ratio)
-        found = self.both_ways(kernels, geometry, features, rois, levels, grad)
-        same = both_ways(roi_align, features, rois, levels, grad, **options)
-        exact = both_ways(
-            roi_align_reference, [f.double() for f in features], rois.double(), levels, grad.double(), **options
-        )
-        for one, other, target in zip(found, same, exact, strict=True):
-            assert one.dtype == dtype
-            assert relative(one, target) <= 2 * relative(other, target) + floor
-        assert not found[0][-DEAD:].any()
-        assert not found[0][:2].any()
+        results = self.both_ways(kernels, geometry, features, rois, levels, grad)
+        on_cpu = both_ways(roi_align, features, rois, levels, grad, **options)
+
+        double_features = [feature.double() for feature in features]
+        exact = both_ways(roi_align_reference, double_features, rois.double(), levels, grad.double(), **options)
+        for result, cpu_result, expected in zip(results, on_cpu, exact, strict=True):
+            assert result.dtype == dtype
+            assert relative_error(result, expected) <= 2 * relative_error(cpu_result, expected) + floor
+        assert not results[0][-NUM_IGNORED:].any()
+        assert not results[0][:2].any()
 
     @pytest.mark.parametrize(("case", "count"), [("r03", 6), ("r05", None)])
     def test_golden(self, kernels, golden, case, count):
         """A few rois of 7 x 7 bins forward; all rois of 3 x 3 bins both ways."""
         arrays, parameters = golden("roi_align")
         parameters = parameters[case]
-        feature, rois, grad = (torch.from_numpy(arrays[f"{case}.{name}"]) for name in ("feat", "rois", "grad_out"))
+        names = ("feat", "rois", "grad_out")
+        feature, rois, grad = (torch.from_numpy(arrays[f"{case}.{name}"]) for name in names)
         batch, _, height, width = feature.shape
-        scale, ratio = parameters["spatial_scale"], parameters["sampling_ratio"]
-        geometry = RoIAlignGeometry(batch, (height,), (width,), (1 / scale,), parameters["output_size"], ratio)
+        geometry = RoIAlignGeometry(
+            batch=batch,
+            heights=(height,),
+            widths=(width,),
+            strides=(1 / parameters["spatial_scale"],),
+            bins=parameters["output_size"],
+            sampling_ratio=parameters["sampling_ratio"],
+        )
         levels = torch.zeros(len(rois[:count]), dtype=torch.int64)
         output, grad_feature = self.both_ways(kernels, geometry, [feature], rois[:count], levels, grad[:count])
-        assert relative(output, arrays[f"{case}.output"][:count]) < 1e-5
+        assert relative_error(output, arrays[f"{case}.output"][:count]) < 1e-5
         if count is None:
-            assert relative(grad_feature, arrays[f"{case}.grad_feat"]) < 1e-5
+            assert relative_error(grad_feature, arrays[f"{case}.grad_feat"]) < 1e-5
 
     def test_nothing_to_pool(self, kernels):
         geometry = RoIAlignGeometry(1, (3,), (4,), (4.0,), 7, 0)
-        rois, levels = torch.zeros(0, 5), torch.zeros(0).long()
-        output, grad = self.both_ways(kernels, geometry, [torch.ones(1, 2, 3, 4)], rois, levels, torch.ones(0, 2, 7, 7))
+        features = [torch.ones(1, 2, 3, 4)]
+        rois = torch.zeros(0, 5)
+        levels = torch.zeros(0).long()
+        output, grad_feature = self.both_ways(kernels, geometry, features, rois, levels, torch.ones(0, 2, 7, 7))
         assert output.shape == (0, 2, 7, 7)
-        assert torch.equal(grad, torch.zeros(1, 2, 3, 4))
+        assert torch.equal(grad_feature, torch.zeros(1, 2, 3, 4))
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_full_size_without_waiting_for_the_host(self, dtype):
         sizes = ((200, 336), (100, 168), (50, 84), (25, 42))
-        features = [f.cuda().requires_grad_() for f in pyramid(256, dtype=dtype, sizes=sizes)]
+        features = [feature.cuda().requires_grad_() for feature in pyramid(256, dtype=dtype, sizes=sizes)]
         rois = random_rois(1024, extent=(1344.0, 800.0), dtype=torch.float32).cuda()
         levels = roi_levels(rois[:, 1:])
         grad = torch.randn(1024, 256, 7, 7, device="cuda", dtype=dtype)
@@ -347,9 +374,10 @@ class TestKernels:
             second = run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        target = both_ways(
-            roi_align, [f.detach().cpu().float() for f in features], rois.cpu(), levels.cpu(), grad.cpu()
-        )
-        for one, other, exact in zip(first, second, target, strict=True):
-            assert torch.equal(one, other)  # deterministic
-            assert relative(one.cpu(), exact) < (1e-5 if dtype == torch.float32 else 4e-3)
+
+        cpu_features = [feature.detach().cpu().float() for feature in features]
+        expected = both_ways(roi_align, cpu_features, rois.cpu(), levels.cpu(), grad.cpu())
+        tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+        for result, repeated, cpu_result in zip(first, second, expected, strict=True):
+            assert torch.equal(result, repeated)  # deterministic
+            assert relative_error(result.cpu(), cpu_result) < tolerance
