@@ -1,4 +1,4 @@
-"""Shapes of objects: drawn as pycocotools draws them, kept as flat arrays; what cannot be drawn is counted or named."""
+"""Segmentations: drawn as pycocotools draws them, kept as flat arrays; what cannot be drawn is counted or named."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 
 from detector.ops.rle import encode_mask
-from tests.train.data.test_coco_dataset import edit, open_coco
+from tests.train.data.datasets import edit, open_coco
 from train.data.coco_dataset import UnreadableImageError
 from train.data.segmentation import Segmentations, take_rows
 from train.synthetic.annotate import run_lengths
@@ -22,46 +22,58 @@ def pycocotools_draws(segmentation):
     return coco.annToMask({"image_id": 1, "segmentation": segmentation})
 
 
-number = st.floats(-20, 60).map(lambda value: round(value, 2))
-polygon = st.lists(st.tuples(number, number), min_size=3, max_size=8).map(lambda points: [x for p in points for x in p])
+def flatten(points):
+    return [coordinate for point in points for coordinate in point]
 
 
-def blob(seed):
+COORDINATE = st.floats(-20, 60).map(lambda value: round(value, 2))
+POLYGON = st.lists(st.tuples(COORDINATE, COORDINATE), min_size=3, max_size=8).map(flatten)
+
+
+def random_mask(seed):
     return np.random.default_rng(seed).random(SIZE) < 0.4
 
 
-@given(st.lists(st.lists(polygon, min_size=1, max_size=3), min_size=1, max_size=4))
+@given(st.lists(st.lists(POLYGON, min_size=1, max_size=3), min_size=1, max_size=4))
 @settings(deadline=None, max_examples=60)
 def test_polygons_are_drawn_as_pycocotools_draws_them(objects):
-    shapes = Segmentations.parse(objects)
-    assert len(shapes) == len(objects)
+    segmentations = Segmentations.parse(objects)
+    assert len(segmentations) == len(objects)
     for index, value in enumerate(objects):
-        mask = shapes.draw(index, *SIZE)
+        mask = segmentations.draw(index, *SIZE)
         assert mask.dtype == np.uint8
         np.testing.assert_array_equal(mask, pycocotools_draws(value))
 
 
 def test_all_three_forms_side_by_side():
     values = [
-        encode_mask(blob(0)), [[3, 4, 30, 5.5, 20, 25]], run_lengths(blob(1)),
-        [[1, 1, 9, 1, 9, 9], [20, 20, 40, 20, 30, 30, 25, 28]], encode_mask(np.zeros(SIZE, bool)),
-    ]  # fmt: skip
-    shapes = Segmentations.parse(values)
+        encode_mask(random_mask(0)),
+        [[3, 4, 30, 5.5, 20, 25]],
+        run_lengths(random_mask(1)),
+        [[1, 1, 9, 1, 9, 9], [20, 20, 40, 20, 30, 30, 25, 28]],
+        encode_mask(np.zeros(SIZE, bool)),
+    ]
+    segmentations = Segmentations.parse(values)
     order = np.array([4, 1, 1, 2, 0, 3])
-    for taken, numbers in ((shapes, range(5)), (shapes.take(order), order), (shapes.take(order[:0]), [])):
+    cases = [
+        (segmentations, range(5)),
+        (segmentations.take(order), order),
+        (segmentations.take(order[:0]), []),
+    ]
+    for taken, numbers in cases:
         assert len(taken) == len(numbers)
         for index, number in enumerate(numbers):
             np.testing.assert_array_equal(taken.draw(index, *SIZE), pycocotools_draws(values[number]))
-    assert not any(array.dtype.hasobject for array in vars(shapes).values())
+    assert not any(array.dtype.hasobject for array in vars(segmentations).values())
 
 
 def test_parts_that_are_no_polygons_are_left_out():
     triangle = [3, 4, 30, 5.5, 20, 25]
-    shapes = Segmentations.parse([[[1, 1, 30, 30], triangle, [5, 5, 9, 9, 5]]])
-    np.testing.assert_array_equal(shapes.draw(0, *SIZE), pycocotools_draws([triangle]))
+    segmentations = Segmentations.parse([[[1, 1, 30, 30], triangle, [5, 5, 9, 9, 5]]])
+    np.testing.assert_array_equal(segmentations.draw(0, *SIZE), pycocotools_draws([triangle]))
 
 
-def test_slices_of_rows():
+def test_take_rows():
     members, starts = take_rows(np.array([0, 2, 2, 5]), np.array([2, 0, 1, 2]))
     assert members.tolist() == [2, 3, 4, 0, 1, 2, 3, 4]
     assert starts.tolist() == [0, 3, 5, 5, 8]
@@ -71,7 +83,8 @@ def test_masks_stand_in_the_order_of_the_boxes(coco):
     edit(coco, lambda content: content["annotations"].reverse())
     for dataset in (open_coco(coco, masks=True), open_coco(coco, masks=True, limit=3)):
         for index in range(len(dataset)):
-            boxes, masks = dataset.ground_truth(index)[0], list(dataset.masks(index))
+            boxes, _ = dataset.ground_truth(index)
+            masks = list(dataset.masks(index))
             assert len(boxes) == len(masks)
             for (x1, y1, x2, y2), mask in zip(boxes.astype(int), masks, strict=True):
                 assert mask.shape == (96, 128)
@@ -81,7 +94,7 @@ def test_masks_stand_in_the_order_of_the_boxes(coco):
 
 
 @pytest.mark.parametrize("value", [[], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]], {"size": [96, 128]}, {"counts": []}])
-def test_objects_without_a_shape_are_not_trained_on(coco, value):
+def test_objects_without_a_polygon_are_not_trained_on(coco, value):
     whole = open_coco(coco, masks=True)
     edit(coco, lambda content: content["annotations"][3].update(segmentation=value))
     dataset = open_coco(coco, masks=True)
@@ -107,19 +120,23 @@ def test_objects_without_a_shape_are_not_trained_on(coco, value):
         pytest.param({"size": [96, 128], "counts": "~"}, "expected lengths that fill 96 x 128 pixels", id="garbage"),
     ],
 )
-def test_malformed_shapes_are_named(coco, value, message):
+def test_malformed_segmentations_are_named(coco, value, message):
     edit(coco, lambda content: content["annotations"][3].update(segmentation=value))
     with pytest.raises(ValueError, match=rf"instances_train2017.json: annotations\[3\] \(id 4\): .*{message}"):
         open_coco(coco, masks=True)
     open_coco(coco)
 
 
+def drop_segmentations(content):
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+
+
 def test_data_without_masks_names_the_flag(coco):
     for split in ("train2017", "val2017"):
-        edit(coco, lambda content: [a.pop("segmentation") for a in content["annotations"]], split)
-        with pytest.raises(
-            ValueError, match=rf"{split}.json: annotations\[0\] .*'segmentation': missing.*--model.mask"
-        ):
+        edit(coco, drop_segmentations, split)
+        message = rf"{split}.json: annotations\[0\] .*'segmentation': missing.*--model.mask"
+        with pytest.raises(ValueError, match=message):
             open_coco(coco, split, masks=True)
 
 
@@ -134,7 +151,7 @@ def test_crowds_need_a_mask_in_evaluation_only(coco):
         open_coco(coco, masks=True, training=False)
 
 
-def test_image_of_another_size_is_broken(coco):
+def test_image_of_another_size_is_unreadable(coco):
     def shrink(content):
         content["images"][0].update(height=95)
 

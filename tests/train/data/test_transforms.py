@@ -1,3 +1,5 @@
+"""Resize, flip and masks: MMDetection's pixels and boxes, and choices that follow from a key."""
+
 import sys
 
 import numpy as np
@@ -8,14 +10,14 @@ from detector import FasterRCNN, FasterRCNNConfig
 from detector.image import read_image
 from tests.conftest import GOLDEN
 from train.data.collate import collate
-from train.data.transforms import Transform, horizontal_flip, resize, resize_masks
+from train.data.transforms import Sample, Transform, horizontal_flip, resize, resize_masks
 
 sys.path.insert(0, str(GOLDEN))
 from fill import summary
 
 
-def prepared(spec):
-    """Return the sample and the ignored boxes of a golden entry."""
+def prepare(spec):
+    """Return image, boxes, ignored boxes and scale factor of a golden entry."""
     image = read_image(GOLDEN / spec["file"])
     boxes = np.array([box["bbox"] for box in spec["instances"]], np.float32)
     ignored = np.array([bool(box["ignore_flag"]) for box in spec["instances"]])
@@ -29,12 +31,12 @@ def prepared(spec):
 def test_resize_and_flip_equal_mmdetection(golden, name):
     arrays, parameters = golden("preprocess")
     spec = parameters[name]
-    image, boxes, ignored, factor = prepared(spec)
+    image, boxes, ignored, factor = prepare(spec)
     assert list(image.shape[:2]) == spec["img_shape"]
     assert factor == pytest.approx(spec["scale_factor"], abs=0)
-    got = summary(image[:, :, ::-1].transpose(2, 0, 1), 1024)
+    actual = summary(image[:, :, ::-1].transpose(2, 0, 1), 1024)
     for key in ("shape", "stats", "samples"):
-        assert (got[key] == arrays[f"{name}.resized_chw_uint8.{key}"]).all()
+        assert (actual[key] == arrays[f"{name}.resized_chw_uint8.{key}"]).all()
     np.testing.assert_allclose(boxes, arrays[f"{name}.gt_bboxes"], rtol=0, atol=1e-4)
     np.testing.assert_allclose(ignored, arrays[f"{name}.ignored_bboxes"], rtol=0, atol=1e-4)
 
@@ -42,19 +44,19 @@ def test_resize_and_flip_equal_mmdetection(golden, name):
 @pytest.mark.parametrize("name", ["full.batch0", "full.batch1", "small.batch0"])
 def test_batch_equals_mmdetection(golden, name):
     arrays, parameters = golden("preprocess")
-    spec, group = parameters[name], name.split(".")[0]
-    transform = Transform((64, 64))
+    spec = parameters[name]
+    group, _ = name.split(".")
     samples = []
     for index in spec["images"]:
-        image, boxes, _, _ = prepared(parameters[f"{group}.{index}"])
-        plain = transform(np.zeros((8, 8, 3), np.uint8), boxes, np.zeros(len(boxes), np.int64), index, 0, 0)
-        samples.append(type(plain)(image, boxes, plain.labels, index, (1.0, 1.0), 0, (8, 8)))
+        image, boxes, _, _ = prepare(parameters[f"{group}.{index}"])
+        labels = np.zeros(len(boxes), np.int64)
+        samples.append(Sample(image, boxes, labels, index, (1.0, 1.0), seed=0, original_size=(8, 8)))
     loaded = collate(samples)
     assert list(loaded.batch.images.shape) == spec["shape"]
     model = FasterRCNN(FasterRCNNConfig(depth=18, fpn_channels=8, fc_channels=8, num_classes=1))
-    got = summary(model.normalize(loaded.batch).numpy(), 4096)
+    actual = summary(model.normalize(loaded.batch).numpy(), 4096)
     for key in ("stats", "samples"):
-        np.testing.assert_allclose(got[key], arrays[f"{name}.inputs.{key}"], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(actual[key], arrays[f"{name}.inputs.{key}"], rtol=1e-6, atol=1e-6)
 
 
 def sample_of(transform, epoch, index):
@@ -75,10 +77,11 @@ def test_choices_follow_seed_epoch_and_index():
 
 
 def test_flip_never_and_always():
-    assert (sample_of(Transform((60, 40)), 0, 0).boxes == [[5, 5, 20, 30]]).all()
+    plain = sample_of(Transform((60, 40)), 0, 0)
+    assert (plain.boxes == [[5, 5, 20, 30]]).all()
     mirrored = sample_of(Transform((60, 40), flip=1.0), 0, 0)
     assert (mirrored.boxes == [[40, 5, 55, 30]]).all()
-    assert (mirrored.image == sample_of(Transform((60, 40)), 0, 0).image[:, ::-1]).all()
+    assert (mirrored.image == plain.image[:, ::-1]).all()
 
 
 def test_multi_scale_draws_the_short_side():
@@ -90,18 +93,19 @@ def test_multi_scale_draws_the_short_side():
 def test_boxes_are_clipped_not_dropped():
     image = np.zeros((10, 20, 3), np.uint8)
     boxes = np.array([[-5, -5, 10, 30], [25, 0, 30, 5]], np.float32)
-    assert (resize(image, boxes, (20, 10))[1] == [[0, 0, 10, 10], [20, 0, 20, 5]]).all()
-    assert torch.from_numpy(resize(image, boxes, (20, 10))[1]).dtype == torch.float32
+    _, clipped, _ = resize(image, boxes, (20, 10))
+    assert (clipped == [[0, 0, 10, 10], [20, 0, 20, 5]]).all()
+    assert torch.from_numpy(clipped).dtype == torch.float32
 
 
 def test_masks_follow_the_image():
     image = np.zeros((40, 60, 3), np.uint8)
     masks = np.random.default_rng(0).integers(0, 2, (2, 40, 60)).astype(np.uint8)
     image[..., 0] = 255 * masks[0]
-    boxes, labels = np.zeros((2, 4), np.float32), np.zeros(2, np.int64)
-    plain, mirrored = (
-        Transform((120, 80), flip=share)(image, boxes, labels, 9, 0, 0, iter(masks)) for share in (0.0, 1.0)
-    )
+    boxes = np.zeros((2, 4), np.float32)
+    labels = np.zeros(2, np.int64)
+    plain = Transform((120, 80), flip=0.0)(image, boxes, labels, 9, 0, 0, iter(masks))
+    mirrored = Transform((120, 80), flip=1.0)(image, boxes, labels, 9, 0, 0, iter(masks))
     assert plain.masks.dtype == np.uint8
     assert (plain.masks == masks.repeat(2, 1).repeat(2, 2)).all()
     assert (mirrored.masks == plain.masks[:, :, ::-1]).all()
@@ -114,6 +118,7 @@ def test_masks_follow_the_image():
 def test_masks_shrink_to_the_nearest_pixel():
     masks = np.random.default_rng(0).integers(0, 2, (3, 41, 67)).astype(np.uint8)
     small = resize_masks(iter(masks), 3, (20, 31))
-    rows, columns = (np.floor(np.arange(new) * (old / new)).astype(int) for old, new in ((41, 20), (67, 31)))
+    rows = np.floor(np.arange(20) * (41 / 20)).astype(int)
+    columns = np.floor(np.arange(31) * (67 / 31)).astype(int)
     assert (small == masks[:, rows][:, :, columns]).all()
     assert resize_masks(iter(()), 0, (20, 31)).shape == (0, 20, 31)

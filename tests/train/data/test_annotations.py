@@ -1,0 +1,61 @@
+"""Which annotations are used: what MMDetection uses, and every other one is counted."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.train.data.datasets import edit, open_coco, open_golden
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_keeps_what_mmdetection_keeps(golden, tmp_path, split):
+    expected = golden("dataset")[1][split]
+    dataset = open_golden(tmp_path, split == "train")
+    assert dataset.image_ids.tolist() == [image["img_id"] for image in expected]
+    assert dataset.widths.tolist() == [image["width"] for image in expected]
+    assert dataset.heights.tolist() == [image["height"] for image in expected]
+    for index, image in enumerate(expected):
+        instances = [instance for instance in image["instances"] if not instance["ignore_flag"]]
+        boxes, labels = dataset.ground_truth(index)
+        assert boxes.tolist() == [instance["bbox"] for instance in instances]
+        assert labels.tolist() == [instance["label"] for instance in instances]
+        assert boxes.dtype == np.float32
+
+
+def test_counts_every_annotation(tmp_path):
+    dataset = open_golden(tmp_path, True)
+    counts = vars(dataset.counts)
+    annotations = json.loads(dataset.annotation_file.read_text())["annotations"]
+    assert sum(counts.values()) == len(annotations)
+    assert counts["ignored"] == sum(annotation.get("ignore", 0) for annotation in annotations)
+    assert counts["other_category"]
+    assert all(counts[reason] for reason in ("empty", "outside", "crowd", "used"))
+    assert "thinner than a pixel" in str(dataset.counts)
+
+
+def test_annotations_of_a_missing_image_are_counted(coco):
+    edit(coco, lambda content: content["images"].pop(0))
+    dataset = open_coco(coco)
+    assert dataset.counts.unlisted_image == 1
+    assert len(dataset) == 7
+
+
+def test_zero_width_box_is_counted(coco):
+    edit(coco, lambda content: content["annotations"][0].update(bbox=[5, 5, 0, 20]))
+    counts = open_coco(coco).counts
+    assert counts.empty == 1
+    assert "1 without area" in str(counts)
+
+
+def test_labels_follow_the_file_or_the_given_names(coco):
+    dataset = open_coco(coco)
+    assert dataset.classes == ("red", "blue")
+    assert dataset.category_ids.tolist() == [7, 3]
+
+    reordered = open_coco(coco, classes=("blue", "red"))
+    assert reordered.category_ids.tolist() == [3, 7]
+    assert (reordered.labels == 1 - dataset.labels).all()
+
+    with pytest.raises(ValueError, match="'green' is missing"):
+        open_coco(coco, classes=("red", "green"))
