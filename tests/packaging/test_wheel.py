@@ -1,6 +1,7 @@
 """The wheel in empty environments: the operator with torch alone, the detector with its extra.
 
-Builds and installs, so it needs minutes and a package index: `make test-wheel`.
+Builds and installs, so it needs minutes and a package index: `make test-wheel`. The variable WHEEL names a wheel
+that is built already.
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def wheel(folder: Path) -> Path:
+    if "WHEEL" in os.environ:
+        return ROOT / os.environ["WHEEL"]
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT]
     subprocess.run(command, check=True)
     (path,) = folder.glob("*.whl")
