@@ -7,7 +7,7 @@ from torch import nn
 
 from detector.model.fpn import FPN
 from detector.model.resnet import ResNet
-from tests.detector.golden_model import fill_model
+from tests.detector.golden_model import fill_model, padded_size
 
 MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 STD = np.array([58.395, 57.12, 57.375], np.float32)
@@ -17,11 +17,13 @@ STD = np.array([58.395, 57.12, 57.375], np.float32)
 def golden_images(golden):
     """The golden model's input: (2, 3, H, W) float64, normalized in float32 and padded with zeros."""
     arrays, parameters = golden("model")
-    images = [(arrays[f"img{i}.image_bgr"][..., ::-1].astype(np.float32) - MEAN) / STD for i in (0, 1)]
-    height, width = (-(-max(side) // 32) * 32 for side in zip(*parameters["spec"]["sizes"], strict=True))
+    height, width = padded_size(parameters["spec"]["sizes"])
     batch = torch.zeros(2, 3, height, width, dtype=torch.float64)
-    for padded, image in zip(batch, images, strict=True):
-        padded[:, : image.shape[0], : image.shape[1]] = torch.from_numpy(image.transpose(2, 0, 1).copy())
+    for i in range(2):
+        rgb = arrays[f"img{i}.image_bgr"][..., ::-1]
+        normalized = (rgb.astype(np.float32) - MEAN) / STD
+        rows, columns, _ = normalized.shape
+        batch[i, :, :rows, :columns] = torch.from_numpy(normalized.transpose(2, 0, 1).copy())
     return batch
 
 

@@ -1,4 +1,4 @@
-"""FPN: names, features and initial values of the reference, sizes that do not halve evenly."""
+"""FPN: names, features and initial values of MMDetection, sizes that do not halve evenly."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from detector.model.fpn import FPN
 from tests.golden.fill import summary
 
 
-def test_state_dict_is_the_reference_s(golden):
+def test_state_dict_is_the_mmdetections(golden):
     expected = {
         entry["name"].removeprefix("neck."): tuple(entry["shape"])
         for entry in golden("model")[1]["dg1"]["state_dict"]
@@ -19,7 +19,7 @@ def test_state_dict_is_the_reference_s(golden):
 
 
 @pytest.mark.parametrize(("config", "samples", "prefix"), [("dg1", 1024, "train."), ("dg4", 512, "dg4.")])
-def test_features_are_the_reference_s(golden, golden_features, config, samples, prefix):
+def test_features_are_the_mmdetections(golden, golden_features, config, samples, prefix):
     arrays, _ = golden("model")
     for level in range(2, 7):
         ours = summary(golden_features(config)[f"P{level}"].numpy(), samples)
@@ -33,11 +33,13 @@ def test_top_down_path_by_hand():
     with torch.no_grad():
         for conv in (*model.lateral_convs, *model.fpn_convs):
             conv.conv.weight.zero_()
-            conv.conv.weight[:, :, conv.conv.kernel_size[0] // 2, conv.conv.kernel_size[1] // 2] = 1  # identity
+            center = conv.conv.kernel_size[0] // 2
+            conv.conv.weight[:, :, center, center] = 1  # identity
     fine = torch.arange(15.0).view(1, 1, 3, 5)
     coarse = torch.tensor([[100.0, 200.0, 300.0], [400.0, 500.0, 600.0]]).view(1, 1, 2, 3)
     p2, p3, p4 = model([fine, coarse])
-    rows, columns = [0, 0, 1], [0, 0, 1, 1, 2]  # nearest, 2 -> 3 and 3 -> 5
+    rows = [0, 0, 1]  # nearest, 2 -> 3
+    columns = [0, 0, 1, 1, 2]  # nearest, 3 -> 5
     torch.testing.assert_close(p2, fine + coarse[:, :, rows][..., columns])
     torch.testing.assert_close(p3, coarse)
     torch.testing.assert_close(p4, coarse[..., ::2, ::2])
@@ -46,7 +48,8 @@ def test_top_down_path_by_hand():
 def test_inputs_are_left_alone_and_gradients_reach_them():
     features = [torch.randn(1, 4, size, size, requires_grad=True) for size in (8, 4, 2)]
     before = [feature.detach().clone() for feature in features]
-    sum(level.sum() for level in FPN([4, 4, 4], 8)(features)).backward()
+    pyramid = FPN([4, 4, 4], 8)(features)
+    sum(level.sum() for level in pyramid).backward()
     for feature, original in zip(features, before, strict=True):
         assert torch.equal(feature, original)
         assert feature.grad.any()
@@ -54,7 +57,8 @@ def test_inputs_are_left_alone_and_gradients_reach_them():
 
 def test_initial_values():
     model = FPN([256, 512])
-    assert not any(conv.conv.bias.any() for conv in (*model.lateral_convs, *model.fpn_convs))
+    for conv in (*model.lateral_convs, *model.fpn_convs):
+        assert not conv.conv.bias.any()
     bound = (6 / (512 + 256)) ** 0.5  # Xavier uniform of the 1x1
     assert 0.99 * bound < model.lateral_convs[1].conv.weight.abs().max() <= bound
 

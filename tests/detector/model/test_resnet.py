@@ -1,4 +1,4 @@
-"""ResNet: names, features and gradients flags of the reference, and what each option changes."""
+"""ResNet: names, features and trainable parameters of MMDetection, and what each option changes."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def deformable_layers(model):
 
 
 @pytest.mark.parametrize("config", ["dg1", "dg4"])
-def test_state_dict_is_the_reference_s(golden, config):
+def test_state_dict_is_the_mmdetections(golden, config):
     parameters = golden("model")[1][config]
     model = ResNet(50, dcn="v2", deform_groups=int(config[2:]))
     expected = {
@@ -26,7 +26,7 @@ def test_state_dict_is_the_reference_s(golden, config):
     assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == expected
 
 
-def test_trainable_parameters_are_the_reference_s(golden):
+def test_trainable_parameters_are_the_mmdetections(golden):
     names = golden("model")[1]["dg1"]["trainable"]
     expected = {name.removeprefix("backbone.") for name in names if name.startswith("backbone.")}
     model = ResNet(50, dcn="v2")
@@ -34,7 +34,7 @@ def test_trainable_parameters_are_the_reference_s(golden):
 
 
 @pytest.mark.parametrize(("config", "samples", "prefix"), [("dg1", 1024, "train."), ("dg4", 512, "dg4.")])
-def test_features_are_the_reference_s(golden, golden_features, config, samples, prefix):
+def test_features_are_the_mmdetections(golden, golden_features, config, samples, prefix):
     arrays, _ = golden("model")
     for level in range(2, 6):
         ours = summary(golden_features(config)[f"C{level}"].numpy(), samples)
@@ -43,7 +43,7 @@ def test_features_are_the_reference_s(golden, golden_features, config, samples, 
         assert np.linalg.norm(ours["samples"] - expected) <= 1e-10 * np.linalg.norm(expected)
 
 
-def test_golden_input_is_the_reference_s(golden, golden_images):
+def test_golden_input_is_the_mmdetections(golden, golden_images):
     expected = golden("model")[0]["batch.input.samples"]
     np.testing.assert_array_equal(summary(golden_images.numpy(), 2048)["samples"], expected)
 
@@ -74,11 +74,13 @@ def test_shapes_at_odd_sizes(depth, dcn):
     with torch.no_grad():
         features = model(torch.randn(1, 3, 67, 93))
     expansion = 1 if depth == 18 else 4
-    sizes = [(17, 24), (9, 12), (5, 6), (3, 3)]
-    assert [tuple(f.shape) for f in features] == [
-        (1, channels * expansion, *size) for channels, size in zip((64, 128, 256, 512), sizes, strict=True)
+    assert [tuple(feature.shape) for feature in features] == [
+        (1, 64 * expansion, 17, 24),
+        (1, 128 * expansion, 9, 12),
+        (1, 256 * expansion, 5, 6),
+        (1, 512 * expansion, 3, 3),
     ]
-    assert model.out_channels == [f.shape[1] for f in features]
+    assert model.out_channels == [feature.shape[1] for feature in features]
 
 
 def test_blocks_start_as_identity_and_offsets_at_zero():
@@ -100,8 +102,9 @@ def test_frozen_stages(frozen_stages, frozen):
     parts = ["conv1", "layer1", "layer2", "layer3", "layer4"]
     for index, part in enumerate(parts):
         module = model.get_submodule(part)
-        assert all(p.requires_grad != (index < frozen) for p in module.parameters()), part
-        assert all(m.training != (index < frozen) for m in module.modules()), part
+        is_frozen = index < frozen
+        assert all(parameter.requires_grad != is_frozen for parameter in module.parameters()), part
+        assert all(submodule.training != is_frozen for submodule in module.modules()), part
     assert model.bn1.training == (frozen == 0)
     assert not any(m.training for m in model.eval().modules())
 
@@ -111,7 +114,10 @@ def test_norm_eval_keeps_running_statistics(norm_eval):
     model = ResNet(18, norm_eval=norm_eval).train()
     before = {name: value.clone() for name, value in model.named_buffers()}
     model(torch.randn(2, 3, 64, 64))
-    changed = {name.split(".")[0] for name, value in model.named_buffers() if not torch.equal(value, before[name])}
+    changed = set()
+    for name, value in model.named_buffers():
+        if not torch.equal(value, before[name]):
+            changed.add(name.split(".")[0])
     assert changed == (set() if norm_eval else {"layer2", "layer3", "layer4"})
     assert model.layer3[0].bn1.weight.requires_grad
 
@@ -120,11 +126,15 @@ def test_group_norm_has_no_running_statistics_and_trains():
     model = ResNet(18, dcn="v2", norm="gn", frozen_stages=-1).train()
     assert not list(model.buffers())
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    for module in model.modules():  # away from the identity, so that every layer has a gradient
+    for module in model.modules():  # no branch at zero, so that all layers have a gradient
         if isinstance(module, nn.GroupNorm):
             nn.init.ones_(module.weight)
-    sum(feature.square().mean() for feature in model(torch.randn(2, 3, 64, 64))).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    features = model(torch.randn(2, 3, 64, 64))
+    sum(feature.square().mean() for feature in features).backward()
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
+        assert parameter.grad.any()
 
 
 def test_channels_last_stays_channels_last():

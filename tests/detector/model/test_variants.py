@@ -1,4 +1,4 @@
-"""Names, shapes and counts of the parameters of every variant, by the rules of MMDetection's configs."""
+"""Names, shapes and counts of the parameters of all variants, by the rules of MMDetection's configs."""
 
 import math
 
@@ -22,7 +22,8 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def norm(name, channels):
-    yield from ((f"{name}.{kind}", (channels,)) for kind in ("weight", "bias", "running_mean", "running_var"))
+    for kind in ("weight", "bias", "running_mean", "running_var"):
+        yield f"{name}.{kind}", (channels,)
     yield f"{name}.num_batches_tracked", ()
 
 
@@ -35,12 +36,12 @@ def resnet(depth, offsets):
     """ResNet with `dcn=dict(type='DCN' or 'DCNv2')`, `stage_with_dcn=(False, True, True, True)`; frozen_stages=1."""
     yield "conv1.weight", (64, 3, 7, 7)
     yield from norm("bn1", 64)
-    inside = 64
+    in_channels = 64
     for stage, count in enumerate(BLOCKS[depth]):
         planes = 64 << stage
         for block in range(count):
             name = f"layer{stage + 1}.{block}"
-            yield f"{name}.conv1.weight", (planes, inside, 1, 1)
+            yield f"{name}.conv1.weight", (planes, in_channels, 1, 1)
             yield from norm(f"{name}.bn1", planes)
             yield f"{name}.conv2.weight", (planes, planes, 3, 3)
             if stage and offsets:
@@ -49,9 +50,9 @@ def resnet(depth, offsets):
             yield f"{name}.conv3.weight", (planes * 4, planes, 1, 1)
             yield from norm(f"{name}.bn3", planes * 4)
             if block == 0:
-                yield f"{name}.downsample.0.weight", (planes * 4, inside, 1, 1)
+                yield f"{name}.downsample.0.weight", (planes * 4, in_channels, 1, 1)
                 yield from norm(f"{name}.downsample.1", planes * 4)
-            inside = planes * 4
+            in_channels = planes * 4
 
 
 def detector(depth, offsets, mask, classes=80):
@@ -79,9 +80,10 @@ def test_parameters(name):
     options, offsets = VARIANTS[name]
     with torch.device("meta"):
         model = FasterRCNN(FasterRCNNConfig(**options))
-    found = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     expected = dict(detector(options.get("depth", 50), offsets, options.get("mask", False)))
-    assert found == expected
+    assert shapes == expected
+
     count = sum(math.prod(shape) for key, shape in expected.items() if not key.endswith(BUFFERS))
     assert sum(parameter.numel() for parameter in model.parameters()) == count
     frozen = ("backbone.conv1.", "backbone.bn1.", "backbone.layer1.")
@@ -91,6 +93,6 @@ def test_parameters(name):
 
 @pytest.mark.parametrize(("key", "offsets"), [("dg1", 27), ("dg4", 108)])
 def test_rules_agree_with_golden_names(golden, key, offsets):
-    """The rules above, where MMDetection's own list of names is at hand."""
+    """The rules above give MMDetection's list of names for the two configs of which the golden data has it."""
     listed = {entry["name"]: tuple(entry["shape"]) for entry in golden("model")[1][key]["state_dict"]}
     assert dict(detector(50, offsets, mask=False)) == listed
