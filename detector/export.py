@@ -1,4 +1,4 @@
-"""Detectors that run without this package: `torch.export` programs and ONNX files.
+"""Detectors that run without this package: `torch.export` programs and ONNX files, and the command that writes one.
 
 python -m detector.export --weights best.pt --out best.onnx
 """
@@ -9,34 +9,35 @@ import importlib
 import importlib.util
 import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
+from detector.files import replacing
 from detector.image import STRIDE, read_image, resize_keep_ratio, stack_images
 from detector.model.faster_rcnn import FasterRCNN
-from detector.onnx.runtime import AVAILABLE, difference, run_onnx
+from detector.onnx.runtime import HAS_ONNXRUNTIME, largest_difference, run_onnx
 from detector.structures import Batch
-from detector.weights.load import load
+from detector.weights.load_detector import load
 
 INPUTS = ("images", "sizes")
 OUTPUTS = ("boxes", "scores", "labels", "valid", "masks")
 OPSET = 20
-MOST = 1 << 16
+MAX_OPEN_SIZE = 1 << 16
 """Upper bound of the sizes that stay open, in images and in strides."""
 
 
 @dataclass(frozen=True)
-class Options:
+class ExportOptions:
     """Write a detector as an ONNX file, and compare the two where onnxruntime is installed.
 
     The file takes `images` (batch, 3, height, width) uint8 RGB, sides multiples of 32, and `sizes` (batch, 2) int64,
@@ -50,7 +51,7 @@ class Options:
     """File to write."""
     size: tuple[int, int] | None = None
     """Height and width of the input, multiples of 32; left open if not given."""
-    batch: int | None = None
+    batch_size: Annotated[int | None, tyro.conf.arg(aliases=["--batch"])] = None
     """Images of the input; left open if not given."""
     image: Path | None = None
     """Picture to compare the file and the model on; without one it is noise, in which there may be nothing to find."""
@@ -93,26 +94,29 @@ def export_program(
         ValueError: the model is in training mode, or a size is out of its range.
     """
     if model.training:
-        raise ValueError("model: expected evaluation mode, call model.eval() first")
+        raise ValueError("model: expected evaluation mode, got training mode; call model.eval() first")
     if batch is not None and batch < 1:
-        raise ValueError(f"batch: expected at least 1, found {batch}")
+        raise ValueError(f"batch: expected at least 1, got {batch}")
     if size is not None and (min(size) < 1 or any(side % STRIDE for side in size)):
-        raise ValueError(f"size: expected multiples of {STRIDE}, found {tuple(size)}")
-    images: dict[int, torch.export.Dim] = {}
-    sizes: dict[int, torch.export.Dim] = {}
+        raise ValueError(f"size: expected multiples of {STRIDE}, got {tuple(size)}")
+
+    open_in_images: dict[int, torch.export.Dim] = {}  # dimension -> its name and range
+    open_in_sizes: dict[int, torch.export.Dim] = {}
     if batch is None:
-        images[0] = sizes[0] = torch.export.Dim("batch", min=1, max=MOST)
+        batch_dim = torch.export.Dim("batch", min=1, max=MAX_OPEN_SIZE)
+        open_in_images[0] = batch_dim
+        open_in_sizes[0] = batch_dim
     if size is None:
-        images[2] = STRIDE * torch.export.Dim("rows", min=1, max=MOST)
-        images[3] = STRIDE * torch.export.Dim("columns", min=1, max=MOST)
-    height, width = size or (-(-side // STRIDE) * STRIDE for side in sorted(model.config.image_scale))
+        open_in_images[2] = STRIDE * torch.export.Dim("rows", min=1, max=MAX_OPEN_SIZE)
+        open_in_images[3] = STRIDE * torch.export.Dim("columns", min=1, max=MAX_OPEN_SIZE)
+
+    height, width = size or map(_next_multiple, sorted(model.config.image_scale))
+    example_batch = batch or 2
     device = next(model.parameters()).device
-    example = (
-        torch.zeros(batch or 2, 3, height, width, dtype=torch.uint8, device=device),
-        torch.tensor([[height, width]] * (batch or 2), device=device),
-    )
-    with torch.no_grad(), _quiet():
-        return torch.export.export(Detector(model), example, dynamic_shapes=(images, sizes))
+    images = torch.zeros(example_batch, 3, height, width, dtype=torch.uint8, device=device)
+    sizes = torch.tensor([[height, width]] * example_batch, device=device)
+    with torch.no_grad(), _without_warnings():
+        return torch.export.export(Detector(model), (images, sizes), dynamic_shapes=(open_in_images, open_in_sizes))
 
 
 def export_onnx(
@@ -128,15 +132,17 @@ def export_onnx(
     Args:
         model: in evaluation mode, float32.
         path: file to write; its folder must exist.
-        size, batch: as in `export_program`.
+        size: as in `export_program`.
+        batch: as in `export_program`.
         classes: class names by label, stored as JSON under "classes" in the metadata of the file.
 
     Raises:
         ValueError: as `export_program`, the model is not float32, or a package is missing.
         OSError: the file cannot be written.
     """
-    if next(model.parameters()).dtype != torch.float32:
-        raise ValueError(f"model: expected float32, found {next(model.parameters()).dtype}; call model.float() first")
+    dtype = next(model.parameters()).dtype
+    if dtype != torch.float32:
+        raise ValueError(f"model: expected float32, got {dtype}; call model.float() first")
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"no package {' and no '.join(missing)}; pip install 'triton-dcn[export]'")
@@ -146,24 +152,25 @@ def export_onnx(
 
 def write_onnx(program: torch.export.ExportedProgram, path: str | Path, classes: Sequence[str] = ()) -> None:
     """Write a program of `export_program` as an ONNX file; arguments as in `export_onnx`."""
-    path = Path(path)
-    outputs = OUTPUTS[: len(program.graph_signature.user_outputs)]
-    with _quiet():
-        graph = torch.onnx.export(
-            program, dynamo=True, opset_version=OPSET, input_names=INPUTS, output_names=outputs, verbose=False,
-            custom_translation_table=importlib.import_module("detector.onnx.translations").TRANSLATIONS,
-        )  # fmt: skip
-    assert graph is not None  # it would be with an argument `f`
-    graph.model.metadata_props["classes"] = json.dumps(list(classes))
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        graph.save(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    output_names = OUTPUTS[: len(program.graph_signature.user_outputs)]
+    with _without_warnings():
+        translations = importlib.import_module("detector.onnx.translations")  # needs onnxscript
+        onnx_program = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=INPUTS,
+            output_names=output_names,
+            verbose=False,
+            custom_translation_table=translations.TRANSLATIONS,
+        )
+    assert onnx_program is not None  # it would be with an argument `f`
+    onnx_program.model.metadata_props["classes"] = json.dumps(list(classes))
+    with replacing(path) as partial:
+        onnx_program.save(partial)
 
 
-def export_file(options: Options) -> str:
+def export_file(options: ExportOptions) -> str:
     """Write the file and compare it with the model.
 
     Returns:
@@ -175,20 +182,23 @@ def export_file(options: Options) -> str:
     if not options.out.parent.is_dir():
         raise ValueError(f"--out: no folder {options.out.parent}")
     model, classes = load(options.weights, "cpu")
-    export_onnx(model, options.out, size=options.size, batch=options.batch, classes=classes)
-    if not AVAILABLE:
+    export_onnx(model, options.out, size=options.size, batch=options.batch_size, classes=classes)
+    if not HAS_ONNXRUNTIME:
         return "not compared with the model: onnxruntime is not installed"
-    batch = _example(options, model)
-    ours, theirs = model(batch), run_onnx(options.out, batch)
-    boxes, scores = difference(ours, theirs)
-    count = sum(len(found.boxes) for found in ours)
-    place = options.image or "noise (--image compares on a picture)"
-    return f"largest difference of {count} detections in {place}: {boxes:.2g} pixels, {scores:.2g} of the score"
+
+    with torch.no_grad():
+        batch = _comparison_batch(options, model)
+    of_model = model(batch)
+    of_file = run_onnx(options.out, batch)
+    pixels, score = largest_difference(of_model, of_file)
+    count = sum(len(image.boxes) for image in of_model)
+    picture = options.image or "noise (--image compares on a picture)"
+    return f"largest difference of {count} detections in {picture}: {pixels:.2g} pixels, {score:.2g} of the score"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
-    options = tyro.cli(Options, prog="python -m detector.export", args=arguments)
+    options = tyro.cli(ExportOptions, prog="python -m detector.export", args=arguments)
     try:
         comparison = export_file(options)
     except (OSError, ValueError) as error:
@@ -198,29 +208,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-@torch.no_grad()
-def _example(options: Options, model: FasterRCNN) -> Batch:
+def _comparison_batch(options: ExportOptions, model: FasterRCNN) -> Batch:
     """Return images to compare on, in the sizes that the file takes."""
     if options.image is not None:
-        image = read_image(options.image)
         scale = model.config.image_scale
-        if options.size is not None:  # the largest size that fits
-            factor = min(side / own for side, own in zip(options.size, image.shape, strict=False))
-            scale = max(int(image.shape[0] * factor), 1), max(int(image.shape[1] * factor), 1)
-        images, sizes = stack_images([resize_keep_ratio(image, scale)[0]])
+        images, sizes = _picture(options.image, scale, options.size)
     else:
-        sizes = torch.tensor([options.size or sorted(model.config.image_scale)])
-        noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 64 + 128
-        images = F.interpolate(noise, size=sizes[0].tolist(), mode="bilinear").clamp(0, 255).to(torch.uint8)
-    height, width = options.size or (-(-side // STRIDE) * STRIDE for side in images.shape[2:])
+        images, sizes = _noise(options.size or sorted(model.config.image_scale))
+
+    height, width = options.size or map(_next_multiple, images.shape[2:])
     images = F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
-    count = options.batch or 1
+    count = options.batch_size or 1
     return Batch(images.repeat(count, 1, 1, 1), sizes.repeat(count, 1))
 
 
+def _picture(path: Path, scale: tuple[int, int], size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+    """Return an image file as (1, 3, H, W) and its size (1, 2), resized to `scale` or, if given, to fit `size`."""
+    image = read_image(path)
+    if size is not None:
+        height, width = image.shape[:2]
+        factor = min(size[0] / height, size[1] / width)
+        scale = (max(int(height * factor), 1), max(int(width * factor), 1))
+    resized, _ = resize_keep_ratio(image, scale)
+    return stack_images([resized])
+
+
+def _noise(size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return smooth noise (1, 3, H, W) uint8 of a size, and the size as (1, 2)."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(1, 3, 16, 16, generator=generator) * 64 + 128
+    images = F.interpolate(coarse, size=list(size), mode="bilinear").clamp(0, 255).to(torch.uint8)
+    return images, torch.tensor([list(size)])
+
+
+def _next_multiple(side: int) -> int:
+    """Return a side rounded up to a multiple of the stride."""
+    return -(-side // STRIDE) * STRIDE
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what torch's exporter says about itself and about packages that are not needed from the user."""
+def _without_warnings() -> Iterator[None]:
+    """Hide what torch's exporter says about itself and about packages that are not needed."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from detector.structures import Batch, Detections
 
-AVAILABLE = importlib.util.find_spec("onnxruntime") is not None
+HAS_ONNXRUNTIME = importlib.util.find_spec("onnxruntime") is not None
 
 
 def run_onnx(path: str | Path, batch: Batch) -> list[Detections]:
@@ -25,33 +25,50 @@ def run_onnx(path: str | Path, batch: Batch) -> list[Detections]:
     Raises:
         ValueError: onnxruntime is missing, or cannot run the file on these images.
     """
-    if not AVAILABLE:
+    if not HAS_ONNXRUNTIME:
         raise ValueError("no package onnxruntime; pip install 'triton-dcn[export]'")
-    runtime = importlib.import_module("onnxruntime")
+    onnxruntime = importlib.import_module("onnxruntime")
+    inputs = {"images": batch.images.cpu().numpy(), "sizes": batch.sizes.cpu().numpy()}
     try:
-        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        arrays = session.run(None, {"images": batch.images.cpu().numpy(), "sizes": batch.sizes.cpu().numpy()})
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        outputs = session.run(None, inputs)
     except Exception as error:  # onnxruntime's errors have no common class
         raise ValueError(f"{path}: onnxruntime cannot run it: {error}") from error
-    boxes, scores, labels, valid, *masks = (torch.from_numpy(array) for array in arrays)
-    columns = boxes, scores, labels, *masks
-    return [Detections(*(column[image, keep] for column in columns)) for image, keep in enumerate(valid)]
+
+    boxes, scores, labels, valid, *masks = (torch.from_numpy(output) for output in outputs)
+    detections = []
+    for image, keep in enumerate(valid):
+        columns = [column[image, keep] for column in (boxes, scores, labels, *masks)]
+        detections.append(Detections(*columns))
+    return detections
 
 
-def difference(ours: Sequence[Detections], theirs: Sequence[Detections]) -> tuple[float, float]:
+def largest_difference(expected: Sequence[Detections], actual: Sequence[Detections]) -> tuple[float, float]:
     """Return the largest difference of a coordinate in pixels and of a score, over the detections of all images.
 
-    The partner of a detection is the nearest one of the same image and label in the other list, so that the order of
-    equal scores does not matter; without one the difference is infinite.
+    A detection is compared with the nearest one of the same image and label in the other list, in both directions, so
+    that the order of equal scores does not matter; where there is none the difference is infinite.
     """
-    box = score = 0.0
-    for a, b in zip(ours, theirs, strict=True):
-        for one, other in ((a, b), (b, a)):
-            if len(one.boxes):
-                distance = (one.boxes[:, None] - other.boxes).abs().amax(2)  # (n, m)
-                distance = torch.where(one.labels[:, None] == other.labels, distance, torch.inf)
-                distance, nearest = F.pad(distance, (0, 1), value=torch.inf).min(1)  # a partner at infinity
-                scores = F.pad(other.scores, (0, 1), value=torch.inf)[nearest]
-                box = max(box, float(distance.max()))
-                score = max(score, float((one.scores - scores).abs().max()))
-    return box, score
+    largest_distance = 0.0
+    largest_score = 0.0
+    for image_expected, image_actual in zip(expected, actual, strict=True):
+        for detections, others in ((image_expected, image_actual), (image_actual, image_expected)):
+            distance, score = _difference_to_nearest(detections, others)
+            largest_distance = max(largest_distance, distance)
+            largest_score = max(largest_score, score)
+    return largest_distance, largest_score
+
+
+def _difference_to_nearest(detections: Detections, others: Detections) -> tuple[float, float]:
+    """Return the largest difference of a coordinate and of a score to the nearest of `others` with the same label."""
+    if not len(detections.boxes):
+        return 0.0, 0.0
+    distance = (detections.boxes[:, None] - others.boxes).abs().amax(2)  # (n, m)
+    same_label = detections.labels[:, None] == others.labels
+    distance = torch.where(same_label, distance, torch.inf)
+
+    # One more at an infinite distance, with an infinite score, is nearest where there is no other.
+    distance, nearest = F.pad(distance, (0, 1), value=torch.inf).min(1)
+    nearest_scores = F.pad(others.scores, (0, 1), value=torch.inf)[nearest]
+    score = (detections.scores - nearest_scores).abs()
+    return float(distance.max()), float(score.max())

@@ -1,7 +1,7 @@
 """Translations of the detector's operators to ONNX, for `custom_translation_table` of `torch.onnx.export`.
 
-Every graph computes what the operator computes, equal scores and padding included, in float32. This module needs
-onnxscript, which comes with the extra `export`; only `detector.export` loads it.
+Every graph computes in float32 what the operator computes, also where scores are equal and in padding. This module
+needs onnxscript, which comes with the extra `export`; only `detector.export` loads it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from onnxscript import ir
 
-from triton_dcn.onnx import TRANSLATIONS as CONVOLUTIONS
+from triton_dcn.onnx import TRANSLATIONS as CONVOLUTION_TRANSLATIONS
 from triton_dcn.onnx import Value, op
 
 LOWEST = float(np.finfo(np.float32).min)
+"""Score threshold that only -inf is below."""
 
 
 def roi_align(
@@ -27,28 +28,25 @@ def roi_align(
     output_size: int,
     sampling_ratio: int,
 ) -> Value:
-    """Write `detector.ops.roi_align` as one `RoiAlign` per level over the regions of that level.
+    """Write `detector::roi_align` as one `RoiAlign` per level over the rois of that level.
 
-    The rows of a level are picked with `NonZero` and its result is scattered into zeros, so that a region is pooled
-    once and one that does not exist (batch index -1) stays zero.
+    The rois of a level are picked with `NonZero` and their result is scattered into zeros, so that a roi is pooled once
+    and one that is ignored, such as padding with batch index -1, stays zero.
     """
-    index = op.Cast(op.Gather(rois, _int(0), axis=1), to=ir.DataType.INT64)  # (R,)
-    boxes = op.Slice(rois, _ints(1), _ints(5), _ints(1))  # (R, 4)
-    sides = op.Sub(op.Slice(boxes, _ints(2), _ints(4), _ints(1)), op.Slice(boxes, _ints(0), _ints(2), _ints(1)))
-    numbers = op.Concat(boxes, sides, axis=1)
-    broken = op.Cast(op.Or(op.IsNaN(numbers), op.IsInf(numbers)), to=ir.DataType.INT64)
-    finite = op.Equal(op.ReduceSum(broken, _ints(1), keepdims=0), _int(0))
-    images = op.Squeeze(op.Shape(features[0], start=0, end=1))
-    live = op.And(finite, op.And(op.GreaterOrEqual(index, _int(0)), op.Less(index, images)))
-    window = op.Concat(op.Shape(features[0], start=1, end=2), _ints(output_size, output_size), axis=0)
-    pooled = op.ConstantOfShape(op.Concat(op.Shape(rois, start=0, end=1), window, axis=0))
+    image = op.Cast(op.Gather(rois, _scalar(0), axis=1), to=ir.DataType.INT64)  # (R,)
+    boxes = _columns(rois, 1, 5)  # (R, 4)
+    live = _live_rois(image, boxes, num_images=op.Squeeze(op.Shape(features[0], start=0, end=1)))
+
+    bins = _vector(output_size, output_size)
+    shape = op.Concat(op.Shape(rois, start=0, end=1), op.Shape(features[0], start=1, end=2), bins, axis=0)
+    pooled = op.ConstantOfShape(shape)  # (R, C, S, S) zeros
     for level, (feature, stride) in enumerate(zip(features, strides, strict=True)):
-        rows = op.NonZero(op.And(live, op.Equal(levels, _int(level))))  # (1, n)
-        rows = op.Squeeze(rows, _ints(0))
-        found = op.RoiAlign(
+        in_level = op.And(live, op.Equal(levels, _scalar(level)))
+        rows = op.Squeeze(op.NonZero(in_level), _vector(0))  # (n,)
+        pooled_level = op.RoiAlign(
             feature,
             op.Gather(boxes, rows),
-            op.Gather(index, rows),
+            op.Gather(image, rows),
             mode="avg",
             coordinate_transformation_mode="half_pixel",
             output_height=output_size,
@@ -56,26 +54,36 @@ def roi_align(
             sampling_ratio=sampling_ratio,
             spatial_scale=1 / stride,
         )
-        pooled = op.ScatterND(pooled, op.Unsqueeze(rows, _ints(1)), found)
+        pooled = op.ScatterND(pooled, op.Unsqueeze(rows, _vector(1)), pooled_level)
     return pooled
 
 
+def _live_rois(image: Value, boxes: Value, num_images: Value) -> Value:
+    """Write which rois (R,) have an image and a finite box, also its width and height."""
+    sides = op.Sub(_columns(boxes, 2, 4), _columns(boxes, 0, 2))
+    numbers = op.Concat(boxes, sides, axis=1)
+    not_finite = op.Cast(op.Or(op.IsNaN(numbers), op.IsInf(numbers)), to=ir.DataType.INT64)
+    finite = op.Equal(op.ReduceSum(not_finite, _vector(1), keepdims=0), _scalar(0))
+    exists = op.And(op.GreaterOrEqual(image, _scalar(0)), op.Less(image, num_images))
+    return op.And(finite, exists)
+
+
 def batched_nms(boxes: Value, scores: Value, valid: Value, iou_threshold: float) -> Value:
-    """Write `detector.batched_nms` as one `NonMaxSuppression`: a group is an image with one class.
+    """Write `detector::batched_nms` as one `NonMaxSuppression`: a group is an image with one class.
 
     Boxes that are not valid get a score below the score threshold; the selected indices become a mask again.
     """
     scores = op.Where(valid, scores, op.Constant(value_float=-np.inf))
-    kept = op.NonMaxSuppression(
+    selected = op.NonMaxSuppression(
         boxes,
-        op.Unsqueeze(scores, _ints(1)),
+        op.Unsqueeze(scores, _vector(1)),
         op.Shape(scores, start=1, end=2),
         op.Constant(value_floats=[iou_threshold]),
         op.Constant(value_floats=[LOWEST]),
     )  # (n, 3): group, class, box
-    place = op.Gather(kept, _ints(0, 2), axis=1)
-    nothing = op.ConstantOfShape(op.Shape(valid), value=_flag(False))
-    return op.ScatterND(nothing, place, op.ConstantOfShape(op.Shape(place, start=0, end=1), value=_flag(True)))
+    kept = op.Gather(selected, _vector(0, 2), axis=1)  # (n, 2): group, box
+    none_kept = op.ConstantOfShape(op.Shape(valid), value=_bool(False))
+    return op.ScatterND(none_kept, kept, op.ConstantOfShape(op.Shape(kept, start=0, end=1), value=_bool(True)))
 
 
 def sort_stable(values: Value, stable: bool, dim: int = -1, descending: bool = False) -> tuple[Value, Value]:
@@ -86,20 +94,25 @@ def sort_stable(values: Value, stable: bool, dim: int = -1, descending: bool = F
     return ordered, index
 
 
-def _int(value: int) -> Value:
+def _columns(matrix: Value, start: int, stop: int) -> Value:
+    """Write matrix[:, start:stop]."""
+    return op.Slice(matrix, _vector(start), _vector(stop), _vector(1))
+
+
+def _scalar(value: int) -> Value:
     return op.Constant(value_int=value)
 
 
-def _ints(*values: int) -> Value:
+def _vector(*values: int) -> Value:
     return op.Constant(value_ints=values)
 
 
-def _flag(value: bool) -> ir.TensorProtocol:
+def _bool(value: bool) -> ir.TensorProtocol:
     return ir.tensor([value], dtype=ir.DataType.BOOL)
 
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    **CONVOLUTIONS,
+    **CONVOLUTION_TRANSLATIONS,
     torch.ops.detector.roi_align.default: roi_align,
     torch.ops.detector.batched_nms.default: batched_nms,
     torch.ops.aten.sort.stable: sort_stable,
