@@ -1,8 +1,11 @@
-"""Library matrix products over channel groups that accumulate in float32, whatever the dtype and the device.
+"""Library matrix products over channel groups for the Triton backend, which hands them columns of samples.
 
-On a GPU these are cuBLAS calls in the dtype of the operands. `torch.backends.cuda.matmul` rules over them as over every
-product: TF32 where it is allowed, and in half precision what its `allow_*_reduction` and `allow_fp16_accumulation` say.
-On a CPU, half-precision operands are widened first, because products there need not accumulate in float32.
+They accumulate in float32, whatever the dtype and the device. On a GPU these are cuBLAS calls in the dtype of the
+operands, and the user's settings in `torch.backends.cuda.matmul` apply as to every product: TF32 where it is allowed,
+in half precision `allow_*_reduced_precision_reduction` and `allow_fp16_accumulation`. On a CPU, operands in half
+precision are converted to float32 first, because products there need not accumulate in float32.
+
+Letters: G channel groups; rows, k and n are the sizes of a product.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-HAS_OUT_DTYPE = "dtype" in torch.ops.aten.bmm.overloads() and not torch.version.hip  # ROCm's raises in some versions
+# the overload exists on ROCm, too, but some versions raise when it is called
+HAS_OUT_DTYPE = "dtype" in torch.ops.aten.bmm.overloads() and not torch.version.hip
 
 
 def multiply(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
@@ -18,7 +22,8 @@ def multiply(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> N
 
     Args:
         out: (rows, G*n), contiguous, written in full.
-        left, right: (G, rows, k) and (G, k, n), any strides.
+        left: (G, rows, k), any strides.
+        right: (G, k, n), any strides.
         bias: (G*n,) or None.
     """
     groups, rows, _ = left.shape
@@ -28,31 +33,38 @@ def multiply(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> N
         else:
             torch.addmm(bias, left[0], right[0], out=out)
         return
-    left, right = _wide(left), _wide(right)
-    product = left @ right if bias is None else torch.baddbmm(_wide(bias).view(groups, 1, -1), left, right)
+
+    left = _float32_on_cpu(left)
+    right = _float32_on_cpu(right)
+    bias_of_groups = None if bias is None else _float32_on_cpu(bias).view(groups, 1, -1)
+    product = left @ right if bias_of_groups is None else torch.baddbmm(bias_of_groups, left, right)
     out.view(rows, groups, -1).copy_(product.transpose(0, 1))
 
 
 def multiply_groups(left: Tensor, right: Tensor) -> Tensor:
     """Return left (G, rows, k) @ right (G, k, n), dtype of `left`."""
-    return (_wide(left) @ _wide(right)).to(left.dtype)
+    product = _float32_on_cpu(left) @ _float32_on_cpu(right)
+    return product.to(left.dtype)
 
 
 def accumulate(out: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left (G, m, rows) @ right (G, rows, n) to `out` (G, m, n), float32."""
-    if left.is_cuda and left.dtype != torch.float32:
-        # otherwise the product of a chunk is rounded to half precision; the sum of the chunks never is
-        wide = HAS_OUT_DTYPE and not _accumulates_narrowly(left)
-        out += torch.bmm(left, right, out_dtype=torch.float32) if wide else torch.bmm(left, right)
+    if not left.is_cuda or left.dtype == torch.float32:
+        out.baddbmm_(_float32_on_cpu(left), _float32_on_cpu(right))
+        return
+
+    # with a float32 product, the product of a chunk is not rounded to half precision before it is added
+    if HAS_OUT_DTYPE and not _sums_in_float16(left):
+        out += torch.bmm(left, right, out_dtype=torch.float32)
     else:
-        out.baddbmm_(_wide(left), _wide(right))
+        out += torch.bmm(left, right)
 
 
-def _accumulates_narrowly(tensor: Tensor) -> bool:
-    """Tell whether the user allows float16 sums (torch 2.7), with which cuBLAS has no float32 result."""
+def _sums_in_float16(tensor: Tensor) -> bool:
+    """Tell whether the user allows sums in float16, with which cuBLAS has no float32 product; torch 2.7 or later."""
     allowed = getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
     return tensor.dtype == torch.float16 and allowed
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _float32_on_cpu(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_cuda else tensor.float()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from onnxscript import opset20
 
-op: Any = opset20  # its annotations know arrays, not the values of a graph
+op: Any = opset20  # onnxscript annotates these functions for arrays, and here they are called with values of a graph
 Value = Any
 """`onnxscript.ir.Value`, a tensor of the graph; torch reads the annotations and does not know that class."""
 
@@ -30,7 +30,7 @@ def deform_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     backend: str,
-    packed: bool = False,
+    mask_logits: bool = False,
     relu: bool = False,
 ) -> Value:
     """Write the operator as one `DeformConv`: offsets and masks have the same channel order in both.
@@ -38,16 +38,26 @@ def deform_conv2d(
     Args:
         input, offset, mask, weight, bias, stride, padding, dilation: as in `triton_dcn.deform_conv2d`.
         backend: without meaning in the graph.
-        packed: whether `offset` holds the offsets and, in its last third of channels, what the sigmoid makes the mask.
+        mask_logits: `offset` holds in its last third of channels the logits of the mask; `mask` is None.
         relu: whether negative outputs become 0.
+
+    Raises:
+        ValueError: the shape of a tensor is not known.
     """
-    moves = _sizes("offset", offset)[1]
-    offset, mask = _cast(offset, input), None if mask is None else _cast(mask, input)
-    if packed:
-        moves = moves // 3 * 2
-        zero, border, end, axis = (op.Constant(value_ints=[value]) for value in (0, moves, moves + moves // 2, 1))
-        offset, mask = op.Slice(offset, zero, border, axis), op.Sigmoid(op.Slice(offset, border, end, axis))
-    (_, channels, *_), (_, group_channels, *kernel) = _sizes("input", input), _sizes("weight", weight)
+    _, channels, *_ = _shape("input", input)
+    _, channels_per_group, *kernel = _shape("weight", weight)
+    _, offset_channels, *_ = _shape("offset", offset)
+    taps = kernel[0] * kernel[1]
+
+    offset = _cast_like(offset, input)
+    if mask_logits:
+        map_channels = offset_channels
+        offset_channels = map_channels // 3 * 2
+        mask = op.Sigmoid(_slice_channels(offset, offset_channels, map_channels))
+        offset = _slice_channels(offset, 0, offset_channels)
+    elif mask is not None:
+        mask = _cast_like(mask, input)
+
     output = op.DeformConv(
         input,
         weight,
@@ -58,21 +68,26 @@ def deform_conv2d(
         strides=tuple(stride),
         pads=(*padding, *padding),
         dilations=tuple(dilation),
-        group=channels // group_channels,
-        offset_group=moves // (2 * kernel[0] * kernel[1]),
+        group=channels // channels_per_group,
+        offset_group=offset_channels // (2 * taps),
     )
     return op.Relu(output) if relu else output
 
 
-def _cast(value: Value, like: Value) -> Value:
+def _slice_channels(value: Value, start: int, end: int) -> Value:
+    starts, ends, axes = (op.Constant(value_ints=[number]) for number in (start, end, 1))
+    return op.Slice(value, starts, ends, axes)
+
+
+def _cast_like(value: Value, like: Value) -> Value:
     """Return a value in the dtype of another: offsets and masks may be float32 beside a half-precision input."""
     return value if value.dtype == like.dtype else op.CastLike(value, like)
 
 
-def _sizes(name: str, value: Value) -> list[Any]:
-    """Return the sizes of a tensor; of the channels and of the weight they must be known numbers."""
+def _shape(name: str, value: Value) -> list[Any]:
+    """Return the sizes of a tensor: numbers, or names of open sizes."""
     if value.shape is None:
-        raise ValueError(f"{name}: its shape must be known for the export to ONNX")
+        raise ValueError(f"{name}: expected a known shape for the export to ONNX, got none")
     return list(value.shape)
 
 

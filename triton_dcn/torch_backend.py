@@ -72,8 +72,8 @@ def forward(
             samples = make_samples(geom, offset_mask.offset, mask, images, block.positions, grid, dtype)
             block_rows = output_rows[:, images, block.positions]
             for chunk in block.chunks:
-                columns = _sample_columns(geom, table, *samples.chunk(chunk))
-                product = _matmul(columns, kernel.mT)  # (G, n * p, O/G)
+                # columns have no name, so that their memory, which is in the cache, is free for the next chunk
+                product = _matmul(_sample_columns(geom, table, *samples.chunk(chunk)), kernel.mT)  # (G, n * p, O/G)
                 if bias is not None:
                     product.add_(bias.view(geom.groups, 1, -1))
                 if relu:
