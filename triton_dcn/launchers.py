@@ -1,5 +1,6 @@
-"""One function per kernel: allocate, choose the tile, compute the grid, call.
+"""One function per kernel: allocate what it writes, find its tile, compute the grid, launch.
 
+Receives channels-last tensors of one slice of images from `triton_backend`, and hands pointers and sizes to `kernels`.
 Sizes of zero never reach a kernel. Letters: see `triton_dcn.kernels.sampling`.
 """
 
@@ -10,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from triton_dcn import tile_table
 from triton_dcn.geometry import ConvGeometry
 from triton_dcn.kernels.binning import bin_kernel
 from triton_dcn.kernels.columns import columns_kernel
@@ -18,12 +18,26 @@ from triton_dcn.kernels.forward import forward_prefetch_kernel, forward_transpos
 from triton_dcn.kernels.grad_input import g_form_kernel, t_columns_kernel
 from triton_dcn.kernels.grad_sample import grad_sample_fused_kernel, grad_sample_kernel
 from triton_dcn.kernels.sampling import PAIRS, sampling_kernel
+from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
+from triton_dcn.tile_table import (
+    TILE_H,
+    TILE_W,
+    WORD_KERNELS,
+    TileRow,
+    dot_precision,
+    find_tile,
+    strip_width,
+)
+from triton_dcn.workspace import TileChunk, input_tiles
 
 FORWARD_KERNELS = {"forward_prefetch": forward_prefetch_kernel, "forward_transposed": forward_transposed_kernel}
 
 
 class SampleArrays(NamedTuple):
-    """The sample arrays of a slice of images, each (D*K, M); see `triton_dcn.kernels.sampling`."""
+    """Where the samples of a slice of images lie, and how much they count: what the kernels read of offset and mask.
+
+    Each is (D*K, M); `triton_dcn.kernels.sampling` says what they hold.
+    """
 
     cell: Tensor
     ly: Tensor
@@ -32,45 +46,57 @@ class SampleArrays(NamedTuple):
 
 
 class Bins(NamedTuple):
-    """Samples by tile of input pixels; see `triton_dcn.kernels.binning`."""
+    """Samples by tile of input pixels; see `triton_dcn.kernels.binning`.
+
+    Attributes:
+        start: (bins + 1,) int32, where the entries of each bin begin.
+        entry: int32, the entries of all bins.
+    """
 
     start: Tensor
     entry: Tensor
 
 
-def sample(geom: ConvGeometry, offset: Tensor, mask: Tensor | None, mask_logits: bool) -> SampleArrays:
-    """Launch `sampling_kernel`."""
-    positions, count = geom.batch * geom.positions, geom.offset_groups * geom.taps
+def sample(geom: ConvGeometry, offset_mask: OffsetMask) -> SampleArrays:
+    """Launch `sampling_kernel`: compute the sample arrays."""
+    offset = offset_mask.offset
+    has_mask = offset_mask.mask is not None
+    mask = offset if offset_mask.mask is None else offset_mask.mask  # without a mask, a pointer that is not read
+    planes = geom.offset_groups * geom.taps
+    positions = geom.batch * geom.positions
     samples = SampleArrays(
-        offset.new_empty(count, positions, dtype=torch.int32),
-        *(offset.new_empty(count, positions, dtype=torch.float32) for _ in range(3)),
+        cell=offset.new_empty(planes, positions, dtype=torch.int32),
+        ly=offset.new_empty(planes, positions, dtype=torch.float32),
+        lx=offset.new_empty(planes, positions, dtype=torch.float32),
+        scale=offset.new_empty(planes, positions, dtype=torch.float32),
     )
-    tile, any_mask = tile_for("sampling", geom, offset), offset if mask is None else mask
-    sampling_kernel[(_cdiv(count * positions, tile.block_p),)](
-        offset, any_mask, *samples, count * positions, positions, geom.out_height, geom.out_width,
-        geom.height, geom.width, geom.kernel[1], *offset.stride(), *any_mask.stride(),
+    tile = find_tile("sampling", geom, offset)
+    sampling_kernel[(_cdiv(planes * positions, tile.block_p),)](
+        offset, mask, *samples, planes * positions, positions, geom.out_height, geom.out_width,
+        geom.height, geom.width, geom.kernel[1], *offset.stride(), *mask.stride(),
         *geom.stride, *geom.padding, *geom.dilation,
-        TAPS=geom.taps, HAS_MASK=mask is not None, MASK_LOGITS=mask_logits,
+        TAPS=geom.taps, HAS_MASK=has_mask, MASK_LOGITS=offset_mask.mask_logits,
         BLOCK=tile.block_p, **tile.options,
     )  # fmt: skip
     return samples
 
 
-def columns(geom: ConvGeometry, x: Tensor, samples: SampleArrays, first: int, rows: int) -> Tensor:
-    """Launch `columns_kernel` for `rows` positions from `first` on: (G, rows, K*C/G)."""
-    buffer = x.new_empty(geom.groups, rows, geom.taps * geom.in_channels // geom.groups)
-    tile = tile_for("columns", geom, x)
+def columns(geom: ConvGeometry, x: Tensor, samples: SampleArrays, chunk: slice) -> Tensor:
+    """Launch `columns_kernel`: return the columns (G, rows, K*C/G) of a chunk of the positions."""
+    rows = chunk.stop - chunk.start
+    columns = x.new_empty(geom.groups, rows, geom.taps * geom.in_channels // geom.groups)
+    tile = find_tile("columns", geom, x)
     columns_kernel[(_cdiv(rows, tile.block_p) * geom.offset_groups * geom.taps,)](
-        _words(geom, x), *samples, buffer, geom.batch * geom.positions, first, rows, geom.width,
+        _words(geom, x), *samples, columns, geom.batch * geom.positions, chunk.start, rows, geom.width,
         CHANNELS=geom.in_channels, GROUPS=geom.groups, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
         BLOCK_P=tile.block_p, BLOCK_C=tile.block_c, **tile.options,
     )  # fmt: skip
-    return buffer
+    return columns
 
 
 def forward_fused(
     geom: ConvGeometry,
-    row: tile_table.TileRow,
+    row: TileRow,
     x: Tensor,
     samples: SampleArrays,
     w: Tensor,
@@ -78,37 +104,39 @@ def forward_fused(
     output: Tensor,
     relu: bool,
 ) -> None:
-    """Fill `output` (M, O) by the forward kernel of the table's row."""
-    positions, tile = geom.batch * geom.positions, row.tile
-    pixels = _words(geom, x) if row.kernel in tile_table.WORD_KERNELS else x
-    FORWARD_KERNELS[row.kernel][(_cdiv(positions, tile.block_p) * (geom.out_channels // tile.block_o),)](
-        pixels, *samples, w, w if bias is None else bias, output,
+    """Launch the forward kernel of the table's row: fill `output` (M, O)."""
+    tile = row.tile
+    kernel = FORWARD_KERNELS[row.kernel]
+    pixels = _words(geom, x) if row.kernel in WORD_KERNELS else x
+    has_bias = bias is not None
+    bias = w if bias is None else bias  # without a bias, a pointer that is not read
+    positions = geom.batch * geom.positions
+    kernel[(_cdiv(positions, tile.block_p) * (geom.out_channels // tile.block_o),)](
+        pixels, *samples, w, bias, output,
         positions, geom.out_height, geom.out_width, geom.width,
         CHANNELS=geom.in_channels, OUT_CHANNELS=geom.out_channels, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
-        HAS_BIAS=bias is not None, RELU=relu, STRIP=tile_table.strip(geom.out_width), PRECISION=_precision(x),
+        HAS_BIAS=has_bias, RELU=relu, STRIP=strip_width(geom.out_width), PRECISION=dot_precision(x),
         BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, **tile.options,
     )  # fmt: skip
 
 
 def grad_sample_fused(
     geom: ConvGeometry,
-    row: tile_table.TileRow,
+    row: TileRow,
     grad: Tensor,
     x: Tensor,
     samples: SampleArrays,
     w: Tensor,
-    grad_offset: Tensor | None,
-    grad_mask: Tensor | None,
-    mask_logits: bool,
+    grad_offset_mask: OffsetMaskGrad,
 ) -> None:
-    """Launch `grad_sample_fused_kernel`: fill grad_offset and grad_mask from grad_output."""
-    positions, tile = geom.batch * geom.positions, row.tile
+    """Launch `grad_sample_fused_kernel`: fill the gradients of offset and mask from grad_output."""
+    tile = row.tile
+    positions = geom.batch * geom.positions
     grad_sample_fused_kernel[(_cdiv(positions, tile.block_p) * geom.offset_groups * geom.taps,)](
-        grad, _words(geom, x), *samples, w, *_sample_outputs(samples, grad_offset, grad_mask),
-        positions, geom.out_height, geom.out_width, geom.width, *_batch_strides(grad_offset, grad_mask),
+        grad, _words(geom, x), *samples, w, *_gradient_tensors(grad_offset_mask, samples),
+        positions, geom.out_height, geom.out_width, geom.width, *_gradient_batch_strides(grad_offset_mask),
         CHANNELS=geom.in_channels, OUT_CHANNELS=geom.out_channels, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
-        WANT_OFFSET=grad_offset is not None, WANT_MASK=grad_mask is not None, MASK_LOGITS=mask_logits,
-        STRIP=tile_table.strip(geom.out_width), PRECISION=_precision(x),
+        **_gradient_flags(grad_offset_mask), STRIP=strip_width(geom.out_width), PRECISION=dot_precision(x),
         BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, **tile.options,
     )  # fmt: skip
 
@@ -118,125 +146,127 @@ def grad_sample(
     grad_columns: Tensor,
     x: Tensor,
     samples: SampleArrays,
-    first: int,
-    grad_offset: Tensor | None,
-    grad_mask: Tensor | None,
-    mask_logits: bool,
+    chunk: slice,
+    grad_offset_mask: OffsetMaskGrad,
 ) -> None:
-    """Launch `grad_sample_kernel`: grad_offset and grad_mask of the positions that `grad_columns` is for."""
-    rows, tile = grad_columns.shape[1], tile_for("grad_sample", geom, x)
+    """Launch `grad_sample_kernel`: fill the gradients of offset and mask of a chunk from its column gradients."""
+    rows = chunk.stop - chunk.start
+    tile = find_tile("grad_sample", geom, x)
     grad_sample_kernel[(_cdiv(rows, tile.block_p) * geom.offset_groups * geom.taps,)](
-        grad_columns, _words(geom, x), *samples, *_sample_outputs(samples, grad_offset, grad_mask),
-        geom.batch * geom.positions, first, rows, geom.positions, geom.width, *_batch_strides(grad_offset, grad_mask),
+        grad_columns, _words(geom, x), *samples, *_gradient_tensors(grad_offset_mask, samples),
+        geom.batch * geom.positions, chunk.start, rows, geom.positions, geom.width,
+        *_gradient_batch_strides(grad_offset_mask),
         CHANNELS=geom.in_channels, GROUPS=geom.groups, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
-        WANT_OFFSET=grad_offset is not None, WANT_MASK=grad_mask is not None, MASK_LOGITS=mask_logits,
+        **_gradient_flags(grad_offset_mask),
         BLOCK_P=tile.block_p, BLOCK_C=tile.block_c, **tile.options,
     )  # fmt: skip
 
 
-def bins_by() -> str:
-    """How samples are sorted into bins: by a stable "sort" if determinism is asked for, else by "ranks" of atomics."""
+def binning_method() -> str:
+    """Return how samples are sorted into bins: by a stable "sort" if determinism is asked for, else by "ranks"."""
     return "sort" if torch.are_deterministic_algorithms_enabled() else "ranks"
 
 
 def bin_samples(geom: ConvGeometry, samples: SampleArrays) -> Bins:
-    """Sort the samples into bins, see `bins_by`."""
-    positions, tile = geom.batch * geom.positions, tile_for("bins", geom, samples.scale)
-    tiles = input_tiles(geom)
-    bins = geom.batch * geom.offset_groups * tiles[0] * tiles[1] * geom.taps
-    cell = samples.cell
-    entries = 4 * cell.numel()
+    """Sort the samples into bins, in the way of `binning_method`."""
+    tiles_y, tiles_x = input_tiles(geom)
+    bins = geom.batch * geom.offset_groups * tiles_y * tiles_x * geom.taps
+    if binning_method() == "sort":
+        return _bins_by_sort(geom, samples.cell, bins)
+    return _bins_by_ranks(geom, samples.cell, bins)
 
-    def run(stage: str, key: Tensor, counts: Tensor, start: Tensor, entry: Tensor) -> None:
-        bin_kernel[(_cdiv(cell.numel(), tile.block_p),)](
-            cell, key, counts, start, entry, cell.numel(), positions, geom.height, geom.width, *tiles, bins,
-            OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps, TILE_H=tile_table.TILE_H, TILE_W=tile_table.TILE_W,
-            PASS=stage, BLOCK=tile.block_p, **tile.options,
-        )  # fmt: skip
 
-    if bins_by() == "sort":
-        key = cell.new_empty(entries)
-        run("keys", key, key, key, key)
-        key, order = torch.sort(key, stable=True)
-        start = torch.searchsorted(key, torch.arange(bins + 1, device=cell.device, dtype=torch.int32), out_int32=True)
-        return Bins(start, (order // 4 % (geom.taps * positions)).to(torch.int32))
-    counts = cell.new_zeros(bins + 1)
-    run("count", cell, counts, cell, cell)
-    start = counts.cumsum(0, dtype=torch.int32) - counts
-    entry = cell.new_empty(entries)
-    run("fill", cell, counts.zero_(), start, entry)
+def _bins_by_sort(geom: ConvGeometry, cell: Tensor, bins: int) -> Bins:
+    """Sort the bin numbers of all possible entries, four of each sample; the order in a bin is that of the samples."""
+    key = cell.new_empty(4 * cell.numel())
+    _bin_pass("keys", geom, bins, cell=cell, key=key)
+    key, order = torch.sort(key, stable=True)
+    numbers = torch.arange(bins + 1, device=cell.device, dtype=torch.int32)
+    start = torch.searchsorted(key, numbers, out_int32=True)
+    entry = order // 4 % (geom.taps * geom.batch * geom.positions)
+    return Bins(start, entry.to(torch.int32))
+
+
+def _bins_by_ranks(geom: ConvGeometry, cell: Tensor, bins: int) -> Bins:
+    """Count the entries of every bin, then fill the bins; the order in a bin is that of the atomics."""
+    count = cell.new_zeros(bins + 1)
+    _bin_pass("count", geom, bins, cell=cell, count=count)
+    start = count.cumsum(0, dtype=torch.int32) - count
+    entry = cell.new_empty(4 * cell.numel())
+    _bin_pass("fill", geom, bins, cell=cell, count=count.zero_(), start=start, entry=entry)
     return Bins(start, entry)
 
 
-def t_columns(
+def _bin_pass(
+    name: str,
     geom: ConvGeometry,
-    grad: Tensor,
-    samples: SampleArrays,
-    bins: Bins,
-    image: int,
-    images: int,
-    tile_row: int,
-    tile_rows: int,
-) -> tuple[Tensor, int]:
+    bins: int,
+    *,
+    cell: Tensor,
+    key: Tensor | None = None,
+    count: Tensor | None = None,
+    start: Tensor | None = None,
+    entry: Tensor | None = None,
+) -> None:
+    """Launch `bin_kernel` for one of its passes, with the tensors that this pass reads or writes."""
+    # for the others it gets a pointer that it does not use
+    key, count, start, entry = (cell if tensor is None else tensor for tensor in (key, count, start, entry))
+    tile = find_tile("bins", geom, cell)
+    bin_kernel[(_cdiv(cell.numel(), tile.block_p),)](
+        cell, key, count, start, entry,
+        cell.numel(), geom.batch * geom.positions, geom.height, geom.width, *input_tiles(geom), bins,
+        OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps, TILE_H=TILE_H, TILE_W=TILE_W,
+        PASS=name, BLOCK=tile.block_p, **tile.options,
+    )  # fmt: skip
+
+
+def t_columns(
+    geom: ConvGeometry, grad: Tensor, samples: SampleArrays, bins: Bins, tiles: TileChunk
+) -> tuple[Tensor, slice]:
     """Launch `t_columns_kernel` for some rows of tiles of some images.
 
     Returns:
-        T (G, rows, K*O/G) and the first of the `rows` input pixels it is for.
+        T (G, rows, K*O/G), and the input pixels that it is for, numbered over all images of the slice.
     """
-    tiles = input_tiles(geom)
-    tile = tile_for("t_columns", geom, grad)
-    first = (image * geom.height + tile_row * tile_table.TILE_H) * geom.width
-    rows = images * geom.width * min(geom.height - tile_row * tile_table.TILE_H, tile_rows * tile_table.TILE_H)
+    first_y = tiles.tile_row * TILE_H
+    height = min(geom.height - first_y, tiles.tile_rows * TILE_H)
+    first_pixel = (tiles.image * geom.height + first_y) * geom.width
+    rows = tiles.images * height * geom.width
     t = grad.new_empty(geom.groups, rows, geom.taps * geom.out_channels // geom.groups)
+
+    tiles_y, tiles_x = input_tiles(geom)
+    tile = find_tile("t_columns", geom, grad)
     blocks = _cdiv(geom.out_channels, tile.block_o)
-    t_columns_kernel[(images * tile_rows * tiles[1] * geom.taps * blocks,)](
-        grad, *samples, *bins, t, geom.batch * geom.positions, geom.height, geom.width, *tiles,
-        image, tile_row, tile_rows, first, rows,
+    t_columns_kernel[(tiles.images * tiles.tile_rows * tiles_x * geom.taps * blocks,)](
+        grad, *samples, *bins, t, geom.batch * geom.positions, geom.height, geom.width, tiles_y, tiles_x,
+        tiles.image, tiles.tile_row, tiles.tile_rows, first_pixel, rows,
         OUT_CHANNELS=geom.out_channels, GROUPS=geom.groups, TAPS=geom.taps,
-        TILE_H=tile_table.TILE_H, TILE_W=tile_table.TILE_W, PRECISION=_precision(grad),
+        TILE_H=TILE_H, TILE_W=TILE_W, PRECISION=dot_precision(grad),
         BLOCK_S=tile.block_p, BLOCK_O=tile.block_o, **tile.options,
     )  # fmt: skip
-    return t, first
+    return t, slice(first_pixel, first_pixel + rows)
 
 
 def g_form(
-    geom: ConvGeometry, grad_columns: Tensor, samples: SampleArrays, bins: Bins, first: int, grad_x: Tensor
+    geom: ConvGeometry, grad_columns: Tensor, samples: SampleArrays, bins: Bins, chunk: slice, grad_input: Tensor
 ) -> None:
-    """Launch `g_form_kernel`: fill grad_x (B, H, W, C) from the column gradients of the positions from `first` on.
+    """Launch `g_form_kernel`: fill grad_input (B, H, W, C) from the column gradients of a chunk of the positions.
 
-    Column gradients of later positions, `first` above 0, add to what the earlier ones have filled.
+    The first chunk writes in full what the later ones add to.
     """
-    tiles = input_tiles(geom)
-    tile, rows = tile_for("g_form", geom, grad_columns), grad_columns.shape[1]
+    rows = chunk.stop - chunk.start
+    positions = geom.batch * geom.positions
+    tiles_y, tiles_x = input_tiles(geom)
+    tile = find_tile("g_form", geom, grad_columns)
     blocks = _cdiv(geom.in_channels // geom.offset_groups, tile.block_c)
-    g_form_kernel[(geom.batch * geom.offset_groups * tiles[0] * tiles[1] * blocks,)](
-        grad_columns, *samples, *bins, grad_x, geom.batch * geom.positions, first, rows,
-        geom.height, geom.width, *tiles,
+    g_form_kernel[(geom.batch * geom.offset_groups * tiles_y * tiles_x * blocks,)](
+        grad_columns, *samples, *bins, grad_input, positions, chunk.start, rows,
+        geom.height, geom.width, tiles_y, tiles_x,
         CHANNELS=geom.in_channels, GROUPS=geom.groups, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
-        TILE_H=tile_table.TILE_H, TILE_W=tile_table.TILE_W, PART=rows < geom.batch * geom.positions,
-        ADD=first > 0, PRECISION=_precision(grad_columns),
+        TILE_H=TILE_H, TILE_W=TILE_W, PART=rows < positions, ADD=chunk.start > 0,
+        PRECISION=dot_precision(grad_columns),
         BLOCK_S=tile.block_p, BLOCK_C=tile.block_c, **tile.options,
     )  # fmt: skip
-
-
-def input_tiles(geom: ConvGeometry) -> tuple[int, int]:
-    """Return the rows and columns of tiles of one image."""
-    return _cdiv(geom.height, tile_table.TILE_H), _cdiv(geom.width, tile_table.TILE_W)
-
-
-def row_for(stage: str, geom: ConvGeometry, x: Tensor) -> tile_table.TileRow | None:
-    """Return the table's row for `stage`, or None where the stage has no kernel for these sizes."""
-    if stage in tile_table.EXACT_STAGES and geom.groups > 1:
-        return None
-    arch, kind = tile_table.architecture(x.device), tile_table.arithmetic(x)
-    return tile_table.choose(stage, arch, kind, geom.in_channels // geom.offset_groups, geom.out_channels)
-
-
-def tile_for(stage: str, geom: ConvGeometry, x: Tensor) -> tile_table.Tile:
-    """Return the tile for `stage`, one of those that have a kernel for all sizes."""
-    row = row_for(stage, geom, x)
-    assert row is not None, stage
-    return row.tile
 
 
 def _words(geom: ConvGeometry, x: Tensor) -> Tensor:
@@ -244,27 +274,30 @@ def _words(geom: ConvGeometry, x: Tensor) -> Tensor:
     if not PAIRS or x.dtype != torch.bfloat16 or geom.in_channels // geom.offset_groups % 2:
         return x
     aligned = x.data_ptr() % 4 == 0 and x.storage_offset() % 2 == 0
-    return x.view(-1).view(torch.int32) if aligned else x  # flat, for the strides of sizes of 1 need not be even
+    return x.view(-1).view(torch.int32) if aligned else x  # flat, because the strides of sizes of 1 may be odd
 
 
 def _cdiv(count: int, block: int) -> int:
-    """Return the blocks that cover `count`; triton.cdiv may be called in kernels, too, and takes 3 us."""
+    """Return how many blocks cover `count`; triton.cdiv, which may be called in kernels, too, takes 3 us."""
     return -(-count // block)
 
 
-def _precision(x: Tensor) -> str:
-    return tile_table.precision(tile_table.architecture(x.device), tile_table.arithmetic(x))
+def _gradient_tensors(grads: OffsetMaskGrad, samples: SampleArrays) -> tuple[Tensor, Tensor]:
+    """Return the tensors to fill; for a gradient that is not needed, some tensor whose pointer is not used."""
+    grad_offset = samples.scale if grads.offset is None else grads.offset
+    grad_mask = samples.scale if grads.mask is None else grads.mask
+    return grad_offset, grad_mask
 
 
-def _sample_outputs(
-    samples: SampleArrays, grad_offset: Tensor | None, grad_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return both, an unused one replaced by a tensor that is there."""
-    return (
-        samples.scale if grad_offset is None else grad_offset,
-        samples.scale if grad_mask is None else grad_mask,
-    )
+def _gradient_batch_strides(grads: OffsetMaskGrad) -> tuple[int, int]:
+    offset_stride = 0 if grads.offset is None else grads.offset.stride(0)
+    mask_stride = 0 if grads.mask is None else grads.mask.stride(0)
+    return offset_stride, mask_stride
 
 
-def _batch_strides(*tensors: Tensor | None) -> tuple[int, ...]:
-    return tuple(0 if tensor is None else tensor.stride(0) for tensor in tensors)
+def _gradient_flags(grads: OffsetMaskGrad) -> dict[str, bool]:
+    return {
+        "WANT_OFFSET": grads.offset is not None,
+        "WANT_MASK": grads.mask is not None,
+        "MASK_LOGITS": grads.mask_logits,
+    }

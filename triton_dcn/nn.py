@@ -1,4 +1,7 @@
-"""Modules: one that is given its offsets, two that predict them. `fuse_batch_norm` for inference."""
+"""Modules: one that is given its offsets, two that predict them. `fuse_batch_norm` for inference.
+
+Receives the input of a network's layer. Hands it, the offsets and the parameters to `functional`.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +49,13 @@ class DeformConv2d(nn.Module):
     ):
         super().__init__()
         _check_channels(in_channels, out_channels, groups)
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride = _extent("kernel_size", kernel_size), _extent("stride", stride)
-        self.padding, self.dilation = _extent("padding", padding, least=0), _extent("dilation", dilation)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.groups = groups
+        self.kernel_size = _checked_pair("kernel_size", kernel_size)
+        self.stride = _checked_pair("stride", stride)
+        self.padding = _checked_pair("padding", padding, minimum=0)
+        self.dilation = _checked_pair("dilation", dilation)
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
         self.reset_parameters()
@@ -67,10 +74,18 @@ class DeformConv2d(nn.Module):
             ValueError: as there, or `input` has other channels than the layer.
         """
         if input.dim() == 4 and input.shape[1] != self.in_channels:
-            raise ValueError(f"input has {input.shape[1]} channels, expected in_channels = {self.in_channels}")
+            raise ValueError(f"input: expected {self.in_channels} channels (in_channels), got {input.shape[1]}")
         return convolve(
-            input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask, relu=self.relu
-        )  # fmt: skip
+            input,
+            offset,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            mask,
+            relu=self.relu,
+        )
 
     def extra_repr(self) -> str:
         """Describe the layer as torch.nn.Conv2d does."""
@@ -102,8 +117,8 @@ class DeformConv2dPack(nn.Module):
         mmcv.ops.DeformConv2dPack; Dai et al., Deformable Convolutional Networks, ICCV 2017.
     """
 
-    channels_per_tap = 2
-    usual_bias = False
+    mask_logits = False
+    bias_by_default = False
     relu = False  # set by `fuse_batch_norm`
 
     def __init__(
@@ -121,27 +136,37 @@ class DeformConv2dPack(nn.Module):
         super().__init__()
         _check_channels(in_channels, out_channels, groups)
         if deform_groups < 1 or in_channels % deform_groups:
-            raise ValueError(f"in_channels = {in_channels} must be divisible by deform_groups = {deform_groups}")
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.groups, self.deform_groups = groups, deform_groups
-        self.kernel_size, self.stride = _extent("kernel_size", kernel_size), _extent("stride", stride)
-        self.padding, self.dilation = _extent("padding", padding, least=0), _extent("dilation", dilation)
+            raise ValueError(f"in_channels: expected a multiple of deform_groups = {deform_groups}, got {in_channels}")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.groups = groups
+        self.deform_groups = deform_groups
+        self.kernel_size = _checked_pair("kernel_size", kernel_size)
+        self.stride = _checked_pair("stride", stride)
+        self.padding = _checked_pair("padding", padding, minimum=0)
+        self.dilation = _checked_pair("dilation", dilation)
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
-        biased = self.usual_bias if bias is None else bias
-        self.bias = nn.Parameter(torch.empty(out_channels)) if biased else None
+        has_bias = self.bias_by_default if bias is None else bias
+        self.bias = nn.Parameter(torch.empty(out_channels)) if has_bias else None
+
         taps = self.kernel_size[0] * self.kernel_size[1]
+        channels_per_tap = 3 if self.mask_logits else 2  # dy, dx and the logit of the mask
         self.conv_offset = nn.Conv2d(
-            in_channels, self.channels_per_tap * deform_groups * taps, self.kernel_size, self.stride, self.padding,
+            in_channels,
+            channels_per_tap * deform_groups * taps,
+            self.kernel_size,
+            self.stride,
+            self.padding,
             self.dilation,
-        )  # fmt: skip
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw `weight` and set everything else to zero, as mmcv does."""
         self.draw_weight()
-        for zero in (self.bias, self.conv_offset.weight, self.conv_offset.bias):
-            if zero is not None:
-                nn.init.zeros_(zero)
+        for parameter in (self.bias, self.conv_offset.weight, self.conv_offset.bias):
+            if parameter is not None:
+                nn.init.zeros_(parameter)
 
     def draw_weight(self) -> None:
         """Draw `weight` from U(+-sqrt(6*G/(C*K))), as mmcv does."""
@@ -150,9 +175,17 @@ class DeformConv2dPack(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Predict the offsets, and the masks of version 2, and convolve with them."""
         return convolve(
-            input, self.conv_offset(input), self.weight, self.bias, self.stride, self.padding, self.dilation, None,
-            packed=self.channels_per_tap == 3, relu=self.relu,
-        )  # fmt: skip
+            input,
+            self.conv_offset(input),
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            mask=None,
+            mask_logits=self.mask_logits,
+            relu=self.relu,
+        )
 
     def extra_repr(self) -> str:
         """Describe the layer as torch.nn.Conv2d does."""
@@ -174,8 +207,8 @@ class ModulatedDeformConv2dPack(DeformConv2dPack):
         mmcv.ops.ModulatedDeformConv2dPack; Zhu et al., Deformable ConvNets v2, CVPR 2019.
     """
 
-    channels_per_tap = 3
-    usual_bias = True
+    mask_logits = True
+    bias_by_default = True
 
     def draw_weight(self) -> None:
         """Draw `weight` from U(+-1/sqrt(C*K)), as mmcv does."""
@@ -199,37 +232,41 @@ def fuse_batch_norm(
     Raises:
         TypeError: `layer` or `norm` is another module.
         ValueError: `norm` is in training mode, keeps no statistics, or is for another number of channels; or `layer`
-            rectifies its output already.
+            has a ReLU already.
 
     Source:
         Jacob et al., Quantization and Training of Neural Networks, CVPR 2018, section 3.2; interface of
         torch.nn.utils.fusion.fuse_conv_bn_eval.
     """
     if not isinstance(layer, (DeformConv2d, DeformConv2dPack)):
-        raise TypeError(f"layer must be a DeformConv2d or a pack, got {type(layer).__name__}")
+        raise TypeError(f"layer: expected a DeformConv2d or a pack, got {type(layer).__name__}")
     if not isinstance(norm, nn.BatchNorm2d):
-        raise TypeError(f"norm must be a BatchNorm2d, got {type(norm).__name__}")
+        raise TypeError(f"norm: expected a BatchNorm2d, got {type(norm).__name__}")
     if layer.relu:
-        raise ValueError("layer rectifies its output, so that a norm after it cannot be fused")
+        raise ValueError("layer: expected one without relu, got one that is fused already")
     if norm.training or norm.running_mean is None or norm.running_var is None:
-        raise ValueError("norm must be in evaluation mode and keep running statistics: call norm.eval() first")
+        raise ValueError("norm: expected evaluation mode and running statistics; call norm.eval() first")
     if norm.num_features != layer.out_channels:
-        raise ValueError(f"norm has {norm.num_features} channels, expected {layer.out_channels} like the output")
-    wide = torch.promote_types(layer.weight.dtype, torch.float32)
-    scale = (norm.running_var.to(wide) + norm.eps).rsqrt()
+        raise ValueError(
+            f"norm: expected {layer.out_channels} channels like the output of the layer, got {norm.num_features}"
+        )
+
+    dtype = torch.promote_types(layer.weight.dtype, torch.float32)  # of the computation
+    scale = (norm.running_var.to(dtype) + norm.eps).rsqrt()
     if norm.weight is not None:
-        scale = scale * norm.weight.detach().to(wide)
-    shift = -norm.running_mean.to(wide) * scale
+        scale = scale * norm.weight.detach().to(dtype)
+    shift = -norm.running_mean.to(dtype) * scale
     if norm.bias is not None:
-        shift = shift + norm.bias.detach().to(wide)
+        shift = shift + norm.bias.detach().to(dtype)
     if layer.bias is not None:
-        shift = shift + layer.bias.detach().to(wide) * scale
+        shift = shift + layer.bias.detach().to(dtype) * scale
+    weight = layer.weight.detach().to(dtype) * scale[:, None, None, None]
+
     fused = copy.deepcopy(layer)
     fused.relu = relu
-    weight = layer.weight.detach().to(wide) * scale[:, None, None, None]
-    for name, value in (("weight", weight), ("bias", shift)):
-        value = value.to(layer.weight.dtype)
-        setattr(fused, name, nn.Parameter(value, requires_grad=layer.weight.requires_grad))
+    requires_grad = layer.weight.requires_grad
+    fused.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad)
+    fused.bias = nn.Parameter(shift.to(layer.weight.dtype), requires_grad)
     return fused
 
 
@@ -237,15 +274,15 @@ def _check_channels(in_channels: int, out_channels: int, groups: int) -> None:
     """Raise ValueError unless both are positive and divisible by `groups`."""
     for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
         if channels < 1 or groups < 1 or channels % groups:
-            raise ValueError(f"{name} = {channels} must be positive and divisible by groups = {groups}")
+            raise ValueError(f"{name}: expected a positive multiple of groups = {groups}, got {channels}")
 
 
-def _extent(name: str, value: int | tuple[int, int], least: int = 1) -> tuple[int, int]:
+def _checked_pair(name: str, value: int | tuple[int, int], minimum: int = 1) -> tuple[int, int]:
     """Return (y, x) of an argument.
 
     Raises:
-        ValueError: it is no pair of ints, or below `least`.
+        ValueError: it is not an int or a pair of ints, or below `minimum`.
     """
-    extent = pair(name, value)
-    check_minimum(name, extent, least)
-    return extent
+    values = pair(name, value)
+    check_minimum(name, values, minimum)
+    return values

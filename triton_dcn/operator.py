@@ -1,13 +1,14 @@
-"""The `torch.library` operators: choice of the backend, fake tensors, autograd, vmap.
+"""The `torch.library` operators that torch.compile, export, autograd and vmap see: one forward, one backward.
 
-Two operators, forward and backward, so that torch.compile, export, vmap and opcheck see plain functional operators. The
-backward operator returns an empty tensor in the place of a gradient that was not asked for.
+Receives checked tensors and the name of a backend from `functional`. Hands them on to the backend, `triton_backend` or
+`torch_backend`, as a `ConvGeometry` and an `OffsetMask`.
+
+Both are functional: they write nothing that they were given. The backward operator returns an empty tensor for each
+gradient that was not asked for.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -15,62 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_dcn import reference, tile_table, torch_backend
+from triton_dcn import torch_backend
 from triton_dcn.geometry import ConvGeometry
-
-PLAIN_BACKENDS = {"torch": torch_backend, "reference": reference}
-BACKENDS = ("triton", *PLAIN_BACKENDS)
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-def choose_backend(name: str | None, input: Tensor) -> str:
-    """Return the backend for `input`: `name` if it can run there, or the fastest one if `name` is None.
-
-    Raises:
-        ValueError: unknown name, or a backend that cannot run on this device or dtype.
-    """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if name is None:
-        if not HAS_TRITON or not tile_table.serves(input.device):
-            return "torch"
-        return "reference" if input.dtype == torch.float64 else "triton"
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS} or None, got {name!r}")
-    if name == "triton":
-        if not HAS_TRITON:
-            raise ValueError("backend='triton' needs the triton package, which is not installed")
-        if input.device.type == "cpu" and not interpreted:
-            raise ValueError(
-                "backend='triton' on CPU tensors runs in Triton's interpreter: set TRITON_INTERPRET=1 before triton is "
-                "imported, or use backend=None"
-            )
-        if input.device.type not in ("cpu", "meta") and not tile_table.serves(input.device):
-            raise ValueError(
-                "backend='triton' needs an AMD GPU or an NVIDIA GPU of compute capability 8.0 or later, got input on "
-                f"{input.device}; use backend=None"
-            )
-        if input.dtype == torch.float64:
-            raise ValueError("backend='triton' computes in float32 or half precision, got float64 input")
-    return name
-
-
-def split_map(predicted: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the views of a packed map (B, 3*D*K, Ho, Wo): offsets (B, 2*D*K, ...) and mask logits (B, D*K, ...)."""
-    count = predicted.shape[1] // 3
-    return predicted[:, : 2 * count], predicted[:, 2 * count :]
-
-
-def _launch() -> ModuleType:
-    from triton_dcn import triton_backend  # the one late import: the CPU path must run without triton
-
-    return triton_backend
-
-
-def _memory_format(tensor: Tensor) -> torch.memory_format:
-    """Return channels_last if `tensor` is stored so and not also contiguous."""
-    if tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
-        return torch.channels_last
-    return torch.contiguous_format
+from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
 
 
 @torch.library.custom_op("triton_dcn::deform_conv2d", mutates_args=())
@@ -84,25 +32,21 @@ def forward_op(
     padding: list[int],
     dilation: list[int],
     backend: str,
-    packed: bool = False,
+    mask_logits: bool = False,
     relu: bool = False,
 ) -> Tensor:
-    """Run the forward pass of `backend`; see `triton_dcn.deform_conv2d`.
+    """Run the forward pass of a backend; see `triton_dcn.deform_conv2d`.
 
     Args:
-        packed: `offset` is a map of `split_map`, and `mask` is None.
+        backend: "triton" or "torch".
+        mask_logits: `offset` holds in its last third the logits of the mask; `mask` is None.
         relu: negative outputs become 0.
     """
-    offset, mask = split_map(offset) if packed else (offset, mask)
-    geom = ConvGeometry.of(input, offset, weight, mask, stride, padding, dilation)
+    offset_mask = OffsetMask.of(offset, mask, mask_logits)
+    geom = ConvGeometry.of(input, offset_mask.offset, weight, offset_mask.mask, stride, padding, dilation)
     with torch.autocast(input.device.type, enabled=False):  # the caller has chosen the dtypes
-        if backend == "triton":
-            output: Tensor = _launch().forward(geom, input, offset, mask, weight, bias, mask_logits=packed, relu=relu)
-        else:
-            mask = mask.sigmoid() if mask is not None and packed else mask
-            output = PLAIN_BACKENDS[backend].forward(geom, input, offset, mask, weight, bias)
-            output = output.relu_() if relu else output
-    return output.contiguous(memory_format=_memory_format(input))
+        output: Tensor = _module_of(backend).forward(geom, input, offset_mask, weight, bias, relu=relu)
+    return store_like(output, input)
 
 
 @forward_op.register_fake
@@ -116,12 +60,12 @@ def _forward_fake(
     padding: list[int],
     dilation: list[int],
     backend: str,
-    packed: bool = False,
+    mask_logits: bool = False,
     relu: bool = False,
 ) -> Tensor:
-    offset, mask = split_map(offset) if packed else (offset, mask)
-    geom = ConvGeometry.of(input, offset, weight, mask, stride, padding, dilation)
-    return input.new_empty(geom.output_shape).contiguous(memory_format=_memory_format(input))
+    offset_mask = OffsetMask.of(offset, mask, mask_logits)
+    geom = ConvGeometry.of(input, offset_mask.offset, weight, offset_mask.mask, stride, padding, dilation)
+    return store_like(input.new_empty(geom.output_shape), input)
 
 
 @torch.library.custom_op("triton_dcn::deform_conv2d_backward", mutates_args=())
@@ -136,36 +80,33 @@ def backward_op(
     dilation: list[int],
     backend: str,
     needs: list[bool],
-    packed: bool = False,
+    mask_logits: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of input, offset or packed map, mask and weight; an empty tensor where `needs` is false."""
-    moves, grad_map = offset, None
-    if packed:
-        moves, mask = split_map(offset)
-        grad_map = torch.empty_like(offset, memory_format=torch.contiguous_format) if needs[1] else None
-        needs = [needs[0], needs[1], needs[1], needs[3]]
-    into = None if grad_map is None else split_map(grad_map)
-    geom = ConvGeometry.of(input, moves, weight, mask, stride, padding, dilation)
-    tensors = grad_output, input, moves, mask, weight
+    """Return the gradients of input, offset, mask and weight; an empty tensor where `needs` is false.
+
+    Args:
+        grad_output: (B, O, Ho, Wo), any strides.
+        input, offset, mask, weight, stride, padding, dilation, backend, mask_logits: as given to `forward_op`.
+        needs: whether to compute each of the four.
+    """
+    needs_input, needs_offset, needs_mask, needs_weight = needs
+    offset_mask = OffsetMask.of(offset, mask, mask_logits)
+    geom = ConvGeometry.of(input, offset_mask.offset, weight, offset_mask.mask, stride, padding, dilation)
+
+    grad_offset = _empty_gradient(offset, backend) if needs_offset else None
+    grad_mask = _empty_gradient(mask, backend) if needs_mask and mask is not None else None
+    grad_offset_mask = OffsetMaskGrad.of(grad_offset, grad_mask, mask_logits)
     with torch.autocast(input.device.type, enabled=False):
-        if backend == "triton":
-            grads = _launch().backward(geom, *tensors, tuple(needs), mask_logits=packed, into=into)
-        else:
-            value = mask.sigmoid() if mask is not None and packed else mask
-            grads = PLAIN_BACKENDS[backend].backward(geom, *tensors[:3], value, weight, tuple(needs))
-            if into is not None and value is not None:
-                into[0].copy_(grads[1])
-                grad_logits = grads[2] * value * (1 - value)
-                into[1].copy_(grad_logits.where(grads[2] != 0, 0))  # outside the image the logit may be NaN
+        grad_input, grad_weight = _module_of(backend).backward(
+            geom, grad_output, input, offset_mask, weight, grad_offset_mask,
+            needs_input=needs_input, needs_weight=needs_weight,
+        )  # fmt: skip
 
-    def stored(grad: Tensor | None, like: Tensor | None) -> Tensor:
-        if grad is None or like is None:
+    def stored(gradient: Tensor | None, like: Tensor | None) -> Tensor:
+        if gradient is None or like is None:
             return input.new_empty(0)
-        return grad.contiguous(memory_format=_memory_format(like))
+        return store_like(gradient, like)
 
-    grad_input, grad_offset, grad_mask, grad_weight = grads
-    if packed:
-        grad_offset, grad_mask = grad_map, None
     return stored(grad_input, input), stored(grad_offset, offset), stored(grad_mask, mask), stored(grad_weight, weight)
 
 
@@ -181,35 +122,67 @@ def _backward_fake(
     dilation: list[int],
     backend: str,
     needs: list[bool],
-    packed: bool = False,
+    mask_logits: bool = False,
 ) -> tuple[Tensor, ...]:
-    return tuple(
-        input.new_empty(0) if like is None or not need else torch.empty_like(like, memory_format=_memory_format(like))
-        for like, need in zip((input, offset, mask, weight), needs, strict=True)
-    )
+    grads = []
+    for tensor, need in zip((input, offset, mask, weight), needs, strict=True):
+        if tensor is None or not need:
+            grads.append(input.new_empty(0))
+        else:
+            grads.append(store_like(tensor.new_empty(tensor.shape), tensor))
+    return tuple(grads)
+
+
+def store_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return `tensor` stored channels-last if `like` is, and not also contiguous; else contiguous.
+
+    Under vmap, torch answers questions about `memory_format` with an error, so that this one is asked by `permute`.
+    """
+    if like.permute(0, 2, 3, 1).is_contiguous() and not like.is_contiguous():
+        return tensor.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    return tensor.contiguous()
+
+
+def _module_of(backend: str) -> ModuleType:
+    """Import a backend. Triton's is imported when it is used, because the others run where triton is not installed."""
+    if backend == "triton":
+        from triton_dcn import triton_backend
+
+        return triton_backend
+    return torch_backend
+
+
+def _empty_gradient(tensor: Tensor, backend: str) -> Tensor:
+    """Allocate the gradient of offset or mask; the Triton kernels write it plane by plane."""
+    gradient = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    return gradient if backend == "triton" else store_like(gradient, tensor)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, offset, mask, weight, bias, *ctx.settings, ctx.packed, relu = inputs
+    input, offset, mask, weight, bias, stride, padding, dilation, backend, mask_logits, relu = inputs
     ctx.save_for_backward(input, offset, mask, weight, output if relu else None)
+    ctx.settings = (stride, padding, dilation, backend)
+    ctx.mask_logits = mask_logits
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    input, offset, mask, weight, rectified = ctx.saved_tensors
-    if rectified is not None:
-        grad_output = torch.where(rectified <= 0, 0, grad_output)  # NaN passes it on, as in torch
+    input, offset, mask, weight, rectified_output = ctx.saved_tensors
+    if rectified_output is not None:
+        grad_output = torch.where(rectified_output <= 0, 0, grad_output)  # not "> 0": NaN passes it on, as in torch
+
     needs = list(ctx.needs_input_grad[:4])
     grads: list[Tensor | None] = [None] * 4
     if any(needs):
-        every = backward_op(grad_output, input, offset, mask, weight, *ctx.settings, needs, ctx.packed)
-        grads = [grad if need else None for grad, need in zip(every, needs, strict=True)]
+        computed = backward_op(grad_output, input, offset, mask, weight, *ctx.settings, needs, ctx.mask_logits)
+        grads = [grad if need else None for grad, need in zip(computed, needs, strict=True)]
+
     grad_bias = grad_output.sum((0, 2, 3), dtype=ctx.bias_dtype) if ctx.needs_input_grad[4] else None
-    return *grads, grad_bias, None, None, None, None, None, None
+    return *grads, grad_bias, None, None, None, None, None, None  # none for the settings
 
 
 def _second_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError("deform_conv2d has no second derivatives")
+    raise NotImplementedError("deform_conv2d has no second derivatives: use backend='reference'")
 
 
 forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -217,33 +190,60 @@ backward_op.register_autograd(_second_backward)
 
 
 def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
-    """Take the images of all elements as one batch where they share weight and bias; else one after the other."""
-    tensors, settings, dims = arguments[:5], arguments[5:], in_dims[:5]
-    if dims[3] is None and dims[4] is None:
-        images = (_fold(tensor, dim, info.batch_size) for tensor, dim in zip(tensors[:3], dims[:3], strict=True))
-        output = forward_op(*images, *tensors[3:], *settings)
+    """Run all elements as one batch where they share weight and bias; else one element after the other.
+
+    Args:
+        info: `info.batch_size` is the number of elements.
+        in_dims: the mapped dimension of each argument, None where all elements share it.
+        arguments: of `forward_op`; the first five are the tensors.
+
+    Returns:
+        The outputs, and the dimension along which they are stacked.
+    """
+    tensors = arguments[:5]
+    settings = arguments[5:]
+    dims = in_dims[:5]
+    weight_dim, bias_dim = dims[3:]
+
+    if weight_dim is None and bias_dim is None:
+        weight, bias = tensors[3:]
+        folded = [_fold(tensor, dim, info.batch_size) for tensor, dim in zip(tensors[:3], dims[:3], strict=True)]
+        output = forward_op(*folded, weight, bias, *settings)
         return _unfold(output, info.batch_size), 0
-    return torch.stack([forward_op(*own, *settings) for own in _elements(tensors, dims, info.batch_size)]), 0
+
+    outputs = [forward_op(*element, *settings) for element in _elements(tensors, dims, info.batch_size)]
+    return torch.stack(outputs), 0
 
 
 def _vmap_backward(
     info: Any, in_dims: tuple[Any, ...], *arguments: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """As `_vmap_forward`; every element has a weight gradient of its own, so that one is taken element by element."""
-    tensors, settings, dims = arguments[:5], arguments[5:], in_dims[:5]
+    """Do as `_vmap_forward`; each element has its own weight gradient, so that this one needs a call per element."""
+    tensors = arguments[:5]
+    settings = arguments[5:]
     needs = settings[4]
-    if dims[4] is None and not needs[3]:
-        images = (_fold(tensor, dim, info.batch_size) for tensor, dim in zip(tensors[:4], dims[:4], strict=True))
-        grads = backward_op(*images, tensors[4], *settings)
-        grads = [_unfold(grad, info.batch_size) if need else grad for grad, need in zip(grads, needs, strict=True)]
+    dims = in_dims[:5]
+    weight_dim = dims[4]
+    needs_weight = needs[3]
+
+    if weight_dim is None and not needs_weight:
+        folded = [_fold(tensor, dim, info.batch_size) for tensor, dim in zip(tensors[:4], dims[:4], strict=True)]
+        folded_grads = backward_op(*folded, tensors[4], *settings)
+        grads = [
+            _unfold(grad, info.batch_size) if need else grad for grad, need in zip(folded_grads, needs, strict=True)
+        ]
     else:
-        each = [backward_op(*own, *settings) for own in _elements(tensors, dims, info.batch_size)]
-        grads = [torch.stack(grad) if need else grad[0] for *grad, need in zip(*each, needs, strict=True)]
-    return tuple(grads), tuple(0 if need else None for need in needs)
+        grads_of_elements = [backward_op(*element, *settings) for element in _elements(tensors, dims, info.batch_size)]
+        grads = [
+            torch.stack(grads_of_tensor) if need else grads_of_tensor[0]
+            for grads_of_tensor, need in zip(zip(*grads_of_elements, strict=True), needs, strict=True)
+        ]
+    out_dims = tuple(0 if need else None for need in needs)
+    return tuple(grads), out_dims
 
 
 def _fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    """Move the vmapped dimension into the batch; what is shared by all elements is repeated."""
+    """Move the mapped dimension into the batch; repeat what all elements share."""
     if tensor is None:
         return None
     tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
@@ -251,18 +251,21 @@ def _fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
 
 
 def _unfold(tensor: Tensor, size: int) -> Tensor:
+    """Undo `_fold`."""
     return tensor.reshape(size, tensor.shape[0] // size, *tensor.shape[1:])
 
 
 def _elements(
     tensors: tuple[Tensor | None, ...], dims: tuple[int | None, ...], size: int
 ) -> Iterator[list[Tensor | None]]:
-    """Yield the arguments of one element after the other."""
+    """Yield the tensors of one element after the other."""
     for index in range(size):
-        yield [
-            tensor if tensor is None or dim is None else tensor.select(dim, index)
-            for tensor, dim in zip(tensors, dims, strict=True)
-        ]  # fmt: skip
+        element = []
+        for tensor, dim in zip(tensors, dims, strict=True):
+            if tensor is not None and dim is not None:
+                tensor = tensor.select(dim, index)
+            element.append(tensor)
+        yield element
 
 
 forward_op.register_vmap(_vmap_forward)

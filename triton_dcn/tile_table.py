@@ -1,7 +1,9 @@
-"""The tile table: which kernel form and which block sizes run where. Plain data.
+"""The tile table: which kernel and which block sizes are used for a task on a GPU, and how a row is found.
 
-Rows are looked up by stage, architecture, arithmetic and number of channels; the first that fits is taken. Where no row
-of "forward" or "grad_sample_fused" fits, the general way is taken: columns and a library product.
+Receives the geometry and a tensor of a call from `triton_backend` and `launchers`, and returns a row, or its tile.
+
+The first row that fits task, architecture, arithmetic and number of channels is taken. Where none of "forward" or
+"grad_sample_fused" fits, the work is done by columns and a library product, whose tasks have a row for all sizes.
 """
 
 from __future__ import annotations
@@ -11,23 +13,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WORKSPACE_BYTES = 128 << 20  # bound of one chunk of columns, column gradients or T
-MAX_PIXELS = 1 << 27  # of the images in one slice: a pixel index shares 32 bits with four flags
-MAX_SAMPLES = 1 << 29  # likewise: there are up to four entries of a sample in the bins
-SAMPLE_BYTES = {"arrays": 16, "ranks": 32, "sort": 160}
-"""Bytes for each sample: of its arrays alone, with its entries in the bins, and with what the stable sort takes
-at its peak, by count: keys and their copy, the order in int64, and the sort's buffers for both."""
-TILE_H, TILE_W = 8, 16  # tile of input pixels that owns a bin
-STRIP = 16  # columns per strip of output positions
-STRIP_MIN_WIDTH = 64  # narrower maps keep row-major order
+from triton_dcn.geometry import ConvGeometry
+
+TILE_H, TILE_W = 8, 16
+"""Size of the tile of input pixels that a bin of samples belongs to."""
+STRIP = 16
+"""Columns in a strip of output positions, see `kernels.sampling.swizzle`."""
+STRIP_MIN_WIDTH = 64
+"""Narrower maps keep row-major order."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Block sizes of one launch: positions (samples of a bin), output channels, input channels, warps.
+    """Block sizes and compiler options of one launch.
 
-    `max_registers` bounds those of a thread, so that more blocks fit a multiprocessor, on NVIDIA; 0 leaves it to the
-    compiler.
+    Attributes:
+        block_p: output positions; samples of a bin for "t_columns" and "g_form".
+        block_o: output channels, 0 where the kernel has no block of them.
+        block_c: input channels, 0 where the kernel has no block of them.
+        num_warps: per block.
+        max_registers: bound for each thread, so that more blocks fit a multiprocessor, on NVIDIA; 0 leaves it to the
+            compiler.
     """
 
     block_p: int
@@ -38,8 +44,11 @@ class Tile:
 
     @property
     def options(self) -> dict[str, int]:
-        """The compiler's, as they are given to a launch."""
-        return {"num_warps": self.num_warps} | ({"maxnreg": self.max_registers} if self.max_registers else {})
+        """Return the compiler's options, as keyword arguments of a launch."""
+        options = {"num_warps": self.num_warps}
+        if self.max_registers:
+            options["maxnreg"] = self.max_registers
+        return options
 
 
 @dataclass(frozen=True)
@@ -47,13 +56,15 @@ class TileRow:
     """One row of the table.
 
     Attributes:
-        stage: what the tile is for; `kernel` says by which kernel.
+        task: what the tile is for.
+        kernel: which kernel does it, without "_kernel".
         archs: "sm80", "sm90", "sm100", "gfx942" (by family: 12.x is served as sm80) or "interpreter".
         arithmetic: "half", "tf32", "float32" or "any".
-        channels: largest size class: input channels of an offset group; output channels for "t_columns".
+        channels: the most that it is for: input channels of an offset group; for "t_columns", output channels.
+        tile: block sizes.
     """
 
-    stage: str
+    task: str
     kernel: str
     archs: tuple[str, ...]
     arithmetic: str
@@ -64,7 +75,8 @@ class TileRow:
 ANY = 1 << 30
 WORD_KERNELS = ("forward_transposed", "columns", "grad_sample_fused", "grad_sample")
 """Kernels that read pairs of bfloat16 channels as int32, see `kernels.sampling.widen`; forward_prefetch gains none."""
-EXACT_STAGES = ("forward", "grad_sample_fused")
+EXACT_TASKS = ("forward", "grad_sample_fused")
+"""Tasks whose kernels need blocks that divide the channels, and one channel group."""
 HOST = ("interpreter",)
 GPUS = ("sm80", "sm90", "sm100", "gfx942")
 PORTABLE = ("sm80", "gfx942")
@@ -111,6 +123,48 @@ TABLE: tuple[TileRow, ...] = (
 )
 
 
+def find_row(task: str, geom: ConvGeometry, tensor: Tensor) -> TileRow | None:
+    """Return the row for a task of a call, or None where no kernel does it for these sizes.
+
+    Args:
+        task: as in `TileRow`.
+        geom: of the call.
+        tensor: any of the call's; its device and dtype count.
+    """
+    if task in EXACT_TASKS and geom.groups > 1:
+        return None
+    arch = architecture(tensor.device)
+    channels = geom.in_channels // geom.offset_groups
+    return match_row(task, arch, arithmetic(tensor), channels, geom.out_channels)
+
+
+def find_tile(task: str, geom: ConvGeometry, tensor: Tensor) -> Tile:
+    """Return the tile for a task that has a row for all sizes; arguments as in `find_row`."""
+    row = find_row(task, geom, tensor)
+    assert row is not None, task
+    return row.tile
+
+
+def match_row(task: str, arch: str, arithmetic: str, channels: int, out_channels: int) -> TileRow | None:
+    """Return the first row of the table that fits, or None.
+
+    Args:
+        task, arch, arithmetic: as in `TileRow`.
+        channels: input channels of one offset group.
+        out_channels: O.
+    """
+    size = out_channels if task == "t_columns" else channels
+    for row in TABLE:
+        if row.task != task or arch not in row.archs or row.arithmetic not in (arithmetic, "any"):
+            continue
+        if size > row.channels:
+            continue
+        if task in EXACT_TASKS and (channels % row.tile.block_c or out_channels % row.tile.block_o):
+            continue
+        return row
+    return None
+
+
 def serves(device: torch.device) -> bool:
     """Tell whether the table is for `device`: on older GPUs its tiles fit neither registers nor shared memory."""
     if device.type != "cuda":
@@ -134,38 +188,28 @@ def arithmetic(tensor: Tensor) -> str:
     """Return how products of `tensor` are computed: "half", "tf32" where the user allows it, or "float32"."""
     if tensor.dtype in (torch.float16, torch.bfloat16):
         return "half"
+    if not tensor.is_cuda or torch.version.hip:
+        return "float32"
     matmul = torch.backends.cuda.matmul
     # the setting was renamed in torch 2.9, where to read the old name after the new one was set is an error
     allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if tensor.is_cuda and allowed and not torch.version.hip else "float32"
+    return "tf32" if allowed else "float32"
 
 
-def precision(arch: str, kind: str) -> str:
+def dot_precision(tensor: Tensor) -> str:
+    """Return `input_precision` of tl.dot for products of `tensor`."""
+    return precision(architecture(tensor.device), arithmetic(tensor))
+
+
+def precision(arch: str, arithmetic: str) -> str:
     """Return `input_precision` of tl.dot; three TF32 products stand in for float32, which has no tensor-core form."""
-    if kind == "tf32":
+    if arithmetic == "tf32":
         return "tf32"
-    return "tf32x3" if kind == "float32" and arch.startswith("sm") else "ieee"
+    if arithmetic == "float32" and arch.startswith("sm"):
+        return "tf32x3"
+    return "ieee"
 
 
-def choose(stage: str, arch: str, kind: str, channels: int, out_channels: int) -> TileRow | None:
-    """Return the first row of `stage` for these sizes, or None.
-
-    Args:
-        stage: "forward" and "grad_sample_fused" need blocks that divide the channels, the other stages mask the rest.
-        arch, kind: from `architecture` and `arithmetic`.
-        channels: input channels of one offset group.
-        out_channels: O.
-    """
-    for row in TABLE:
-        if row.stage != stage or arch not in row.archs or row.arithmetic not in (kind, "any"):
-            continue
-        size = out_channels if stage == "t_columns" else channels
-        exact = stage in EXACT_STAGES
-        if size <= row.channels and not (exact and (channels % row.tile.block_c or out_channels % row.tile.block_o)):
-            return row
-    return None
-
-
-def strip(out_width: int) -> int:
+def strip_width(out_width: int) -> int:
     """Return the width of the strips in which output positions are numbered, 0 for row-major order."""
     return STRIP if out_width >= STRIP_MIN_WIDTH else 0

@@ -1,77 +1,68 @@
-"""From tensors to kernels: layouts, slices, chunks, the order of the stages. Entry points: `forward` and `backward`.
+"""Forward and backward on Triton kernels: layouts, slices, chunks, and the order of the launches.
 
-Everything inside is channels-last: input (B, H, W, C), weight (O, K, C/G), output (B, Ho, Wo, O). Work is cut into
-slices of images so that indices fit, and the large buffers into chunks of bounded size. Nothing waits for the device.
+Receives a `ConvGeometry`, an `OffsetMask` and tensors of any strides from `operator`. Hands slices of images, stored
+channels-last, to `launchers`, and chunks of columns to the library products of `matmul`. Nothing waits for the device.
 
-Letters: see `triton_dcn.kernels.sampling`.
+Inside, the input is (B, H, W, C), the weight (O, K, C/G), the output (B, Ho, Wo, O). The offsets become sample arrays,
+`SampleArrays`, in the first launch of each pass, and are not read again.
+
+Letters: see `triton_dcn.kernels.sampling`; M is the number of output positions of the images in a slice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from triton_dcn import launchers, tile_table
-from triton_dcn.geometry import ConvGeometry, even_slices
+from triton_dcn.geometry import ConvGeometry
 from triton_dcn.launchers import SampleArrays
 from triton_dcn.matmul import accumulate, multiply, multiply_groups
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """What `backward` writes, None where not needed: slices of images in all but the weight."""
-
-    input: Tensor | None  # (B, H, W, C)
-    offset: Tensor | None
-    mask: Tensor | None
-    weight: Tensor | None  # float32, added to chunk by chunk: (G, K*O/G, C/G) if by T, (G, O/G, K*C/G) if by columns
-
-    def images(self, images: slice) -> Gradients:
-        """Return the views of some images."""
-        input, offset, mask = (None if grad is None else grad[images] for grad in (self.input, self.offset, self.mask))
-        return Gradients(input, offset, mask, self.weight)
+from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
+from triton_dcn.workspace import column_chunks, image_slices, tile_chunks
 
 
 def forward(
     geom: ConvGeometry,
     input: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
+    offset_mask: OffsetMask,
     weight: Tensor,
     bias: Tensor | None,
     *,
-    mask_logits: bool = False,
     relu: bool = False,
 ) -> Tensor:
     """Compute the output, (B, O, Ho, Wo), dtype of `input`, stored channels-last.
 
     Args:
         geom: from `ConvGeometry.of` for these tensors.
-        input, offset, mask, weight, bias: as in `triton_dcn.deform_conv2d`; float16, bfloat16 or float32, any strides.
-        mask_logits: the mask is the sigmoid of `mask`.
+        input: (B, C, H, W), float16, bfloat16 or float32, any strides.
+        offset_mask: any strides.
+        weight: (O, C/G, kh, kw), dtype of `input`.
+        bias: (O,), dtype of `input`, or None.
         relu: negative outputs become 0.
 
     Raises:
         ValueError: one image has 2**27 pixels, or 2**29 samples, or more.
     """
-    x, w = input.permute(0, 2, 3, 1).contiguous(), _taps_last(weight)
+    x = _channels_last(input)
+    w = _taps_last(weight)
     bias = None if bias is None else bias.contiguous()
     output = x.new_empty(geom.batch * geom.positions, geom.out_channels)  # written in full
-    row = launchers.row_for("forward", geom, x)
-    with _on(x.device):
-        for part, images in _slices(geom, "arrays"):
-            rows = output[images.start * geom.positions : images.stop * geom.positions]
-            samples = launchers.sample(part, offset[images], None if mask is None else mask[images], mask_logits)
+    row = tile_table.find_row("forward", geom, x)
+
+    with _current_device(x.device):
+        for part, images in image_slices(geom, "arrays"):
+            samples = launchers.sample(part, offset_mask.images(images))
+            part_output = output[_positions(geom, images)]
             if row is not None:
-                launchers.forward_fused(part, row, x[images], samples, w, bias, rows, relu)
+                launchers.forward_fused(part, row, x[images], samples, w, bias, part_output, relu)
             else:
-                _forward_columns(part, x[images], samples, w, bias, rows)
+                _forward_by_columns(part, x[images], samples, w, bias, part_output)
                 if relu:
-                    rows.relu_()
+                    part_output.relu_()
     return output.view(geom.batch, geom.out_height, geom.out_width, geom.out_channels).permute(0, 3, 1, 2)
 
 
@@ -79,20 +70,22 @@ def backward(
     geom: ConvGeometry,
     grad_output: Tensor,
     input: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
+    offset_mask: OffsetMask,
     weight: Tensor,
-    needs: tuple[bool, bool, bool, bool],
+    grad_offset_mask: OffsetMaskGrad,
     *,
-    mask_logits: bool = False,
-    into: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Compute the gradients of input, offset, mask and weight, None where `needs` is false.
+    needs_input: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Fill the gradients of offset and mask; return those of input and weight, None where not needed.
 
     Args:
+        geom: as given to `forward`.
         grad_output: (B, O, Ho, Wo), any strides.
-        geom, input, offset, mask, weight, mask_logits: as given to `forward`.
-        into: where to write the gradients of offset and mask, as views of one map: contiguous but for the batch stride.
+        input, offset_mask, weight: as given to `forward`.
+        grad_offset_mask: written in full; contiguous but for the stride of the batch.
+        needs_input: whether to compute the gradient of `input`.
+        needs_weight: whether to compute the gradient of `weight`.
 
     Returns:
         Gradients in the shapes and dtypes of their tensors, that of the input stored channels-last.
@@ -100,163 +93,190 @@ def backward(
     Raises:
         ValueError: one image has 2**27 pixels, or 2**29 samples, or more.
     """
-    x, w = input.permute(0, 2, 3, 1).contiguous(), _taps_last(weight)
-    grad = grad_output.permute(0, 2, 3, 1).contiguous().view(-1, geom.out_channels)
-    by_t = needs[0] and geom.offset_groups == 1  # T gives the gradient of the weight, too
-    weight_like = _rows_of_weight(geom, w) if by_t else _columns_of_weight(geom, w)
-    grad_offset, grad_mask = into or (None, None)
-    if into is None and needs[1]:
-        grad_offset = torch.empty_like(offset, memory_format=torch.contiguous_format)
-    if into is None and mask is not None and needs[2]:
-        grad_mask = torch.empty_like(mask, memory_format=torch.contiguous_format)
-    grads = Gradients(
-        torch.empty_like(x) if needs[0] else None,
-        grad_offset,
-        grad_mask,
-        torch.zeros_like(weight_like, dtype=torch.float32) if needs[3] else None,
-    )  # all but the weight's are written in full
-    with _on(x.device):
-        for part, images in _slices(geom, launchers.bins_by() if needs[0] else "arrays"):
-            rows = grad[images.start * geom.positions : images.stop * geom.positions]
-            samples = launchers.sample(part, offset[images], None if mask is None else mask[images], mask_logits)
-            step = _backward_by_t if by_t else _backward_by_columns
-            step(part, rows, x[images], samples, w, grads.images(images), mask_logits)
-    grad_input = None if grads.input is None else grads.input.permute(0, 3, 1, 2)
-    grad_weight = None if grads.weight is None else _finish_weight(geom, grads.weight, by_t).to(weight.dtype)
-    return grad_input, grads.offset, grads.mask, grad_weight
+    x = _channels_last(input)
+    w = _taps_last(weight)
+    grad = _channels_last(grad_output).view(-1, geom.out_channels)
+    grad_input = torch.empty_like(x) if needs_input else None  # written in full
+    kept = launchers.binning_method() if needs_input else "arrays"
+
+    # T is computed for the gradient of the input, and one more product makes that of the weight from it
+    use_t_columns = needs_input and geom.offset_groups == 1
+    grad_weight = None  # added to, chunk by chunk
+    if needs_weight:
+        weight_matrix = _weight_for_t(geom, w) if use_t_columns else _weight_for_columns(geom, w)
+        grad_weight = torch.zeros_like(weight_matrix, dtype=torch.float32)
+    grads = _Gradients(grad_input, grad_offset_mask, grad_weight)
+
+    with _current_device(x.device):
+        for part, images in image_slices(geom, kept):
+            samples = launchers.sample(part, offset_mask.images(images))
+            part_grad = grad[_positions(geom, images)]
+            if use_t_columns:
+                _backward_by_t_columns(part, part_grad, x[images], samples, w, grads.images(images))
+            else:
+                _backward_by_columns(part, part_grad, x[images], samples, w, grads.images(images))
+
+    if grad_input is not None:
+        grad_input = grad_input.permute(0, 3, 1, 2)
+    if grad_weight is not None:
+        restore = _weight_from_t if use_t_columns else weight_from_columns
+        grad_weight = restore(geom, grad_weight).to(weight.dtype)
+    return grad_input, grad_weight
 
 
-def _forward_columns(
+@dataclass(frozen=True)
+class _Gradients:
+    """What a backward pass writes, None where not needed.
+
+    Attributes:
+        input: (B, H, W, C).
+        offset_mask: gradients of offset and mask.
+        weight: float32; (G, K*O/G, C/G) by T-columns, (G, O/G, K*C/G) by columns.
+    """
+
+    input: Tensor | None
+    offset_mask: OffsetMaskGrad
+    weight: Tensor | None
+
+    def images(self, images: slice) -> _Gradients:
+        """Return the part of some images; the weight is that of all."""
+        input = None if self.input is None else self.input[images]
+        return _Gradients(input, self.offset_mask.images(images), self.weight)
+
+
+def _forward_by_columns(
     geom: ConvGeometry, x: Tensor, samples: SampleArrays, w: Tensor, bias: Tensor | None, output: Tensor
 ) -> None:
     """Fill `output` (M, O) by columns and a library product, chunk by chunk."""
-    right = _columns_of_weight(geom, w).transpose(1, 2)
-    for first, rows in _chunks(geom, x):
-        multiply(output[first : first + rows], launchers.columns(geom, x, samples, first, rows), right, bias)
+    weight_matrix = _weight_for_columns(geom, w).transpose(1, 2)
+    for chunk in column_chunks(geom, x):
+        columns = launchers.columns(geom, x, samples, chunk)
+        multiply(output[chunk], columns, weight_matrix, bias)
 
 
-def _backward_by_t(
-    geom: ConvGeometry, grad: Tensor, x: Tensor, samples: SampleArrays, w: Tensor, grads: Gradients, mask_logits: bool
+def _backward_by_t_columns(
+    geom: ConvGeometry, grad: Tensor, x: Tensor, samples: SampleArrays, w: Tensor, grads: _Gradients
 ) -> None:
     """Fill the gradients of one slice of images; one offset group, gradient of the input needed."""
     assert grads.input is not None
-    _sample_gradients(geom, grad, x, samples, w, grads, mask_logits)
+    _fill_offset_mask_gradients(geom, grad, x, samples, w, grads.offset_mask)
+
     bins = launchers.bin_samples(geom, samples)
-    right = _rows_of_weight(geom, w)
-    pixels, grad_pixels = x.view(-1, geom.groups, right.shape[2]), grads.input.view(-1, geom.in_channels)
-    for image, images, tile_row, tile_rows in _tile_chunks(geom, x):
-        t, first = launchers.t_columns(geom, grad, samples, bins, image, images, tile_row, tile_rows)
-        rows = slice(first, first + t.shape[1])
-        multiply(grad_pixels[rows], t, right, None)
+    weight_matrix = _weight_for_t(geom, w)
+    pixels = x.view(-1, geom.groups, geom.in_channels // geom.groups)
+    grad_pixels = grads.input.view(-1, geom.in_channels)
+    for tiles in tile_chunks(geom, x):
+        t, chunk = launchers.t_columns(geom, grad, samples, bins, tiles)
+        multiply(grad_pixels[chunk], t, weight_matrix, None)
         if grads.weight is not None:
-            accumulate(grads.weight, t.transpose(1, 2), pixels[rows].transpose(0, 1))
+            accumulate(grads.weight, t.transpose(1, 2), pixels[chunk].transpose(0, 1))
 
 
 def _backward_by_columns(
-    geom: ConvGeometry, grad: Tensor, x: Tensor, samples: SampleArrays, w: Tensor, grads: Gradients, mask_logits: bool
+    geom: ConvGeometry, grad: Tensor, x: Tensor, samples: SampleArrays, w: Tensor, grads: _Gradients
 ) -> None:
     """Fill the gradients of one slice of images; any offset groups, from column gradients and recomputed columns."""
     if grads.input is None:
-        _sample_gradients(geom, grad, x, samples, w, grads, mask_logits)
+        _fill_offset_mask_gradients(geom, grad, x, samples, w, grads.offset_mask)
     else:
-        bins, chunks = launchers.bin_samples(geom, samples), list(_chunks(geom, x))
-        wide = grads.input if len(chunks) == 1 else torch.empty_like(grads.input, dtype=torch.float32)
-        for first, rows in chunks:
-            grad_columns = _grad_columns(geom, grad[first : first + rows], w)
-            if grads.offset is not None or grads.mask is not None:
-                launchers.grad_sample(geom, grad_columns, x, samples, first, grads.offset, grads.mask, mask_logits)
-            launchers.g_form(geom, grad_columns, samples, bins, first, wide)
-            del grad_columns  # before the next are there
-        if wide is not grads.input:
-            grads.input.copy_(wide)
+        _fill_input_gradient(geom, grad, x, samples, w, grads.input, grads.offset_mask)
+
     if grads.weight is not None:
-        for first, rows in _chunks(geom, x):
-            left = grad[first : first + rows].view(rows, geom.groups, -1).permute(1, 2, 0)
-            accumulate(grads.weight, left, launchers.columns(geom, x, samples, first, rows))
+        for chunk in column_chunks(geom, x):
+            columns = launchers.columns(geom, x, samples, chunk)
+            accumulate(grads.weight, by_group(geom, grad[chunk]).transpose(1, 2), columns)
 
 
-def _sample_gradients(
-    geom: ConvGeometry, grad: Tensor, x: Tensor, samples: SampleArrays, w: Tensor, grads: Gradients, mask_logits: bool
+def _fill_input_gradient(
+    geom: ConvGeometry,
+    grad: Tensor,
+    x: Tensor,
+    samples: SampleArrays,
+    w: Tensor,
+    grad_input: Tensor,
+    grad_offset_mask: OffsetMaskGrad,
+) -> None:
+    """Fill the gradient of the input by the G-form, and those of offset and mask from the same column gradients."""
+    bins = launchers.bin_samples(geom, samples)
+    chunks = list(column_chunks(geom, x))
+    # several chunks add up in float32
+    total = grad_input if len(chunks) == 1 else torch.empty_like(grad_input, dtype=torch.float32)
+    for chunk in chunks:
+        grad_columns = column_gradients(geom, grad[chunk], w)
+        if grad_offset_mask.needed:
+            launchers.grad_sample(geom, grad_columns, x, samples, chunk, grad_offset_mask)
+        launchers.g_form(geom, grad_columns, samples, bins, chunk, total)
+        del grad_columns  # before the next are allocated
+    if total is not grad_input:
+        grad_input.copy_(total)
+
+
+def _fill_offset_mask_gradients(
+    geom: ConvGeometry, grad: Tensor, x: Tensor, samples: SampleArrays, w: Tensor, grad_offset_mask: OffsetMaskGrad
 ) -> None:
     """Fill the gradients of offset and mask where needed: in one pass, or from chunks of column gradients."""
-    if grads.offset is None and grads.mask is None:
+    if not grad_offset_mask.needed:
         return
-    row = launchers.row_for("grad_sample_fused", geom, x)
+    row = tile_table.find_row("grad_sample_fused", geom, x)
     if row is not None:
-        launchers.grad_sample_fused(geom, row, grad, x, samples, w, grads.offset, grads.mask, mask_logits)
+        launchers.grad_sample_fused(geom, row, grad, x, samples, w, grad_offset_mask)
         return
-    for first, rows in _chunks(geom, x):
-        grad_columns = _grad_columns(geom, grad[first : first + rows], w)
-        launchers.grad_sample(geom, grad_columns, x, samples, first, grads.offset, grads.mask, mask_logits)
+    for chunk in column_chunks(geom, x):
+        grad_columns = column_gradients(geom, grad[chunk], w)
+        launchers.grad_sample(geom, grad_columns, x, samples, chunk, grad_offset_mask)
 
 
-def _on(device: torch.device) -> AbstractContextManager[None]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+def column_gradients(geom: ConvGeometry, grad: Tensor, w: Tensor) -> Tensor:
+    """Return the column gradients (G, rows, K*C/G) of grad_output (rows, O)."""
+    return multiply_groups(by_group(geom, grad), _weight_for_columns(geom, w))
 
 
-def _slices(geom: ConvGeometry, need: str) -> Iterator[tuple[ConvGeometry, slice]]:
-    """Yield even slices of images whose pixels can be indexed and whose per-image buffers fit the workspace.
-
-    `need` is of `tile_table.SAMPLE_BYTES`.
-    """
-    pixels, samples = geom.height * geom.width, geom.positions * geom.offset_groups * geom.taps
-    for count, most, what in ((pixels, tile_table.MAX_PIXELS, "pixels"), (samples, tile_table.MAX_SAMPLES, "samples")):
-        if count >= most:
-            raise ValueError(f"input of {geom.height}x{geom.width} gives {count} {what} an image, expected < {most}")
-    bytes_per_image = samples * tile_table.SAMPLE_BYTES[need]
-    if geom.offset_groups > 1 and need != "arrays":
-        # one chunk of column gradients a slice: each goes through all bins of the slice
-        bytes_per_image = max(bytes_per_image, geom.positions * geom.taps * geom.in_channels * 4)
-    fit = max(1, min((tile_table.MAX_PIXELS - 1) // pixels, tile_table.WORKSPACE_BYTES // bytes_per_image))
-    for images in even_slices(geom.batch, fit):
-        yield replace(geom, batch=images.stop - images.start), images
+def by_group(geom: ConvGeometry, grad: Tensor) -> Tensor:
+    """View grad_output (rows, O) as (G, rows, O/G)."""
+    return grad.view(-1, geom.groups, geom.out_channels // geom.groups).transpose(0, 1)
 
 
-def _chunks(geom: ConvGeometry, x: Tensor) -> Iterator[tuple[int, int]]:
-    """Yield (first, count) of positions whose columns fit the workspace."""
-    positions = geom.batch * geom.positions
-    step = max(1, tile_table.WORKSPACE_BYTES // (geom.taps * geom.in_channels * x.element_size()))
-    for first in range(0, positions, step):
-        yield first, min(step, positions - first)
+def weight_from_columns(geom: ConvGeometry, matrix: Tensor) -> Tensor:
+    """Copy (G, O/G, K*C/G) to (O, C/G, kh, kw)."""
+    out_per_group = geom.out_channels // geom.groups
+    in_per_group = geom.in_channels // geom.groups
+    taps_apart = matrix.view(-1, out_per_group, *geom.kernel, in_per_group)
+    return taps_apart.permute(0, 1, 4, 2, 3).flatten(0, 1).contiguous()
 
 
-def _tile_chunks(geom: ConvGeometry, x: Tensor) -> Iterator[tuple[int, int, int, int]]:
-    """Yield (image, images, tile row, tile rows) whose T fits the workspace: whole images, or rows of tiles of one."""
-    total, _ = launchers.input_tiles(geom)
-    row_bytes = tile_table.TILE_H * geom.width * geom.taps * geom.out_channels * x.element_size()
-    fit = max(1, tile_table.WORKSPACE_BYTES // row_bytes)
-    images, tile_rows = max(1, fit // total), min(fit, total)
-    for image in range(0, geom.batch, images):
-        for tile_row in range(0, total, tile_rows):
-            yield image, min(images, geom.batch - image), tile_row, min(tile_rows, total - tile_row)
-
-
-def _taps_last(weight: Tensor) -> Tensor:
-    """Return the weight as (O, K, C/G); no copy if it is stored channels-last."""
-    return weight.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
-
-
-def _columns_of_weight(geom: ConvGeometry, w: Tensor) -> Tensor:
+def _weight_for_columns(geom: ConvGeometry, w: Tensor) -> Tensor:
     """View (O, K, C/G) as (G, O/G, K*C/G)."""
     return w.view(geom.groups, -1, w.shape[1] * w.shape[2])
 
 
-def _rows_of_weight(geom: ConvGeometry, w: Tensor) -> Tensor:
+def _weight_for_t(geom: ConvGeometry, w: Tensor) -> Tensor:
     """Copy (O, K, C/G) to (G, K*O/G, C/G)."""
     return w.view(geom.groups, -1, *w.shape[1:]).transpose(1, 2).flatten(1, 2)
 
 
-def _finish_weight(geom: ConvGeometry, grad_weight: Tensor, by_t: bool) -> Tensor:
-    """Return the weight gradient as (O, C/G, kh, kw), contiguous."""
-    out, per_group = geom.out_channels // geom.groups, geom.in_channels // geom.groups
-    if by_t:
-        grad_weight = grad_weight.view(-1, *geom.kernel, out, per_group).permute(0, 3, 4, 1, 2)
-    else:
-        grad_weight = grad_weight.view(-1, out, *geom.kernel, per_group).permute(0, 1, 4, 2, 3)
-    return grad_weight.flatten(0, 1).contiguous()
+def _weight_from_t(geom: ConvGeometry, matrix: Tensor) -> Tensor:
+    """Copy (G, K*O/G, C/G) to (O, C/G, kh, kw)."""
+    out_per_group = geom.out_channels // geom.groups
+    in_per_group = geom.in_channels // geom.groups
+    taps_apart = matrix.view(-1, *geom.kernel, out_per_group, in_per_group)
+    return taps_apart.permute(0, 3, 4, 1, 2).flatten(0, 1).contiguous()
 
 
-def _grad_columns(geom: ConvGeometry, grad: Tensor, w: Tensor) -> Tensor:
-    """Return the column gradients (G, rows, K*C/G) of grad_output (rows, O)."""
-    left = grad.view(-1, geom.groups, geom.out_channels // geom.groups).transpose(0, 1)
-    return multiply_groups(left, _columns_of_weight(geom, w))
+def _channels_last(tensor: Tensor) -> Tensor:
+    """Return (B, H, W, C) of (B, C, H, W); no copy if it is stored channels-last."""
+    return tensor.permute(0, 2, 3, 1).contiguous()
+
+
+def _taps_last(weight: Tensor) -> Tensor:
+    """Return (O, K, C/G) of (O, C/G, kh, kw); no copy if it is stored channels-last."""
+    return _channels_last(weight).flatten(1, 2)
+
+
+def _positions(geom: ConvGeometry, images: slice) -> slice:
+    """Return the output positions of some images, numbered over all images."""
+    return slice(images.start * geom.positions, images.stop * geom.positions)
+
+
+def _current_device(device: torch.device) -> AbstractContextManager[None]:
+    """Make a GPU the current one, where Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -8,15 +8,15 @@ import torch
 import triton
 import triton.language as tl
 
-from tests.triton_dcn.cases import DEVICE, deterministic, make_case, relative
-from triton_dcn import launchers, reference, tile_table, triton_backend
+from tests.triton_dcn.cases import DEVICE, QUANTITIES, deterministic, make_case, relative, run_backend
+from triton_dcn import launchers, reference, tile_table, triton_backend, workspace
 from triton_dcn.geometry import ConvGeometry
 from triton_dcn.kernels.sampling import column_offset, corner_rows, swizzle
 from triton_dcn.kernels.sampling import widen as widen_tile
+from triton_dcn.offset_mask import OffsetMask
 from triton_dcn.tile_table import ANY, Tile, TileRow
 
 ARCH = tile_table.architecture(torch.device(DEVICE))
-QUANTITIES = ("output", "grad_input", "grad_offset", "grad_mask", "grad_weight")
 FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # half: machine epsilon
 # batch, in, out, (H, W), kernel, stride, padding, dilation, groups, offset groups, mask, bias
 SPECS = {
@@ -36,32 +36,25 @@ def case_of(spec, dtype=torch.float32, **extra):
     return make_case(SPECS[spec], dtype, DEVICE, **extra)
 
 
-def run(case, needs=None, backend=triton_backend, **extra):
-    """Forward and backward of `backend`: a dict by quantity."""
-    output = backend.forward(case.geom, *case.tensors, case.bias, **extra)
-    needs = case.needs if needs is None else needs
-    grads = backend.backward(case.geom, case.grad_output, *case.tensors, needs, **extra)
-    return dict(zip(QUANTITIES, (output, *grads), strict=True))
+def run(case, needs=None, **options):
+    """Return output and gradients of the Triton kernels, by quantity."""
+    return run_backend(case, triton_backend, needs, **options)
 
 
-def widen(case):
-    """The same case in float64."""
-
-    def double(tensor):
-        return None if tensor is None else tensor.double()
-
-    return type(case)(case.geom, tuple(map(double, case.tensors)), double(case.bias), case.grad_output.double())
+def exact(case, needs=None):
+    """Return the same of the reference in float64."""
+    return run_backend(case.double(), reference, needs)
 
 
-def agree(found, exact, limit):
+def assert_agree(results, exact, limit):
     for name, expected in exact.items():
-        assert (found[name] is None) == (expected is None), name
+        assert (results[name] is None) == (expected is None), name
         if expected is not None:
-            assert found[name].shape == expected.shape
-            assert relative(found[name], expected) <= limit, name
+            assert results[name].shape == expected.shape
+            assert relative(results[name], expected) <= limit, name
 
 
-def put(monkeypatch, *rows):
+def prepend_rows(monkeypatch, *rows):
     """Place `rows` before those of the table."""
     monkeypatch.setattr(tile_table, "TABLE", (*rows, *tile_table.TABLE))
 
@@ -72,26 +65,26 @@ def test_half(spec, dtype):
     case = case_of(spec, dtype)
     found = run(case)
     assert all(value is None or value.dtype == dtype for value in found.values())
-    agree(found, run(widen(case), backend=reference), FLOOR[dtype])
+    assert_agree(found, exact(case), FLOOR[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kernel", ["forward_prefetch", "forward_transposed"])
 @pytest.mark.parametrize("spec", ["two-blocks", "offset-groups"])
 def test_forward_forms(spec, kernel, dtype, monkeypatch):
-    put(monkeypatch, TileRow("forward", kernel, (ARCH,), "any", ANY, Tile(64, 16, 16, max_registers=128)))
+    prepend_rows(monkeypatch, TileRow("forward", kernel, (ARCH,), "any", ANY, Tile(64, 16, 16, max_registers=128)))
     case = case_of(spec, dtype)
-    wide = widen(case)
-    exact = reference.forward(wide.geom, *wide.tensors, wide.bias)
-    assert relative(triton_backend.forward(case.geom, *case.tensors, case.bias), exact) <= FLOOR[dtype]
+    input, _, _, weight = case.tensors
+    output = triton_backend.forward(case.geom, input, case.offset_mask, weight, case.bias)
+    assert relative(output, exact(case)["output"]) <= FLOOR[dtype]
 
 
 @pytest.mark.parametrize("spec", ["two-blocks", "offset-groups"])
 def test_sample_gradients_in_one_pass(spec, monkeypatch):
-    put(monkeypatch, TileRow("grad_sample_fused", "grad_sample_fused", (ARCH,), "any", ANY, Tile(64, 16, 16)))
+    prepend_rows(monkeypatch, TileRow("grad_sample_fused", "grad_sample_fused", (ARCH,), "any", ANY, Tile(64, 16, 16)))
     case = case_of(spec)
     needs = (False, True, True, False)
-    agree(run(case, needs), run(widen(case), needs, reference), FLOOR[torch.float32])
+    assert_agree(run(case, needs), exact(case, needs), FLOOR[torch.float32])
 
 
 @pytest.mark.parametrize("spec", ["one-block", "offset-groups"])
@@ -99,18 +92,18 @@ def test_sample_gradients_in_one_pass(spec, monkeypatch):
 def test_each_gradient_alone(spec, wanted):
     case = case_of(spec)
     needs = tuple(index == wanted for index in range(4))
-    agree(run(case, needs), run(widen(case), needs, reference), FLOOR[torch.float32])
+    assert_agree(run(case, needs), exact(case, needs), FLOOR[torch.float32])
 
 
 @pytest.mark.parametrize("spec", ["two-blocks", "offset-groups", "groups"])
 def test_chunks_and_slices(spec, monkeypatch):
     """A workspace that holds one row of tiles: one image a slice, several chunks of columns and of T."""
     case = case_of(spec)
-    monkeypatch.setattr(tile_table, "WORKSPACE_BYTES", 20_000)
-    parts = [part.batch for part, _ in triton_backend._slices(case.geom, "ranks")]
-    assert parts == [1] * case.geom.batch
-    assert len(list(triton_backend._chunks(case.geom, case.tensors[0]))) > 1 or spec == "groups"
-    agree(run(case), run(widen(case), backend=reference), FLOOR[torch.float32])
+    monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 20_000)
+    images_per_slice = [part.batch for part, _ in workspace.image_slices(case.geom, "ranks")]
+    assert images_per_slice == [1] * case.geom.batch
+    assert len(list(workspace.column_chunks(case.geom, case.tensors[0]))) > 1 or spec == "groups"
+    assert_agree(run(case), exact(case), FLOOR[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -118,7 +111,7 @@ def test_chunks_and_slices(spec, monkeypatch):
 def test_column_gradients_of_an_image_beyond_the_workspace(spec, most, dtype, monkeypatch):
     """Several offset groups: the column gradients come in bounded chunks, too, and each adds to grad_input."""
     case, sizes = case_of(spec, dtype), []
-    monkeypatch.setattr(tile_table, "WORKSPACE_BYTES", most)
+    monkeypatch.setattr(workspace, "WORKSPACE_BYTES", most)
     g_form = launchers.g_form
 
     def counted(geom, grad_columns, *rest):
@@ -129,17 +122,17 @@ def test_column_gradients_of_an_image_beyond_the_workspace(spec, most, dtype, mo
     found = run(case)
     assert len(sizes) > case.geom.batch
     assert max(sizes) <= most
-    agree(found, run(widen(case), backend=reference), FLOOR[dtype])
+    assert_agree(found, exact(case), FLOOR[dtype])
 
 
 def test_strips(monkeypatch):
     monkeypatch.setattr(tile_table, "STRIP_MIN_WIDTH", 17)
-    put(monkeypatch, TileRow("forward", "forward_prefetch", (ARCH,), "any", ANY, Tile(64, 16, 16)))
-    put(monkeypatch, TileRow("grad_sample_fused", "grad_sample_fused", (ARCH,), "any", ANY, Tile(64, 16, 16)))
+    prepend_rows(monkeypatch, TileRow("forward", "forward_prefetch", (ARCH,), "any", ANY, Tile(64, 16, 16)))
+    prepend_rows(monkeypatch, TileRow("grad_sample_fused", "grad_sample_fused", (ARCH,), "any", ANY, Tile(64, 16, 16)))
     case = case_of("offset-groups")
-    assert tile_table.strip(case.geom.out_width) == 16
+    assert tile_table.strip_width(case.geom.out_width) == 16
     needs = (False, True, True, False)
-    agree(run(case, needs), run(widen(case), needs, reference), FLOOR[torch.float32])
+    assert_agree(run(case, needs), exact(case, needs), FLOOR[torch.float32])
 
 
 @pytest.mark.parametrize("spec", ["two-blocks", "offset-groups"])
@@ -149,19 +142,19 @@ def test_deterministic_algorithms(spec):
     with deterministic():
         first, second = run(case), run(case)
     assert all(torch.equal(first[name], second[name]) for name in QUANTITIES)
-    agree(first, run(widen(case), backend=reference), FLOOR[torch.float32])
+    assert_agree(first, exact(case), FLOOR[torch.float32])
 
 
 def test_bins_hold_the_samples_of_their_tile():
     """Both ways list the same samples, the stable one in their order; every entry touches the tile of its bin."""
     case = case_of("offset-groups")
-    geom, (_, offset, mask, _) = case.geom, case.tensors
-    samples = launchers.sample(geom, offset, mask, False)
+    geom = case.geom
+    samples = launchers.sample(geom, case.offset_mask)
     ranked = launchers.bin_samples(geom, samples)
     with deterministic():
         stable = launchers.bin_samples(geom, samples)
     assert torch.equal(ranked.start, stable.start)
-    rows, columns = launchers.input_tiles(geom)
+    rows, columns = workspace.input_tiles(geom)
     inside = int((samples.cell & 15).ne(0).sum())
     assert inside <= int(stable.start[-1]) <= 4 * inside
     for number, (first, last) in enumerate(zip(stable.start[:-1].tolist(), stable.start[1:].tolist(), strict=True)):
@@ -188,15 +181,15 @@ def test_offsets_out_of_this_world():
     found = run(case)
     poisoned[0, 4, 0, :8] = 1e4
     poisoned[0, 9, 4, :8] = 1e4
-    agree(found, run(widen(case), backend=reference), FLOOR[torch.float32])
+    assert_agree(found, exact(case), FLOOR[torch.float32])
     assert not found["grad_offset"][0, 4:6, 0, :8].any()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of numpy, in the interpreter
-@pytest.mark.parametrize("workspace", [tile_table.WORKSPACE_BYTES, 20_000], ids=["whole", "chunks"])
+@pytest.mark.parametrize("workspace_bytes", [workspace.WORKSPACE_BYTES, 20_000], ids=["whole", "chunks"])
 @pytest.mark.parametrize("offset_groups", [1, 2], ids=["t_columns", "g_form"])
-def test_infinite_gradients_stay_in_their_tiles(offset_groups, workspace, monkeypatch):
-    monkeypatch.setattr(tile_table, "WORKSPACE_BYTES", workspace)
+def test_infinite_gradients_stay_in_their_tiles(offset_groups, workspace_bytes, monkeypatch):
+    monkeypatch.setattr(workspace, "WORKSPACE_BYTES", workspace_bytes)
     spec = (1, 4, 4, (40, 40), (1, 1), (1, 1), (0, 0), (1, 1), 1, offset_groups, False, False)
     case = make_case(spec, torch.float32, DEVICE)
     case.tensors[1].zero_()
@@ -211,7 +204,7 @@ def test_fractions_are_those_of_the_offset():
     """Far from the origin a small offset keeps its cell and fraction: p is never rounded as a whole."""
     geom = ConvGeometry(1, 1, 1, 100_000, 1, (1, 1), (1, 1), (0, 0), (1, 1), 1, 1, 1, 100_000)
     offset = torch.full((1, 2, 1, 100_000), -(2.0**-20), device=DEVICE)
-    samples = launchers.sample(geom, offset, None, False)
+    samples = launchers.sample(geom, OffsetMask(offset, None))
     assert (samples.cell[0, 1:] >> 4).tolist() == list(range(99_999))
     assert bool((samples.lx == 1 - 2.0**-20).all())
 
@@ -229,7 +222,7 @@ def test_any_strides():
         strided = run(case)
     assert all(torch.equal(plain[name], strided[name]) for name in QUANTITIES[:2])
     case.grad_output = torch.ones(1, device=DEVICE).expand(case.geom.output_shape)
-    agree(run(case), run(widen(case), backend=reference), FLOOR[torch.float32])
+    assert_agree(run(case), exact(case), FLOOR[torch.float32])
 
 
 def test_half_input_with_float32_offsets():
@@ -238,7 +231,7 @@ def test_half_input_with_float32_offsets():
     case.tensors = (x, *wide.tensors[1:3], weight)
     found = run(case)
     assert [value.dtype for value in found.values()] == [torch.float16] * 2 + [torch.float32] * 2 + [torch.float16]
-    agree(found, run(widen(case), backend=reference), FLOOR[torch.float16])
+    assert_agree(found, exact(case), FLOOR[torch.float16])
 
 
 @pytest.mark.parametrize("spec", ["one-block", "offset-groups"])
@@ -258,10 +251,10 @@ def test_mask_logits(spec):
     case.tensors = (x, *torch.cat((offset, logits), 1).split([offset.shape[1], mask.shape[1]], 1), weight)
     found = run(case, mask_logits=True)
     case.tensors = (x, offset, logits.sigmoid(), weight)
-    exact = run(widen(case), backend=reference)
-    share = logits.double().sigmoid()
-    exact["grad_mask"] *= share * (1 - share)
-    agree(found, exact, FLOOR[torch.float32])
+    expected = exact(case)
+    factor = logits.double().sigmoid()
+    expected["grad_mask"] *= factor * (1 - factor)
+    assert_agree(found, expected, FLOOR[torch.float32])
 
 
 @triton.jit
@@ -290,7 +283,7 @@ def test_addresses_that_words_do_not_fit(spec):
     assert odd.data_ptr() % 4 == 2
     assert odd.permute(0, 2, 3, 1).is_contiguous()
     case.tensors = (odd, *others)
-    agree(run(case), {name: value.double() for name, value in fits.items()}, 1e-5)
+    assert_agree(run(case), {name: value.double() for name, value in fits.items()}, 1e-5)
 
 
 @triton.jit
@@ -311,7 +304,7 @@ def address_kernel(cell_ptr, corner_ptr, column_ptr, row, width, CHANNELS: tl.co
 @pytest.mark.parametrize(("width", "channels"), [(4000, 512), (1 << 20, 2048)])
 def test_addresses_beyond_2_to_the_31(width, channels, groups):
     """Offsets are exact up to the largest slice; the interpreter also checks every int32 sum and product."""
-    pixel, row = tile_table.MAX_PIXELS - width - 1000, (1 << 24) - 1
+    pixel, row = workspace.MAX_PIXELS - width - 1000, (1 << 24) - 1
     cell = torch.tensor([pixel * 16 + 15 - (1 << 31 << 1) * (pixel >= 1 << 27)], dtype=torch.int32, device=DEVICE)
     corners, column = (torch.zeros(n, dtype=torch.int64, device=DEVICE) for n in (4, 1))
     address_kernel[(1,)](cell, corners, column, row, width, CHANNELS=channels, GROUPS=groups)
@@ -327,7 +320,7 @@ def test_addresses_beyond_2_to_the_31(width, channels, groups):
 def test_too_large_an_image_is_refused(size, message):
     geom = ConvGeometry(1, 1, *size, 1, (3, 3), (1, 1), (1, 1), (1, 1), 1, 1, *size)
     with pytest.raises(ValueError, match=message):
-        next(triton_backend._slices(geom, "arrays"))
+        next(workspace.image_slices(geom, "arrays"))
 
 
 @triton.jit

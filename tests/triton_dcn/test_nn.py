@@ -71,16 +71,16 @@ def test_deform_conv2d_module():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: DeformConv2d(5, 6, 3, groups=2), "in_channels = 5"),
-        (lambda: DeformConv2d(4, 5, 3, groups=2), "out_channels = 5"),
-        (lambda: DeformConv2dPack(4, 6, 3, deform_groups=3), "deform_groups = 3"),
+        (lambda: DeformConv2d(5, 6, 3, groups=2), "in_channels: expected a positive multiple of groups = 2, got 5"),
+        (lambda: DeformConv2d(4, 5, 3, groups=2), "out_channels: .* got 5"),
+        (lambda: DeformConv2dPack(4, 6, 3, deform_groups=3), "multiple of deform_groups = 3, got 4"),
         (lambda: ModulatedDeformConv2dPack(4, 6, (3, 3, 3)), "kernel_size"),
-        (lambda: DeformConv2d(4, 0, 3), "out_channels = 0 must be positive"),
+        (lambda: DeformConv2d(4, 0, 3), "out_channels: expected a positive multiple .* got 0"),
         (lambda: DeformConv2d(4, 4, 3, groups=0), "groups = 0"),
         (lambda: DeformConv2dPack(4, 4, 3, deform_groups=0), "deform_groups = 0"),
         (lambda: DeformConv2dPack(4, 4, 0), "kernel_size: expected at least 1"),
         (lambda: DeformConv2dPack(4, 4, 3, padding=-1), "padding: expected at least 0"),
-        (lambda: DeformConv2d(4, 2, 3)(torch.zeros(1, 8, 3, 3), torch.zeros(1, 18, 1, 1)), "expected in_channels = 4"),
+        (lambda: DeformConv2d(4, 2, 3)(torch.zeros(1, 8, 3, 3), torch.zeros(1, 18, 1, 1)), "input: .* 4 channels"),
     ],
 )
 def test_errors(make, words):
@@ -90,17 +90,17 @@ def test_errors(make, words):
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 def test_sigmoid_of_the_mask_inside_the_operator(backend):
-    """A packed map gives what its offsets and the sigmoid of its last third give, gradients included."""
+    """A predicted map gives what its offsets and the sigmoid of its last third give, gradients included."""
     case = make_case(CASES["groups"], torch.float32, device_of(backend))
     x, offset, mask, weight = case.tensors
     settings = case.bias, case.geom.stride, case.geom.padding, case.geom.dilation
-    packed = torch.cat([offset, 4 * mask - 2], 1).detach()
+    predicted = torch.cat([offset, 4 * mask - 2], 1).detach()
     for layout in (torch.contiguous_format, torch.channels_last):
         results = []
         for inside in (True, False):
-            moved = packed.clone(memory_format=layout).requires_grad_()
+            moved = predicted.clone(memory_format=layout).requires_grad_()
             if inside:
-                output = convolve(x, moved, weight, *settings, None, packed=True, backend=backend)
+                output = convolve(x, moved, weight, *settings, None, mask_logits=True, backend=backend)
             else:
                 given, logits = moved.split([offset.shape[1], mask.shape[1]], 1)
                 output = convolve(x, given, weight, *settings, logits.sigmoid(), backend=backend)
@@ -163,12 +163,12 @@ def test_fused_batch_norm(kind, bias):
 @pytest.mark.parametrize(
     ("layer", "norm", "error", "words"),
     [
-        (torch.nn.Conv2d(4, 6, 3), norm_of(6), TypeError, "layer must be.*Conv2d"),
-        (DeformConv2d(4, 6, 3), torch.nn.GroupNorm(2, 6), TypeError, "norm must be.*GroupNorm"),
+        (torch.nn.Conv2d(4, 6, 3), norm_of(6), TypeError, "layer: expected.*got Conv2d"),
+        (DeformConv2d(4, 6, 3), torch.nn.GroupNorm(2, 6), TypeError, "norm: expected.*got GroupNorm"),
         (DeformConv2d(4, 6, 3), norm_of(6).train(), ValueError, "evaluation mode"),
         (DeformConv2d(4, 6, 3), norm_of(6, track_running_stats=False), ValueError, "statistics"),
-        (DeformConv2d(4, 6, 3), norm_of(5), ValueError, "5 channels, expected 6"),
-        (fuse_batch_norm(DeformConv2d(4, 6, 3), norm_of(6), relu=True), norm_of(6), ValueError, "rectifies"),
+        (DeformConv2d(4, 6, 3), norm_of(5), ValueError, "expected 6 channels .*, got 5"),
+        (fuse_batch_norm(DeformConv2d(4, 6, 3), norm_of(6), relu=True), norm_of(6), ValueError, "without relu"),
     ],
 )
 def test_errors_of_fusing(layer, norm, error, words):

@@ -83,15 +83,15 @@ def test_masks_outside_the_image_do_not_count(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_outside_the_image_do_not_count(backend):
-    """Likewise for a packed map, from a layer whose weights have a NaN: offset and logit are NaN together."""
+    """Likewise for a predicted map, from a layer whose weights have a NaN: offset and logit are NaN together."""
     case = make_case(CASES["plain"], torch.float32, device_of(backend))
     x, offset, mask, weight = case.tensors
-    packed = torch.cat([offset, mask], 1)
-    packed[:, :, 2, 3] = torch.nan
-    packed.requires_grad_()
+    predicted = torch.cat([offset, mask], 1)
+    predicted[:, :, 2, 3] = torch.nan
+    predicted.requires_grad_()
     settings = case.bias, case.geom.stride, case.geom.padding, case.geom.dilation
-    output = convolve(x, packed, weight, *settings, None, packed=True, backend=backend)
-    (grad,) = torch.autograd.grad(output, packed, case.grad_output)
+    output = convolve(x, predicted, weight, *settings, None, mask_logits=True, backend=backend)
+    (grad,) = torch.autograd.grad(output, predicted, case.grad_output)
     assert output.isfinite().all()
     assert grad.isfinite().all()
     assert not grad[:, :, 2, 3].any()
@@ -127,12 +127,12 @@ def test_opcheck(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck_packed_and_rectified(backend):
+def test_opcheck_with_mask_logits_and_relu(backend):
     case = make_case(CASES["plain"], torch.float32, device_of(backend))
     x, offset, mask, weight = case.tensors
-    packed = torch.cat([offset, mask], 1).contiguous(memory_format=torch.channels_last)
+    predicted = torch.cat([offset, mask], 1).contiguous(memory_format=torch.channels_last)
     settings = (list(case.geom.stride), list(case.geom.padding), list(case.geom.dilation), backend)
-    leaves = [t.requires_grad_() for t in (x, packed)]
+    leaves = [t.requires_grad_() for t in (x, predicted)]
     torch.library.opcheck(forward_op, (*leaves, None, weight.requires_grad_(), case.bias, *settings, True, True))
     detached = [None if t is None else t.detach() for t in (*leaves, None, weight)]
     torch.library.opcheck(
