@@ -115,8 +115,8 @@ def corner_rows(cell, width, CHANNELS: tl.constexpr):
     """Return the element offsets, int64, of the four corner pixels in a channels-last input, row by row."""
     row = (cell >> 4).to(tl.int64) * CHANNELS
     right = (cell >> 1 & cell & 1) * CHANNELS
-    # multiplied last: Triton 3.8 and 3.9 then see the alignment, and load the lower corners 128 bits at a time
-    below = tl.where((cell & 12) == 12, width.to(tl.int64), 0) * CHANNELS
+    # a product, not a choice: Triton 3.8 and 3.9 then see its alignment, and load the lower corners 128 bits at a time
+    below = ((cell & 12) == 12).to(tl.int64) * (width.to(tl.int64) * CHANNELS)
     return row, row + right, row + below, row + below + right
 
 
