@@ -1,9 +1,9 @@
-"""The gradients of input and weight by bins against the same by float atomics: `python -m bench.atomics --cases r50`.
+"""Time the gradients of input and weight by bins and by float atomics: `python -m bench.atomics --cases r50`.
 
 Atomics are how every peer scatters: column gradients from a library product, then four float32 additions per element to
-a buffer that was zeroed before and is cast after. Measured here at its best, with channels innermost and four floats an
-instruction where the GPU has one, so that the binning has something to beat. Also prints what the machine's atomics and
-its L2 cache can do. `--dry-run` makes the same calls on a CPU, in Triton's interpreter (TRITON_INTERPRET=1).
+a buffer that was zeroed before and is cast after. The baseline here is atomics at their best, with channels innermost
+and four floats per instruction where the GPU has one. Also prints what the machine's atomics and its L2 cache can do.
+`--dry-run` makes the same calls on a CPU, in Triton's interpreter (TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
@@ -19,19 +19,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bench.cases import Case, Inputs, make_inputs, select
+from bench.cases import Case, Inputs, make_inputs, select_cases
 from bench.ceilings import measure_ceilings
-from bench.choices import Choice
-from bench.deform_conv import DTYPES, allow_tf32, environment, gpu_or_dry_run, timing_row
-from bench.measure import TOLERANCE, check_inputs, exact, interleave, relative_errors, surviving, worst
-from bench.report import markdown, write_csv
+from bench.device import DTYPES, allow_tf32, gpu_or_dry_run
+from bench.measure import (
+    TOLERANCE,
+    check_inputs,
+    largest_error,
+    record_failure,
+    reference_results,
+    relative_errors,
+    time_interleaved,
+)
+from bench.report import markdown
+from bench.rows import Row, environment_columns, timing_row, write_csv
+from bench.triton_calls import run_backward, select_gradients
+from bench.tuning_candidates import Candidate
 from triton_dcn import launchers, tile_table, triton_backend
 from triton_dcn.kernels.jit import kernel
 from triton_dcn.kernels.sampling import column_offset, corner_rows, corner_weights
 from triton_dcn.matmul import accumulate
+from triton_dcn.offset_mask import OffsetMask
+from triton_dcn.workspace import column_chunks
 
-MODES = {"grad_input": (True, False, False, False), "grad_input, grad_weight": (True, False, False, True)}
-"""What is computed: T-columns give the gradient of the weight nearly for free, atomics need columns for it."""
+MODES = {
+    "grad_input": ("grad_input",),
+    "grad_input, grad_weight": ("grad_input", "grad_weight"),
+}
+"""Mode -> gradients. T-columns give that of the weight with one more product; atomics need the columns for it."""
+
+Call = Callable[[], list[Tensor]]
 
 
 @kernel
@@ -63,133 +80,178 @@ def scatter_kernel(
     pid_s = tl.program_id(0) % (OFFSET_GROUPS * TAPS)
     row = tl.program_id(0) // (OFFSET_GROUPS * TAPS) * BLOCK_P + tl.arange(0, BLOCK_P)
     live = row < rows
-    at = pid_s * positions + first + tl.where(live, row, 0)
-    cell = tl.load(cell_ptr + at)
-    places = corner_rows(cell, width, CHANNELS)
-    weights = corner_weights(cell, tl.load(ly_ptr + at), tl.load(lx_ptr + at), tl.load(scale_ptr + at))
+    sample = pid_s * positions + first + tl.where(live, row, 0)
+    cell = tl.load(cell_ptr + sample)
+    ly = tl.load(ly_ptr + sample)
+    lx = tl.load(lx_ptr + sample)
+    scale = tl.load(scale_ptr + sample)
+    pixel_offsets = corner_rows(cell, width, CHANNELS)
+    weights = corner_weights(cell, ly, lx, scale)
     for start in tl.range(0, PER_OFFSET, BLOCK_C, num_stages=1):
         local = start + tl.arange(0, BLOCK_C)
         c = (pid_s // TAPS * PER_OFFSET + local)[None, :]
-        inside = live[:, None] & (local < PER_OFFSET)[None, :]
-        from_ptr = grad_column_ptr + column_offset(row[:, None], pid_s % TAPS, c, rows, CHANNELS, GROUPS, TAPS)
-        grad = tl.load(from_ptr, mask=inside, other=0.0).to(tl.float32)  # (BLOCK_P, BLOCK_C)
+        live_c = live[:, None] & (local < PER_OFFSET)[None, :]
+        element = column_offset(row[:, None], pid_s % TAPS, c, rows, CHANNELS, GROUPS, TAPS)
+        grad = tl.load(grad_column_ptr + element, mask=live_c, other=0.0).to(tl.float32)  # (BLOCK_P, BLOCK_C)
         for corner in tl.static_range(4):
-            to = grad_input_ptr + places[corner][:, None] + c
+            corner_ptr = grad_input_ptr + pixel_offsets[corner][:, None] + c
             weight = weights[corner][:, None]
-            tl.atomic_add(to, weight * grad, mask=inside & (weight != 0), sem="relaxed")
+            tl.atomic_add(corner_ptr, weight * grad, mask=live_c & (weight != 0), sem="relaxed")
 
 
-def by_atomics(inputs: Inputs, mode: str) -> list[Tensor]:
+def gradients_by_atomics(inputs: Inputs, mode: str) -> list[Tensor]:
     """Return the gradient of the input (B, C, H, W), stored channels-last, and what else `MODES` asks for."""
     geom = inputs.geometry
     x, offset, mask, weight = (leaf.detach() for leaf in inputs.leaves)
-    x_last, w = x.permute(0, 2, 3, 1).contiguous(), weight.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
-    grad = inputs.grad.permute(0, 2, 3, 1).contiguous().view(-1, geom.out_channels)
-    total = torch.zeros(geom.batch, geom.height, geom.width, geom.in_channels, device=x.device)
+    x_last = x.permute(0, 2, 3, 1).contiguous()
+    w = weight.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
+    grad_output = inputs.grad_output.permute(0, 2, 3, 1).contiguous().view(-1, geom.out_channels)
+
+    grad_input = torch.zeros(geom.batch, geom.height, geom.width, geom.in_channels, device=x.device)
     grad_weight = None
-    if MODES[mode][3]:
-        grad_weight = torch.zeros(geom.groups, geom.out_channels // geom.groups, w[0].numel(), device=x.device)
-    samples = launchers.sample(geom, offset, mask, False)
-    tile = launchers.tile_for("columns", geom, x)
-    for first, rows in triton_backend._chunks(geom, x):
-        part = grad[first : first + rows]
-        grad_columns = triton_backend._grad_columns(geom, part, w)
-        scatter_kernel[(triton.cdiv(rows, tile.block_p) * geom.offset_groups * geom.taps,)](
-            grad_columns, *samples, total, geom.batch * geom.positions, first, rows, geom.width,
-            CHANNELS=geom.in_channels, GROUPS=geom.groups, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
-            BLOCK_P=tile.block_p, BLOCK_C=tile.block_c, **tile.options,
-        )  # fmt: skip
+    if "grad_weight" in MODES[mode]:
+        out_per_group = geom.out_channels // geom.groups
+        grad_weight = torch.zeros(geom.groups, out_per_group, w[0].numel(), device=x.device)
+
+    samples = launchers.sample(geom, OffsetMask(offset, mask))
+    tile = tile_table.find_tile("columns", geom, x)
+    for chunk in column_chunks(geom, x):
+        rows = chunk.stop - chunk.start
+        grad_columns = triton_backend.column_gradients(geom, grad_output[chunk], w)
+        programs = triton.cdiv(rows, tile.block_p) * geom.offset_groups * geom.taps
+        scatter_kernel[(programs,)](
+            grad_columns,
+            *samples,
+            grad_input,
+            geom.batch * geom.positions,
+            chunk.start,
+            rows,
+            geom.width,
+            CHANNELS=geom.in_channels,
+            GROUPS=geom.groups,
+            OFFSET_GROUPS=geom.offset_groups,
+            TAPS=geom.taps,
+            BLOCK_P=tile.block_p,
+            BLOCK_C=tile.block_c,
+            **tile.options,
+        )
         if grad_weight is not None:
-            left = part.view(rows, geom.groups, -1).permute(1, 2, 0)
-            accumulate(grad_weight, left, launchers.columns(geom, x_last, samples, first, rows))
-    found = [total.to(x.dtype).permute(0, 3, 1, 2)]
+            columns = launchers.columns(geom, x_last, samples, chunk)
+            accumulate(grad_weight, triton_backend.by_group(geom, grad_output[chunk]).transpose(1, 2), columns)
+
+    results = [grad_input.to(x.dtype).permute(0, 3, 1, 2)]
     if grad_weight is not None:
-        found.append(triton_backend._finish_weight(geom, grad_weight, False).to(x.dtype))
-    return found
+        results.append(triton_backend.weight_from_columns(geom, grad_weight).to(x.dtype))
+    return results
 
 
-def ways(inputs: Inputs, mode: str) -> dict[str, Callable[[], list[Tensor]]]:
-    """Return what is timed, by name; all give the gradients of `MODES`."""
-    tensors = tuple(leaf.detach() for leaf in inputs.leaves)
+def scatter_methods(inputs: Inputs, mode: str) -> dict[str, Call]:
+    """Return what is timed, by name; each method gives the gradients of `MODES`."""
 
-    def by_bins(choice: Choice) -> Callable[[], list[Tensor]]:
+    def by_bins(candidate: Candidate) -> Call:
         def call() -> list[Tensor]:
-            with choice.in_force():
-                found = triton_backend.backward(inputs.geometry, inputs.grad, *tensors, MODES[mode])
-            return [grad for grad in found if grad is not None]
+            with candidate.applied():
+                return run_backward(inputs, MODES[mode])
 
         return call
 
     return {
-        "bins": by_bins(Choice("bins", tile_table.TABLE)),
-        "stable sort": by_bins(Choice("stable sort", tile_table.TABLE, deterministic=True)),
-        "atomics": lambda: by_atomics(inputs, mode),
+        "bins": by_bins(Candidate("bins", tile_table.TABLE)),
+        "stable sort": by_bins(Candidate("stable sort", tile_table.TABLE, deterministic=True)),
+        "atomics": lambda: gradients_by_atomics(inputs, mode),
     }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure the machine, then every case; print the table, write the CSV, return 1 where a way was left out."""
-    parser = argparse.ArgumentParser(prog="python -m bench.atomics", description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", default=["r50"], help="sets or names of bench.cases")
-    parser.add_argument("--batch", type=int, help="instead of each case's own")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=list(DTYPES))
-    parser.add_argument("--smooth", action="store_true", help="offsets that change little from place to place")
-    parser.add_argument("--seconds", type=float, default=0.5, help="for the rounds of a case and dtype")
-    parser.add_argument("--csv", type=Path, help="write the measurements here")
-    parser.add_argument("--dry-run", action="store_true", help="a tiny case on the CPU, kernels interpreted")
-    options = parser.parse_args(arguments)
+    """Measure the machine, then every case; print the table, write the CSV, return 1 where something is left out."""
+    options = _parse(arguments)
     device = gpu_or_dry_run(options.dry_run)
+    ceiling_sizes: dict[str, int] = {}
     if options.dry_run:
-        options.cases, options.batch, options.seconds = ["dry"], None, 0.0
-    where, sizes = environment(device), {"nbytes": 1 << 16, "rows": 64} if options.dry_run else {}
+        options.cases = ["dry"]
+        options.batch_size = None
+        options.seconds = 0.0
+        ceiling_sizes = {"nbytes": 1 << 16, "rows": 64}
     try:
-        cases = select(options.cases, options.batch)
+        cases = select_cases(options.cases, options.batch_size)
     except ValueError as error:
         sys.exit(f"bench: {error}")
-    rows, failed = [], []
-    with surviving("ceilings", failed):
-        for name, (moved, timing) in measure_ceilings(device, failed, 2 * options.seconds, **sizes).items():
+
+    environment = environment_columns(device)
+    rows: list[Row] = []
+    failed: list[str] = []
+    with record_failure("ceilings", failed):
+        ceilings = measure_ceilings(device, failed, 2 * options.seconds, **ceiling_sizes)
+        for name, (moved, timing) in ceilings.items():
             print(f"{name}: {moved / timing.p50 / 1e9:.3f} TB/s")
-            rows.append(timing_row("machine", name, f"{moved} bytes", "float32", "", timing, where))
+            rows.append(timing_row("machine", name, f"{moved} bytes", "float32", "", timing, environment))
     write_csv(options.csv, rows)
     for case, dtype in itertools.product(cases, options.dtypes):
-        with surviving(f"{case.name} {dtype}", failed):
-            rows += _measure(case, dtype, device, options, where, failed)
+        with record_failure(f"{case.name} {dtype}", failed):
+            rows += _measure(case, dtype, device, options, environment, failed)
         write_csv(options.csv, rows)
     print("\n" + markdown(rows))
     return int(bool(failed))
 
 
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.atomics", description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", default=["r50"], help="sets or names of bench.cases")
+    parser.add_argument("--batch-size", "--batch", type=int, help="instead of each case's own")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=list(DTYPES))
+    parser.add_argument("--smooth", action="store_true", help="offsets that change little between neighbors")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for the rounds of a case and dtype")
+    parser.add_argument("--csv", type=Path, help="write the measurements here")
+    parser.add_argument("--dry-run", action="store_true", help="a tiny case on the CPU, kernels interpreted")
+    return parser.parse_args(arguments)
+
+
 def _measure(
-    case: Case, dtype: str, device: torch.device, options: argparse.Namespace, where: dict[str, str], failed: list[str]
-) -> list[dict]:
-    """Rows of one case: every way that agrees, in every mode."""
-    shape, rows = case.shape + (" smooth" if options.smooth else ""), []
-    judged = check_inputs(case, DTYPES[dtype], device, 2.0)
+    case: Case, dtype: str, device: torch.device, options: argparse.Namespace, environment: Row, failed: list[str]
+) -> list[Row]:
+    """Return the rows of one case: every method that agrees with the reference, in every mode."""
+    one_image = check_inputs(case, DTYPES[dtype], device, 2.0)
     inputs = make_inputs(case, DTYPES[dtype], device, 2.0, channels_last=True, smooth=options.smooth)
-    truth = exact(judged)[1:]
+    expected = reference_results(one_image)
+    shape = case.shape
+    if options.smooth:
+        shape += " smooth"
+
+    rows = []
     for mode in MODES:
         with allow_tf32(dtype == "tf32"):
-            every, agreeing = ways(inputs, mode), _agreeing(judged, truth, dtype, mode, failed)
-            functions, what = {name: every[name] for name in agreeing}, f"{case.name} {dtype} {mode}"
-            timings = interleave(functions, device, options.seconds, what, failed)
-        rows += [timing_row(name, case.name, shape, dtype, mode, t, where) for name, t in timings.items()]
+            methods = scatter_methods(inputs, mode)
+            agreeing = _agreeing_methods(one_image, expected, dtype, mode, failed)
+            functions = {name: methods[name] for name in agreeing}
+            what = f"{case.name} {dtype} {mode}"
+            timings = time_interleaved(functions, device, options.seconds, what, failed)
+        for name, timing in timings.items():
+            rows.append(timing_row(name, case.name, shape, dtype, mode, timing, environment))
     return rows
 
 
-def _agreeing(judged: Inputs, truth: list[Tensor], dtype: str, mode: str, failed: list[str]) -> list[str]:
-    """The ways whose gradients agree with those of the float64 reference, `truth`; the others are told, and failed."""
-    asked, agreed = list(itertools.compress(truth, MODES[mode])), []
-    for name, call in ways(judged, mode).items():
-        what = f"{judged.case.name} {dtype} {mode}: {name}"
-        with surviving(what, failed):
-            error = worst(relative_errors(call(), asked))
+def _agreeing_methods(inputs: Inputs, expected: list[Tensor], dtype: str, mode: str, failed: list[str]) -> list[str]:
+    """Return the methods whose gradients agree with the float64 reference; name the others, and add them to `failed`.
+
+    Args:
+        inputs: to compare on.
+        expected: `reference_results` of these inputs.
+        dtype: of `DTYPES`.
+        mode: of `MODES`.
+        failed: receives the methods that are left out.
+    """
+    expected_grads = select_gradients(expected, MODES[mode])
+    agreeing = []
+    for name, call in scatter_methods(inputs, mode).items():
+        what = f"{inputs.case.name} {dtype} {mode}: {name}"
+        with record_failure(what, failed):
+            error = largest_error(relative_errors(call(), expected_grads))
             if error < TOLERANCE[dtype]:
-                agreed.append(name)
+                agreeing.append(name)
             else:
                 print(f"{what} disagrees by {error:.1e} and is not timed", file=sys.stderr)
                 failed.append(what)
-    return agreed
+    return agreeing
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What the kernels of the operator lean on beyond `bench.roofline`: reads from the L2 cache, float32 atomics.
+"""Limits of the machine beside `bench.roofline`: reads from the L2 cache and float32 atomics.
 
 Both are measured by kernels of a few lines, on any GPU that Triton compiles for. Atomics add rows of 64 and 256
 floats, a quarter and all of a kilobyte, at random places of a buffer that the L2 cache holds, and of one that it does
-not: four floats an instruction where the hardware can, or one, which a pointer that is not a multiple of 16 bytes
-enforces. The clock empties the cache before each call, so that one of READS passes, and the first visit of a row, comes
-from memory.
+not hold. They add four floats per instruction where the hardware can, or one, which a pointer that is not a multiple of
+16 bytes enforces. The clock empties the cache before each call, so that one of READS passes, and the first visit of a
+row, come from memory.
 """
 
 from __future__ import annotations
@@ -16,19 +16,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bench.measure import Timing, interleave
+from bench.measure import Timing, time_interleaved
 
-L2_BYTES = 20 << 20  # fits the cache of an A100, H100, H200 or B200
-READS = 16  # of the whole buffer in one launch
+L2_BYTES = 20 << 20
+"""Bytes that fit the L2 cache of an A100, H100, H200 or B200."""
+READS = 16
+"""Reads of the whole buffer in one launch."""
 BUFFER_BYTES = 256 << 20
-ROWS = 1 << 20  # of the first width; fewer of the wider one, for as many floats
+"""Bytes that fit no L2 cache."""
+ROWS = 1 << 20
+"""Rows of 64 floats that atomics add; of 256 floats, a quarter of that."""
 
 
 @triton.jit
 def read_kernel(source_ptr, sum_ptr, READS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum a buffer of BLOCKS * BLOCK floats READS times over, a block a step.
+    """Sum a buffer of BLOCKS * BLOCK floats READS times, one block in each step.
 
-    Grid: (BLOCKS,); a program starts at its own block and passes over READS others that are read by others before.
+    Grid: (BLOCKS,); a program starts at its own block, then reads blocks that other programs have read before.
     Reads: source (BLOCKS * BLOCK,), float32.
     Writes: sum (BLOCKS,), float32.
     """
@@ -49,33 +53,39 @@ def add_kernel(target_ptr, row_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     Writes: target, by atomics.
     """
     row = tl.load(row_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))
-    to = target_ptr + row.to(tl.int64)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    tl.atomic_add(to, tl.full((BLOCK, WIDTH), 1.0, tl.float32), sem="relaxed")
+    float_ptrs = target_ptr + row.to(tl.int64)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tl.atomic_add(float_ptrs, tl.full((BLOCK, WIDTH), 1.0, tl.float32), sem="relaxed")
 
 
 def read_l2(device: torch.device, nbytes: int) -> tuple[Callable[[], object], int]:
-    """Return a function that reads `nbytes` READS times over, and the bytes it reads."""
+    """Return a function that reads `nbytes` READS times, and the bytes it reads."""
     block = 1024
     source = torch.randn(nbytes // 4 // block * block, device=device)
     blocks = len(source) // block
     sums = torch.empty(blocks, device=device)
-    return (
-        lambda: read_kernel[(blocks,)](source, sums, READS=READS, BLOCKS=blocks, BLOCK=block),
-        READS * source.nbytes,
-    )
+
+    def call() -> object:
+        return read_kernel[(blocks,)](source, sums, READS=READS, BLOCKS=blocks, BLOCK=block)
+
+    return call, READS * source.nbytes
 
 
 def add_rows(target: Tensor, width: int, rows: int) -> tuple[Callable[[], object], int]:
     """Return a function that adds to random rows of `target`, and the bytes it adds.
 
     Args:
-        target: float32, a multiple of `width` long; where it begins says how wide an atomic may be.
+        target: float32, a multiple of `width` long; the alignment of its start bounds the width of an atomic.
         width: floats of a row.
-        rows: how many, a multiple of 16.
+        rows: how many to add to, a multiple of 16.
     """
-    draw = torch.Generator().manual_seed(0)
-    listed = torch.randint(len(target) // width, (rows,), dtype=torch.int32, generator=draw).to(target.device)
-    return lambda: add_kernel[(rows // 16,)](target, listed, WIDTH=width, BLOCK=16), rows * width * 4
+    generator = torch.Generator().manual_seed(0)
+    row_numbers = torch.randint(len(target) // width, (rows,), dtype=torch.int32, generator=generator)
+    row_numbers = row_numbers.to(target.device)
+
+    def call() -> object:
+        return add_kernel[(rows // 16,)](target, row_numbers, WIDTH=width, BLOCK=16)
+
+    return call, rows * width * 4
 
 
 def measure_ceilings(
@@ -87,13 +97,23 @@ def measure_ceilings(
         device: a GPU, or the CPU for a dry run in the interpreter.
         failed: what cannot be measured is added.
         seconds: for all rounds together.
-        nbytes, rows: of the buffer of the atomics, and added to it.
+        nbytes: of the buffer of the atomics.
+        rows: that atomics add.
     """
-    work = {"l2 read": read_l2(device, min(L2_BYTES, nbytes))}
-    for where, size in (("L2", min(L2_BYTES, nbytes)), ("memory", nbytes)):
-        buffer = torch.zeros(size // 4 + 1, device=device)
+    cached_bytes = min(L2_BYTES, nbytes)
+    work = {"l2 read": read_l2(device, cached_bytes)}
+    for location, buffer_bytes in (("L2", cached_bytes), ("memory", nbytes)):
+        buffer = torch.zeros(buffer_bytes // 4 + 1, device=device)
         for width in (64, 256):
-            for how, target in (("aligned", buffer[:-1]), ("single floats", buffer[1:])):
-                work[f"atomics in {where}, {width * 4} B rows, {how}"] = add_rows(target, width, rows * 64 // width)
-    timings = interleave({name: call for name, (call, _) in work.items()}, device, seconds, "ceilings", failed)
-    return {name: (work[name][1], timing) for name, timing in timings.items()}
+            prefix = f"atomics in {location}, {width * 4} B rows"
+            row_count = rows * 64 // width
+            work[f"{prefix}, aligned"] = add_rows(buffer[:-1], width, row_count)
+            work[f"{prefix}, single floats"] = add_rows(buffer[1:], width, row_count)
+
+    functions = {name: call for name, (call, _) in work.items()}
+    timings = time_interleaved(functions, device, seconds, "ceilings", failed)
+    results = {}
+    for name, timing in timings.items():
+        _, moved = work[name]
+        results[name] = (moved, timing)
+    return results

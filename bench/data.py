@@ -1,8 +1,8 @@
-"""What loading costs: images per second of a worker and its processor time, memory of the annotations and of a worker.
+"""What loading costs: images per second and processor time of a worker, memory of the annotations and of a worker.
 
     python -m bench.data [--images 118287] [--boxes 860001] [--size 480 640] [--rounds 5]
 
-Writes a JSON of COCO's size and JPEG files of COCO's shape and weight into a temporary folder, and compares
+Writes a JSON of COCO's size and JPEG files of COCO's dimensions and file sizes into a temporary folder, and compares
 `train.data.loader` with the plain loop: pycocotools, cv2, one Python dict per box, one contiguous tensor per image,
 `pad` and `stack`. Both go through PyTorch's loader with the same batches and make the same tensors, which is checked
 first. Their passes alternate; processor time is what counts where the machine is shared.
@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -36,20 +37,25 @@ from train.data.loader import training_loader
 from train.data.samplers import AspectRatioBatchSampler
 from train.data.transforms import Transform
 
-FILES = 32  # different pictures; every image of the JSON is one of them
-QUALITY = 85  # of the files: about 160 KB each at 480 x 640, the mean of train2017
+FILES = 32
+"""Different pictures; every image of the JSON is one of them."""
+QUALITY = 85
+"""JPEG quality of the files: about 160 KB each at 480 x 640, the mean of train2017."""
 SCALE = (1333, 800)
 FLIP = 0.5
-BATCH = 2
-WARM = 8  # batches before the clock starts
-GPUS, NEEDED = 8, 60  # images per second of each GPU
+BATCH_SIZE = 2
+WARM_UP_BATCHES = 8
+GPUS = 8
+IMAGES_PER_GPU_SECOND = 60
+"""Images per second that one GPU trains on, as assumed in the advice about workers."""
 
 
 class PlainLoop:
     """The usual data set: pycocotools' dicts, cv2, tensors of (3, H, W)."""
 
-    def __init__(self, annotations: Path, images: Path):
-        self.coco, self.images = COCO(str(annotations)), images
+    def __init__(self, annotations: Path, image_folder: Path) -> None:
+        self.coco = COCO(str(annotations))
+        self.image_folder = image_folder
         self.ids = [image_id for image_id in sorted(self.coco.imgs) if self.coco.imgToAnns[image_id]]
 
     def __len__(self) -> int:
@@ -59,33 +65,46 @@ class PlainLoop:
         return [annotation["bbox"] for annotation in self.coco.imgToAnns[self.ids[index]]]
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        info = self.coco.imgs[self.ids[key[1]]]
-        image = cv2.cvtColor(cv2.imread(str(self.images / info["file_name"])), cv2.COLOR_BGR2RGB)
+        _, index = key
+        info = self.coco.imgs[self.ids[index]]
+        image = cv2.imread(str(self.image_folder / info["file_name"]))
+        image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
         height, width = image.shape[:2]
         factor = min(max(SCALE) / max(height, width), min(SCALE) / min(height, width))
         image = cv2.resize(image, (int(width * factor + 0.5), int(height * factor + 0.5)))
-        boxes = np.array(self.annotations(key[1]), np.float32).reshape(-1, 4) * np.float32(factor)
+        boxes = np.array(self.annotations(index), np.float32).reshape(-1, 4) * np.float32(factor)
         boxes[:, 2:] += boxes[:, :2]
+
         if np.random.default_rng((0, *key)).random() < FLIP:
             image = cv2.flip(image, 1)
-            boxes[:, 0], boxes[:, 2] = image.shape[1] - boxes[:, 2], image.shape[1] - boxes[:, 0]
+            left = boxes[:, 0].copy()
+            boxes[:, 0] = image.shape[1] - boxes[:, 2]
+            boxes[:, 2] = image.shape[1] - left
         return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(boxes)
 
 
 def plain_collate(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
     """Pad images (3, H, W) to the largest, sides to multiples of 32, and stack them; boxes stay a list."""
-    height, width = (-(-max(image.shape[axis] for image, _ in samples) // 32) * 32 for axis in (1, 2))
-    padded = [pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image, _ in samples]
+    images = [image for image, _ in samples]
+    height = _multiple_of_32(max(image.shape[1] for image in images))
+    width = _multiple_of_32(max(image.shape[2] for image in images))
+    padded = [pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images]
     return torch.stack(padded), [boxes for _, boxes in samples]
+
+
+def _multiple_of_32(size: int) -> int:
+    return -(-size // 32) * 32
 
 
 def plain_loader(dataset: PlainLoop, batches: AspectRatioBatchSampler, workers: int) -> DataLoader:
     """Load the same batches the plain way, cv2 with one thread as well."""
-    options = {"worker_init_fn": _one_thread, "multiprocessing_context": "fork"} if workers else {}
+    options: dict[str, Any] = {}
+    if workers:
+        options = {"worker_init_fn": _use_one_thread, "multiprocessing_context": "fork"}
     return DataLoader(dataset, batch_sampler=batches, collate_fn=plain_collate, num_workers=workers, **options)
 
 
-def _one_thread(_: int) -> None:
+def _use_one_thread(_: int) -> None:
     cv2.setNumThreads(0)
 
 
@@ -96,7 +115,8 @@ def make_picture(height: int, width: int, random: np.random.Generator) -> np.nda
     waves = np.exp(2j * np.pi * random.random((3, *frequency.shape))) / frequency
     gray, blue, red = np.fft.irfft2(waves, s=(height, width))
     picture = np.stack([gray + blue / 4, gray, gray + red / 4], 2)
-    return np.clip((picture - picture.mean()) / picture.std() * 55 + 118, 0, 255).astype(np.uint8)
+    picture = (picture - picture.mean()) / picture.std() * 55 + 118
+    return np.clip(picture, 0, 255).astype(np.uint8)
 
 
 def make_coco(root: Path, images: int, boxes: int, size: tuple[int, int]) -> Path:
@@ -106,106 +126,146 @@ def make_coco(root: Path, images: int, boxes: int, size: tuple[int, int]) -> Pat
     for number in range(FILES):
         picture = make_picture(height, width, random)
         cv2.imwrite(str(root / f"{number:012d}.jpg"), picture, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
-    owner = random.integers(1, images + 1, boxes).tolist()
-    corner, extent = random.random((boxes, 2)) * 300, random.random((boxes, 2)) * 150 + 2
+    image_ids = random.integers(1, images + 1, boxes).tolist()
+    corners = random.random((boxes, 2)) * 300
+    sizes = random.random((boxes, 2)) * 150 + 2
     content = {
         "images": [
-            {"id": i, "file_name": f"{i % FILES:012d}.jpg", "height": height, "width": width}
-            for i in range(1, images + 1)
+            {"id": number, "file_name": f"{number % FILES:012d}.jpg", "height": height, "width": width}
+            for number in range(1, images + 1)
         ],
         "annotations": [
-            {"id": i + 1, "image_id": owner[i], "category_id": i % 80 + 1, "iscrowd": 0,
-             "bbox": [*corner[i].tolist(), *extent[i].tolist()], "area": float(extent[i].prod())}
-            for i in range(boxes)
+            {
+                "id": index + 1,
+                "image_id": image_ids[index],
+                "category_id": index % 80 + 1,
+                "iscrowd": 0,
+                "bbox": [*corners[index].tolist(), *sizes[index].tolist()],
+                "area": float(sizes[index].prod()),
+            }
+            for index in range(boxes)
         ],
-        "categories": [{"id": i, "name": f"class {i}"} for i in range(1, 81)],
-    }  # fmt: skip
-    (root / "instances.json").write_text(json.dumps(content))
-    return root / "instances.json"
+        "categories": [{"id": number, "name": f"class {number}"} for number in range(1, 81)],
+    }
+    file = root / "instances.json"
+    file.write_text(json.dumps(content))
+    return file
 
 
 def private_mib() -> float:
     """Return the memory of this process that no other process shares, in MiB."""
-    rows = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(row.split()[1]) for row in rows if row.startswith("Private_")) / 1024
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    kib = sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+    return kib / 1024
 
 
 def open_measured(name: str, make: Callable[[], Sequence]) -> Sequence:
     """Open a data set and print what that costs: time, memory, and growth of a forked worker that reads all of it."""
     gc.collect()
-    before, begin = private_mib(), time.perf_counter()
+    before = private_mib()
+    start = time.perf_counter()
     dataset = make()
-    opened = time.perf_counter() - begin
+    opened = time.perf_counter() - start
     gc.collect()
     held = private_mib() - before
-    here, there = multiprocessing.get_context("fork").Pipe()
-    worker = multiprocessing.get_context("fork").Process(target=touch_all, args=(dataset, there))
+
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe()
+    worker = fork.Process(target=read_all_annotations, args=(dataset, sender))
     worker.start()
-    grown = here.recv()
+    grown = receiver.recv()
     worker.join()
     print(f"{name:<12} open {opened:5.1f} s, {held:6.1f} MiB; each worker +{grown:6.1f} MiB")
     return dataset
 
 
-def touch_all(dataset: Sequence, pipe: multiprocessing.connection.Connection) -> None:
-    """Be a worker: touch every annotation as an epoch would and report the MiB that this took."""
-    touch = dataset.ground_truth if isinstance(dataset, CocoDetection) else dataset.annotations
+def read_all_annotations(dataset: Sequence, sender: multiprocessing.connection.Connection) -> None:
+    """Read every annotation in random order, as the worker of an epoch does; send the MiB that this took."""
+    read = dataset.ground_truth if isinstance(dataset, CocoDetection) else dataset.annotations
     order = np.random.default_rng(0).permutation(len(dataset))
     before = private_mib()
     for index in order:
-        touch(int(index))
-    pipe.send(private_mib() - before)
+        read(int(index))
+    sender.send(private_mib() - before)
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Of one pass: images per second, all workers together; milliseconds of processor time per image."""
+class LoadingCost:
+    """What one pass costs.
+
+    Attributes:
+        rate: images per second, all workers together.
+        worker_ms: processor time of the workers, milliseconds per image.
+        training_ms: processor time of the process that trains, milliseconds per image; without workers, everything.
+    """
 
     rate: float
-    workers: float
-    training: float  # of the process that trains; with no workers, everything
+    worker_ms: float
+    training_ms: float
+
+    @property
+    def loading_ms(self) -> float:
+        """Processor time of the processes that load, milliseconds per image."""
+        return self.worker_ms or self.training_ms
 
 
 def cpu_seconds(pids: Sequence[int]) -> float:
     """Return the processor time of other processes, all threads."""
-    rows = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
-    return sum(int(row[11]) + int(row[12]) for row in rows) / os.sysconf("SC_CLK_TCK")
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # in user mode and in the kernel
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def measure(loader: DataLoader, seconds: float) -> Cost:
+def measure_loader(loader: DataLoader, seconds: float) -> LoadingCost:
     """Load for some time, doing nothing with the batches."""
     iterator = iter(loader)
-    for _ in range(WARM):
+    for _ in range(WARM_UP_BATCHES):
         next(iterator)
+
     pids = [process.pid for process in multiprocessing.active_children()]
-    begin, own, others, batches = time.perf_counter(), time.process_time(), cpu_seconds(pids), 0
-    while time.perf_counter() - begin < seconds:
+    start = time.perf_counter()
+    training_start = time.process_time()
+    workers_start = cpu_seconds(pids)
+    batches = 0
+    while time.perf_counter() - start < seconds:
         next(iterator)
         batches += 1
-    took, images = time.perf_counter() - begin, batches * BATCH
-    others, own = cpu_seconds(pids) - others, time.process_time() - own
-    return Cost(images / took, others / images * 1e3, own / images * 1e3)
+    elapsed = time.perf_counter() - start
+    workers_seconds = cpu_seconds(pids) - workers_start
+    training_seconds = time.process_time() - training_start
+
+    images = batches * BATCH_SIZE
+    return LoadingCost(images / elapsed, workers_seconds / images * 1e3, training_seconds / images * 1e3)
 
 
-def compare(loaders: dict[str, Callable[[int], DataLoader]], workers: int, rounds: int, seconds: float) -> Cost:
+def median_cost(costs: Sequence[LoadingCost]) -> LoadingCost:
+    """Return the medians of all figures."""
+    return LoadingCost(
+        rate=statistics.median(cost.rate for cost in costs),
+        worker_ms=statistics.median(cost.worker_ms for cost in costs),
+        training_ms=statistics.median(cost.training_ms for cost in costs),
+    )
+
+
+def compare(loaders: dict[str, Callable[[int], DataLoader]], workers: int, rounds: int, seconds: float) -> LoadingCost:
     """Print the medians of alternating passes and the ratio of the first to the second; return the first."""
-    passes: dict[str, list[Cost]] = {name: [] for name in loaders}
+    passes: dict[str, list[LoadingCost]] = {name: [] for name in loaders}
     for _ in range(rounds):
-        for name, make in loaders.items():
-            passes[name].append(measure(make(workers), seconds))
-    medians = {
-        name: Cost(*(statistics.median(getattr(cost, field) for cost in costs) for field in Cost.__annotations__))
-        for name, costs in passes.items()
-    }
+        for name, make_loader in loaders.items():
+            passes[name].append(measure_loader(make_loader(workers), seconds))
+    medians = {name: median_cost(costs) for name, costs in passes.items()}
     for name, cost in medians.items():
+        per_worker = cost.rate / max(workers, 1)
         print(
-            f"workers {workers}: {name:<12} {cost.rate / max(workers, 1):6.1f} images/s per worker, processor time per "
-            f"image {cost.workers:5.2f} ms in workers, {cost.training:5.2f} ms in the training process"
+            f"workers {workers}: {name:<12} {per_worker:6.1f} images/s per worker, processor time per image "
+            f"{cost.worker_ms:5.2f} ms in workers, {cost.training_ms:5.2f} ms in the training process"
         )
     ours, plain = medians.values()
-    used, plain_used = ours.workers or ours.training, plain.workers or plain.training
-    ratios = f"{ours.rate / plain.rate:.2f} images/s, {used / plain_used:.2f} processor time"
-    print(f"workers {workers}: ours to plain: {ratios}")
+    rate_ratio = ours.rate / plain.rate
+    time_ratio = ours.loading_ms / plain.loading_ms
+    print(f"workers {workers}: ours to plain: {rate_ratio:.2f} images/s, {time_ratio:.2f} processor time")
     return ours
 
 
@@ -216,20 +276,24 @@ def check_equal(ours: DataLoader, plain: DataLoader) -> None:
         RuntimeError: the two loops do not do the same work.
     """
     for number, (loaded, (images, boxes)) in enumerate(zip(ours, plain, strict=False)):
-        same_boxes = [len(one) == len(other.boxes) for one, other in zip(boxes, loaded.batch.targets, strict=True)]
-        if not torch.equal(loaded.batch.images, images) or not all(same_boxes):
+        counts = [len(image_boxes) for image_boxes in boxes]
+        our_counts = [len(target.boxes) for target in loaded.batch.targets]
+        if not torch.equal(loaded.batch.images, images) or counts != our_counts:
             raise RuntimeError(f"batch {number} of the two loops differs")
-        if number == WARM:
+        if number == WARM_UP_BATCHES:
             break
 
 
-def needed_workers(cost: Cost, workers: int) -> str:
+def needed_workers(cost: LoadingCost, workers: int) -> str:
     """Say how many workers feed the GPUs, at the rate measured and at that of a worker with a core to itself."""
-    measured, alone = cost.rate / workers, 1e3 / cost.workers
-    per_gpu = [math.ceil(NEEDED / rate) for rate in (measured, alone)]
+    measured = cost.rate / workers
+    alone = 1e3 / cost.worker_ms
+    by_measured = math.ceil(IMAGES_PER_GPU_SECOND / measured)
+    by_alone = math.ceil(IMAGES_PER_GPU_SECOND / alone)
+    cores = GPUS * IMAGES_PER_GPU_SECOND / alone
     return (
-        f"{GPUS} GPUs at {NEEDED} images/s each: {per_gpu[0]} workers per GPU at the measured {measured:.0f} images/s, "
-        f"{per_gpu[1]} at {alone:.0f}, a core for each ({GPUS * NEEDED / alone:.1f} cores in all)"
+        f"{GPUS} GPUs at {IMAGES_PER_GPU_SECOND} images/s each: {by_measured} workers per GPU at the measured "
+        f"{measured:.0f} images/s, {by_alone} at {alone:.0f}, a core for each ({cores:.1f} cores in all)"
     )
 
 
@@ -248,17 +312,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         annotations = make_coco(root, options.images, options.boxes, tuple(options.size))
-        weight = statistics.mean(file.stat().st_size for file in root.glob("*.jpg")) / 1e3
-        print(f"{options.images} images of {weight:.0f} KB, {options.boxes} boxes; batches of {BATCH} at most {SCALE}")
+        kilobytes = statistics.mean(file.stat().st_size for file in root.glob("*.jpg")) / 1e3
+        print(
+            f"{options.images} images of {kilobytes:.0f} KB, {options.boxes} boxes; "
+            f"batches of {BATCH_SIZE} at most {SCALE}"
+        )
         transform = Transform(SCALE, flip=FLIP)
         ours = open_measured("ours", lambda: CocoDetection(annotations, root, transform, training=True))
         plain = open_measured("plain loop", lambda: PlainLoop(annotations, root))
-        batches = AspectRatioBatchSampler(ours.heights > ours.widths, BATCH)
+        batches = AspectRatioBatchSampler(ours.heights > ours.widths, BATCH_SIZE)
         loaders = {
             "ours": lambda workers: training_loader(ours, batches, workers, False),
             "plain loop": lambda workers: plain_loader(plain, batches, workers),
         }
-        check_equal(*(make(0) for make in loaders.values()))
+        check_equal(loaders["ours"](0), loaders["plain loop"](0))
         for workers in options.workers:
             cost = compare(loaders, workers, options.rounds, options.seconds)
             if workers:

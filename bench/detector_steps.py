@@ -1,4 +1,4 @@
-"""The steps that `bench.train_step` and `bench.inference` time: detectors, batches, options, counts, rows.
+"""The measurement that `bench.train_step` and `bench.inference` share: options, timing, counts, rows.
 
 Options are measured one by one against the plain float32 step; each is a provider of its own in the tables:
 
@@ -22,66 +22,69 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from bench.deform_conv import COLUMNS, allow_tf32, environment
-from bench.measure import Timing, interleave, peak_memory, surviving
-from bench.report import markdown, write_csv
-from bench.stages import Stages
-from detector import Batch, FasterRCNN, FasterRCNNConfig, Target, fuse_batch_norms
+from bench import detector_models
+from bench.detector_models import build_detector, build_torchvision, make_batch
+from bench.device import allow_tf32
+from bench.measure import Timing, peak_memory, record_failure, time_interleaved
+from bench.model_parts import WHOLE, PartTimer
+from bench.report import markdown
+from bench.rows import COLUMNS, Row, environment_columns, timing_row, write_csv
+from detector import Batch, FasterRCNNConfig, fuse_batch_norms
 from train.config import PRESETS
-
-try:
-    from torchvision.models.detection import FasterRCNN as PeerFasterRCNN
-    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-except (ImportError, RuntimeError):  # RuntimeError: a build for another torch
-    PeerFasterRCNN = None
 
 OPTIONS = ("channels_last", "bf16", "tf32", "fused", "compile", "graph")
 CUDA_ONLY = ("tf32", "graph")
-PROVIDERS = {"plain": "triton_dcn", "torchvision": "torchvision"}  # the options are called "triton_dcn OPTION"
-EXTRA = ("images_per_second", "launches", "waits")
-LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
-WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
-BURST = 10  # steps on a CUDA device between two readings of the clock, so that the host may run ahead
-OBJECTS = 8  # boxes per image
+EXTRA_COLUMNS = ("images_per_second", "launches", "waits")
+LAUNCH_EVENTS = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
+WAIT_EVENTS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+STEPS_PER_READING = 10
+"""Steps on a CUDA device between two readings of the clock, so that the host may run ahead."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One way to make a step.
+    """A training or detection step, ready to run.
 
     Attributes:
         run: makes the step.
         dtype: of the products.
-        stages: of the model, if they can be told apart.
+        timer: of the parts of the model, where they can be told apart.
         peak_mib: what a graph's pool held at most while it was captured; a replay allocates nothing. None: to measure.
     """
 
     run: Callable[[], object]
     dtype: str
-    stages: Stages | None = None
+    timer: PartTimer | None = None
     peak_mib: float | None = None
 
 
-def command_line(prog: str, doc: str) -> argparse.ArgumentParser:
+MakeStep = Callable[[nn.Module, Batch, str, torch.device], Step]
+"""(model, batch, option, device) -> step; the model is ours or torchvision's."""
+
+
+def command_line(module: str, doc: str) -> argparse.ArgumentParser:
     """Return the command line that both benchmarks share."""
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=doc.split("\n")[0])
-    size = {"nargs": "+", "type": int, "metavar": "PIXELS"}
+    default_size = [800, 1333] if cuda else [320, 480]
+    default_options = [name for name in OPTIONS if name != "compile" and (cuda or name not in CUDA_ONLY)]
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=doc.split("\n")[0])
     parser.add_argument(
-        "--size", default=[800, 1333] if cuda else [320, 480], help="heights and widths, in turn", **size
+        "--size", nargs="+", type=int, metavar="PIXELS", default=default_size, help="heights and widths, in turn"
     )
-    parser.add_argument("--batch", type=int, default=2, help="images per step")
+    parser.add_argument("--batch-size", "--batch", type=int, default=2, help="images per step")
     parser.add_argument("--preset", choices=list(PRESETS), default="coco-1x", help="the model's configuration")
     parser.add_argument("--depth", type=int, choices=(18, 50, 101), help="instead of the preset's")
     parser.add_argument("--dcn", choices=("none", "v1", "v2"), help="instead of the preset's")
     parser.add_argument("--mask", action="store_true", help="Mask R-CNN")
-    usual = [name for name in OPTIONS if name != "compile" and (cuda or name not in CUDA_ONLY)]
-    parser.add_argument("--options", nargs="*", choices=OPTIONS, default=usual, help="measured beside the plain step")
+    parser.add_argument(
+        "--options", nargs="*", choices=OPTIONS, default=default_options, help="measured beside the plain step"
+    )
     parser.add_argument(
         "--peer", action=argparse.BooleanOptionalAction, default=True, help="torchvision's, if it is there"
     )
@@ -92,141 +95,126 @@ def command_line(prog: str, doc: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run(make: Callable, mode: str, options: argparse.Namespace) -> int:
+def run(make_step: MakeStep, mode: str, options: argparse.Namespace) -> int:
     """Measure every size with every option, print a table and write the CSV; return 1 where something failed.
 
     Args:
-        make: (model, batch, option, device) -> `Step`; the model is ours or torchvision's.
+        make_step: of the module that is run.
         mode: "train" or "detect", for the rows.
         options: of `command_line`.
     """
     if len(options.size) % 2:
-        sys.exit(f"bench: --size takes heights and widths in turn, found {len(options.size)} numbers")
+        sys.exit(f"bench: --size: expected heights and widths in turn, got {len(options.size)} numbers")
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    config, rows, failed, where = configure(options), [], [], environment(device)
-    chosen = [name for name in options.options if device.type == "cuda" or name not in CUDA_ONLY]
-    if mode != "detect" or config.norm == "gn":
-        chosen = [name for name in chosen if name != "fused"]
-    case = f"r{config.depth} {config.dcn or 'plain'}" + (" mask" if config.mask else "")
-    names = ["plain", *(name for name in chosen if name != "graph")]
-    if options.peer and PeerFasterRCNN is None:
-        print("skipped torchvision: it cannot be imported", file=sys.stderr)
-    elif options.peer:
-        names.append("torchvision")
-    rounds = [names, ["graph"]] if "graph" in chosen else [names]
-    blank = dict.fromkeys(COLUMNS + EXTRA, "")
-    for size, names in itertools.product(zip(options.size[::2], options.size[1::2], strict=True), rounds):
-        shape = f"{options.batch}x3x{size[0]}x{size[1]}"
-        seconds = options.seconds * len(names) / sum(map(len, rounds))
-        # not cuDNN's default: the convolutions called float32 would use tf32, and the deformable ones not
-        with surviving(f"{mode} {shape} {', '.join(names)}", failed), allow_tf32(False):
-            batch, steps = make_batch(config, options.batch, size).to(device), {}
+    config = configure_model(options)
+    environment = environment_columns(device)
+    groups = _groups_of_steps(options, mode, config, device)
+    sizes = list(zip(options.size[::2], options.size[1::2], strict=True))
+
+    rows: list[Row] = []
+    failed: list[str] = []
+    for size, names in itertools.product(sizes, groups):
+        seconds = options.seconds * len(names) / sum(len(group) for group in groups)
+        shape = f"{options.batch_size}x3x{size[0]}x{size[1]}"
+        what = f"{mode} {shape}"
+        # torch's default lets cuDNN use tf32: in the convolutions called float32, but not in the deformable ones
+        with record_failure(f"{what} {', '.join(names)}", failed), allow_tf32(False):
+            batch = make_batch(config, options.batch_size, size).to(device)
+            steps = {}
             for name in names:
-                with surviving(f"{mode} {shape} {name}", failed):
-                    step = build_step(make, name, config, batch, size, device)
-                    steps[PROVIDERS.get(name, f"triton_dcn {name}")] = step
-            for name, key, values in measure(steps, mode, options.batch, device, seconds, failed):
-                keys = dict(zip(COLUMNS[:5], (name, case, shape, *key), strict=True))
-                rows.append({**blank, **keys, **values, **where})
+                with record_failure(f"{what} {name}", failed):
+                    steps[_provider(name)] = build_step(make_step, name, config, batch, size, device)
+            measurements = measure(steps, mode, options.batch_size, device, seconds, failed)
+            rows += _rows(measurements, config, shape, environment)
         write_csv(options.csv, rows)
+
     print(markdown(rows))
     for row in rows:
         if row["mode"] == mode:
-            rate, launches, waits = (row[key] for key in EXTRA)
-            counts = f"{launches} launches, {waits} waits" if waits != "" else f"{launches or 'unknown'} operators"
-            print(f"{row['provider']}, {row['shape']}: {rate} images/s, {counts} per step")
+            print(_rate_line(row))
     return int(bool(failed))
 
 
-def configure(options: argparse.Namespace) -> FasterRCNNConfig:
+def _groups_of_steps(
+    options: argparse.Namespace, mode: str, config: FasterRCNNConfig, device: torch.device
+) -> list[list[str]]:
+    """Return the names of the steps that are measured side by side; "graph" comes alone and last."""
+    names = ["plain"]
+    for name in options.options:
+        if name in CUDA_ONLY and device.type != "cuda":
+            continue
+        if name == "fused" and (mode != "detect" or config.norm == "gn"):
+            continue
+        if name != "graph":
+            names.append(name)
+    if options.peer and detector_models.TorchvisionFasterRCNN is None:
+        print("skipped torchvision: it cannot be imported", file=sys.stderr)
+    elif options.peer:
+        names.append("torchvision")
+    with_graph = "graph" in options.options and device.type == "cuda"
+    return [names, ["graph"]] if with_graph else [names]
+
+
+def _provider(name: str) -> str:
+    """Return what the rows call a step: "triton_dcn", "triton_dcn OPTION" or "torchvision"."""
+    if name == "torchvision":
+        return name
+    return "triton_dcn" if name == "plain" else f"triton_dcn {name}"
+
+
+def configure_model(options: argparse.Namespace) -> FasterRCNNConfig:
     """Return the preset's configuration with the changes of the command line."""
-    changes = {"depth": options.depth, "dcn": options.dcn, "mask": options.mask or None}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    if options.dcn == "none":
-        changes["dcn"] = None
+    changes: dict[str, Any] = {}
+    if options.depth is not None:
+        changes["depth"] = options.depth
+    if options.dcn is not None:
+        changes["dcn"] = None if options.dcn == "none" else options.dcn
+    if options.mask:
+        changes["mask"] = True
     return replace(PRESETS[options.preset].model, **changes)
 
 
 def build_step(
-    make: Callable, name: str, config: FasterRCNNConfig, batch: Batch, size: tuple[int, int], device: torch.device
+    make_step: MakeStep,
+    name: str,
+    config: FasterRCNNConfig,
+    batch: Batch,
+    size: tuple[int, int],
+    device: torch.device,
 ) -> Step:
     """Return the step of our detector with an option or "plain", or the plain one of "torchvision"."""
     if name == "torchvision":
-        return make(build_peer(config, size, device), batch, "plain", device)
-    step = make(build(config, device), batch, name, device)
-    return replace(step, run=on_tensor_cores(step.run), dtype="tf32") if name == "tf32" else step
+        return make_step(build_torchvision(config, size, device), batch, "plain", device)
+    step = make_step(build_detector(config, device), batch, name, device)
+    if name == "tf32":
+        return replace(step, run=with_tf32(step.run), dtype="tf32")
+    return step
 
 
-def build(config: FasterRCNNConfig, device: torch.device) -> FasterRCNN:
-    """Build our detector with random weights, the same each time."""
-    torch.manual_seed(0)
-    model = FasterRCNN(config)
-    _give_work(model.rpn_head.rpn_reg, model.roi_head.bbox_head.fc_cls)
-    return model.to(device)
+def apply_option(model: nn.Module, option: str) -> nn.Module:
+    """Return the model with its weights as the option has them."""
+    if option == "fused":
+        return fuse_batch_norms(model.eval())
+    if option == "channels_last":
+        return model.to(memory_format=torch.channels_last)
+    return model
 
 
-def build_peer(config: FasterRCNNConfig, size: tuple[int, int], device: torch.device) -> nn.Module:
-    """Build torchvision's Faster R-CNN of the same depth, without deformable layers, frozen and thresholded alike."""
-    torch.manual_seed(0)
-    backbone = resnet_fpn_backbone(
-        backbone_name=f"resnet{config.depth}", weights=None, trainable_layers=4 - max(config.frozen_stages, 0)
-    )
-    model = PeerFasterRCNN(
-        backbone, config.num_classes + 1, min_size=min(size), max_size=max(size),
-        rpn_pre_nms_top_n_train=config.rpn_pre_nms_top_n[0], rpn_pre_nms_top_n_test=config.rpn_pre_nms_top_n[1],
-        rpn_post_nms_top_n_train=config.rpn_post_nms_top_n, rpn_post_nms_top_n_test=config.rpn_post_nms_top_n,
-        rpn_batch_size_per_image=config.rpn_batch_size, box_batch_size_per_image=config.roi_batch_size,
-    )  # fmt: skip
-    _give_work(model.rpn.head.bbox_pred, model.roi_heads.box_predictor.cls_score)
-    return model.to(device)
-
-
-def _give_work(regressor: nn.Module, classifier: nn.Linear) -> None:
-    """Make random weights propose boxes near the anchors, of which suppression leaves as many as it may, and find some.
-
-    As torchvision initializes the two layers, it proposes 199 boxes where ours proposes 1000.
-    """
-    nn.init.normal_(regressor.weight, std=1e-3)
-    nn.init.normal_(classifier.weight, std=0.1)
-
-
-def make_batch(config: FasterRCNNConfig, count: int, size: tuple[int, int]) -> Batch:
-    """Return noise with `OBJECTS` boxes per image, padded to a multiple of 32."""
-    draw = torch.Generator().manual_seed(0)
-    height, width = size
-    images = torch.randint(
-        256, (count, 3, -(-height // 32) * 32, -(-width // 32) * 32), dtype=torch.uint8, generator=draw
-    )
-    whole, targets = torch.tensor([width, height]), []
-    for _ in range(count):
-        side = (0.1 + 0.4 * torch.rand(OBJECTS, 2, generator=draw)) * whole
-        corner = torch.rand(OBJECTS, 2, generator=draw) * (whole - side)
-        boxes, masks = torch.cat([corner, corner + side], 1), None
-        if config.mask:
-            x, y = torch.arange(width) + 0.5, torch.arange(height) + 0.5
-            across = (x > boxes[:, :1]) & (x < boxes[:, 2:3])
-            masks = (y > boxes[:, 1:2]).logical_and(y < boxes[:, 3:])[:, :, None] & across[:, None]
-        targets.append(Target(boxes, torch.randint(config.num_classes, (OBJECTS,), generator=draw), masks))
-    return Batch(images, torch.tensor([size] * count), targets, torch.arange(count))
-
-
-def peer_inputs(batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Return the batch as torchvision takes it: images in [0, 1] of their own size, labels from 1."""
-    sizes = batch.sizes.tolist()
-    images = [image[:, :h, :w].float() / 255 for image, (h, w) in zip(batch.images, sizes, strict=True)]
-    return images, [{"boxes": target.boxes, "labels": target.labels + 1} for target in batch.targets]
-
-
-def precision(option: str, device: torch.device) -> tuple[Callable[[], AbstractContextManager], str]:
-    """Return what the forward pass runs under, and the name of the dtype, for an option."""
+def autocast_for(option: str, device: torch.device) -> tuple[Callable[[], AbstractContextManager[Any]], str]:
+    """Return the context of the forward pass and the name of the dtype, for an option."""
     if option == "bf16":
         return lambda: torch.autocast(device.type, torch.bfloat16), "bfloat16"
     return nullcontext, "float32"
 
 
-def on_tensor_cores(step: Callable[[], object]) -> Callable[[], object]:
+def compile_if(wanted: bool, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function, compiled if wanted."""
+    return torch.compile(function, fullgraph=True) if wanted else function
+
+
+def with_tf32(step: Callable[[], object]) -> Callable[[], object]:
     """Return the step with tf32 allowed in its float32 products."""
 
     def run() -> object:
@@ -236,93 +224,130 @@ def on_tensor_cores(step: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
-def capture(step: Callable[[], object]) -> tuple[Callable[[], None], float | None]:
+def capture_graph(step: Callable[[], object]) -> tuple[Callable[[], None], float | None]:
     """Record a step on a CUDA device, after warming up; return what replays it, and the MiB it needs at most."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    side_stream = torch.cuda.Stream()
+    side_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream):
         for _ in range(3):
             step()
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.current_stream().wait_stream(side_stream)
     graph = torch.cuda.CUDAGraph()
 
     def record() -> None:
         with torch.cuda.graph(graph):
             step()
 
-    peak = peak_memory(record, torch.device("cuda"))
-    return graph.replay, peak
+    peak_mib = peak_memory(record, torch.device("cuda"))
+    return graph.replay, peak_mib
+
+
+@dataclass(frozen=True)
+class StepMeasurement:
+    """Time of a step, or of one part of its model.
+
+    Attributes:
+        provider: as in the rows.
+        dtype: of the products.
+        mode: "train" or "detect"; for a part, with its name.
+        timing: of one step.
+        extra: values of `EXTRA_COLUMNS`; none for a part.
+    """
+
+    provider: str
+    dtype: str
+    mode: str
+    timing: Timing
+    extra: Row
 
 
 def measure(
-    steps: dict[str, Step], mode: str, images: int, device: torch.device, seconds: float, failed: list[str]
-) -> list[tuple]:
-    """Time steps side by side, then count what they launch, then time their stages; what fails is added to `failed`.
+    steps: dict[str, Step], mode: str, batch_size: int, device: torch.device, seconds: float, failed: list[str]
+) -> list[StepMeasurement]:
+    """Time steps side by side, then count what they launch, then time the parts of their models.
 
-    Returns:
-        (provider, (dtype, mode), columns) for each step, and for each of its stages, whose mode is "MODE STAGE".
+    Args:
+        steps: by provider.
+        mode: "train" or "detect".
+        batch_size: images of a step.
+        device: where they run.
+        seconds: for the rounds together.
+        failed: what fails is added.
     """
-    burst = BURST if device.type == "cuda" else 1
+    repeats = STEPS_PER_READING if device.type == "cuda" else 1
 
-    def several(step: Step) -> Callable[[], None]:
-        return lambda: [step.run() for _ in range(burst)] and None
-
-    timings = interleave({name: several(step) for name, step in steps.items()}, device, seconds, mode, failed)
-    rows = []
-    for name, timing in timings.items():
-        step = steps[name]
-        peak = timing.peak_mib if step.peak_mib is None else step.peak_mib
-        timing = Timing(timing.p50 / burst, timing.p20 / burst, timing.p80 / burst, peak)
-        values = {**_columns(timing), EXTRA[0]: f"{1000 * images / timing.p50:.3g}"}
-        rows.append((name, (step.dtype, mode), values))
-        with surviving(f"{mode}: {name}: counting", failed):
-            launches, waits = count(step, device)
-            values.update(zip(EXTRA[1:], (launches, "" if waits is None else waits), strict=True))
-        with surviving(f"{mode}: {name}: stages", failed):
-            for stage, spent in shares(step, device).items():
-                found = Timing(spent * timing.p50, spent * timing.p20, spent * timing.p80, None)
-                rows.append((name, (step.dtype, f"{mode} {stage}"), _columns(found)))
-    return rows
-
-
-def _columns(timing: Timing) -> dict[str, str]:
-    peak = "" if timing.peak_mib is None else f"{timing.peak_mib:.1f}"
-    return dict(zip(COLUMNS[5:9], (*(f"{t:.4f}" for t in (timing.p50, timing.p20, timing.p80)), peak), strict=True))
-
-
-def shares(step: Step, device: torch.device, repeats: int = 3) -> dict[str, float]:
-    """Return the share of each stage in the time of a step, {} where its parts cannot be seen."""
-    if step.stages is None:
-        return {}
-    with step.stages.watching():
-        step.stages.marks.clear()
-        with step.stages.whole():
+    def repeated(step: Step) -> Callable[[], None]:
+        def call() -> None:
             for _ in range(repeats):
                 step.run()
-    spent = step.stages.milliseconds()
-    whole = spent.pop("whole")
-    return {name: value / whole for name, value in spent.items()}
+
+        return call
+
+    functions = {provider: repeated(step) for provider, step in steps.items()}
+    timings = time_interleaved(functions, device, seconds, mode, failed)
+    measurements = []
+    for provider, timing in timings.items():
+        step = steps[provider]
+        peak_mib = timing.peak_mib if step.peak_mib is None else step.peak_mib
+        timing = Timing(timing.p50 / repeats, timing.p20 / repeats, timing.p80 / repeats, peak_mib)
+        extra = {"images_per_second": f"{1000 * batch_size / timing.p50:.3g}"}
+        measurements.append(StepMeasurement(provider, step.dtype, mode, timing, extra))
+        with record_failure(f"{mode}: {provider}: counting", failed):
+            launches, waits = count(step, device)
+            extra["launches"] = str(launches)
+            extra["waits"] = "" if waits is None else str(waits)
+        with record_failure(f"{mode}: {provider}: parts", failed):
+            for part, share in part_shares(step).items():
+                part_timing = Timing(share * timing.p50, share * timing.p20, share * timing.p80, None)
+                measurements.append(StepMeasurement(provider, step.dtype, f"{mode} {part}", part_timing, {}))
+    return measurements
+
+
+def part_shares(step: Step, repeats: int = 3) -> dict[str, float]:
+    """Return the share of each part of the model in the time of a step, {} where the parts cannot be told apart."""
+    if step.timer is None:
+        return {}
+    with step.timer.active(), step.timer.whole():
+        for _ in range(repeats):
+            step.run()
+    spent = step.timer.milliseconds()
+    whole = spent.pop(WHOLE)
+    return {part: milliseconds / whole for part, milliseconds in spent.items()}
 
 
 def count(step: Step, device: torch.device) -> tuple[int, int | None]:
     """Return how many kernels a step launches and how often it waits for the device; on a CPU operators, and None."""
     cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities, acc_events=True) as found:
+    activities = [ProfilerActivity.CPU]
+    if cuda:
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities, acc_events=True) as profiler:
         step.run()
-    events = {event.key: event.count for event in found.key_averages()}
+    counts = {event.key: event.count for event in profiler.key_averages()}
     if not cuda:
-        return sum(number for key, number in events.items() if "::" in key), None
-    return tuple(sum(events.get(key, 0) for key in keys) for keys in (LAUNCHES, WAITS))
+        operators = sum(number for key, number in counts.items() if "::" in key)
+        return operators, None
+    launches = sum(counts.get(key, 0) for key in LAUNCH_EVENTS)
+    waits = sum(counts.get(key, 0) for key in WAIT_EVENTS)
+    return launches, waits
 
 
-def compiled(function: Callable, wanted: bool) -> Callable:
-    """Return the function, compiled if wanted."""
-    return torch.compile(function, fullgraph=True) if wanted else function
+def _rows(measurements: list[StepMeasurement], config: FasterRCNNConfig, shape: str, environment: Row) -> list[Row]:
+    """Return the rows of the CSV: `COLUMNS`, then `EXTRA_COLUMNS`."""
+    case = f"r{config.depth} {config.dcn or 'plain'}"
+    if config.mask:
+        case += " mask"
+    blank = dict.fromkeys((*COLUMNS, *EXTRA_COLUMNS), "")
+    rows = []
+    for item in measurements:
+        row = timing_row(item.provider, case, shape, item.dtype, item.mode, item.timing, environment)
+        rows.append({**blank, **row, **item.extra})
+    return rows
 
 
-def stored(model: nn.Module, option: str) -> nn.Module:
-    """Return the model with its weights as the option has them."""
-    if option == "fused":
-        return fuse_batch_norms(model.eval())
-    return model.to(memory_format=torch.channels_last) if option == "channels_last" else model
+def _rate_line(row: Row) -> str:
+    """Return the line about images per second and counts of a step."""
+    launches = row["launches"]
+    waits = row["waits"]
+    counts = f"{launches} launches, {waits} waits" if waits else f"{launches or 'unknown'} operators"
+    return f"{row['provider']}, {row['shape']}: {row['images_per_second']} images/s, {counts} per step"

@@ -1,7 +1,7 @@
-"""Time detection: `python -m bench.inference --size 800 1333 --batch 1 --depth 50 --csv FILE`.
+"""Time detection: `python -m bench.inference --size 800 1333 --batch-size 1 --depth 50 --csv FILE`.
 
-From images on the device to lists of detections; the host reads their numbers at the end of each step.
-Beside ours stands torchvision's Faster R-CNN, where it can be imported: the same depth, without deformable layers.
+From images on the device to lists of detections; the host reads their numbers at the end of each step. It is compared
+with torchvision's Faster R-CNN, where it can be imported: the same depth, without deformable layers.
 """
 
 from __future__ import annotations
@@ -9,48 +9,68 @@ from __future__ import annotations
 import sys
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from bench.detector_steps import Step, capture, command_line, compiled, peer_inputs, precision, run, stored
-from bench.stages import Stages
+from bench.detector_models import torchvision_inputs
+from bench.detector_steps import (
+    Step,
+    apply_option,
+    autocast_for,
+    capture_graph,
+    command_line,
+    compile_if,
+    run,
+)
+from bench.model_parts import PartTimer
 from detector import Batch, FasterRCNN
 
 
 def make_step(model: nn.Module, batch: Batch, option: str, device: torch.device) -> Step:
     """Return the detection step of a model, ours or torchvision's, with an option of `bench.detector_steps`."""
     ours = isinstance(model, FasterRCNN)
-    model = stored(model, option).eval()
-    context, dtype = precision(option, device)
-    stages = Stages(model, device) if ours and option not in ("compile", "graph") else None
-    inputs, peak = (batch,) if ours else peer_inputs(batch)[:1], None
+    model = apply_option(model, option).eval()
     if option in ("compile", "graph"):
-        found: list = []
-        detect = compiled(model.detect, option == "compile")
+        return _fixed_shape_step(model, batch, option)
 
-        def fill() -> None:
-            found[:] = detect(batch)
+    autocast, dtype = autocast_for(option, device)
+    timer = PartTimer(model, device) if ours else None
+    images = batch if ours else torchvision_inputs(batch)[0]
 
-        replay, peak = capture(fill) if option == "graph" else (fill, None)
+    def step() -> object:
+        with torch.no_grad(), autocast():
+            return model(images)
 
-        def step() -> list[int]:
-            with torch.no_grad():
-                replay()
-            return found[3].sum(1).tolist()  # wait, as for the lists of the plain step
+    return Step(step, dtype, timer)
 
-    else:
 
-        def step() -> object:
-            with torch.no_grad(), context():
-                return model(*inputs)
+def _fixed_shape_step(model: FasterRCNN, batch: Batch, option: str) -> Step:
+    """Return the step that is compiled or captured: its detections are tensors of a fixed shape."""
+    detect = compile_if(option == "compile", model.detect)
+    detections: tuple[Tensor, ...] = ()
 
-    return Step(step, dtype, stages, peak)
+    def detect_batch() -> None:
+        nonlocal detections
+        detections = detect(batch)
+
+    run_detection = detect_batch
+    peak_mib = None
+    if option == "graph":
+        run_detection, peak_mib = capture_graph(detect_batch)
+
+    def step() -> list[int]:
+        with torch.no_grad():
+            run_detection()
+        valid = detections[3]
+        return valid.sum(1).tolist()  # waits for the device, as the lists of the plain step do
+
+    return Step(step, "float32", None, peak_mib)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, measure, print the table, write the CSV; return the exit status."""
-    command = command_line("bench.inference", __doc__)
-    command.set_defaults(batch=1)
-    return run(make_step, "detect", command.parse_args(arguments))
+    parser = command_line("bench.inference", __doc__)
+    parser.set_defaults(batch_size=1)
+    return run(make_step, "detect", parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Check, then time: interleaved rounds, median and quantiles, peak memory; on CPU and on CUDA."""
+"""Compare with the float64 reference, then time: interleaved rounds, quantiles and peak memory, on CPU and CUDA."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,17 +18,25 @@ from torch import Tensor
 from bench.cases import Case, Inputs, make_inputs
 from bench.providers import Provider
 from triton_dcn import reference
+from triton_dcn.offset_mask import OffsetMask
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "tf32": 5e-3, "float16": 5e-3, "bfloat16": 4e-2}
 """Relative l2 error to the float64 reference above which a provider is not timed."""
 MODES = ("fwd", "bwd", "both")
 SLEEP_CYCLES = 2_000_000
-"""About 1 ms that a CUDA device sleeps before a call: the host launches ahead, or its time would be measured."""
+"""About 1 ms that a CUDA device sleeps before a call, so that the host launches ahead and its time is not measured."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds (median, quantiles at 0.2 and 0.8) and MiB above what was held before the call; None: unknown."""
+    """Time and memory of one call.
+
+    Attributes:
+        p50: median, milliseconds.
+        p20: quantile at 0.2, milliseconds.
+        p80: quantile at 0.8, milliseconds.
+        peak_mib: MiB above what was held before the call; None where it is unknown.
+    """
 
     p50: float
     p20: float
@@ -36,31 +44,50 @@ class Timing:
     peak_mib: float | None
 
 
-def relative_errors(found: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
-    """Relative l2 errors of tensors to those of float64."""
-    pairs = zip(found, truth, strict=True)
-    return [((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in pairs]
+def relative_errors(results: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    """Return relative l2 errors of tensors to those of float64."""
+    errors = []
+    for result, truth in zip(results, expected, strict=True):
+        difference = (result.double() - truth).norm()
+        errors.append((difference / truth.norm().clamp(min=1e-30)).item())
+    return errors
 
 
-def worst(values: Sequence[float]) -> float:
+def largest_error(errors: Sequence[float]) -> float:
     """Return the largest error, NaN if there is one: max() passes over a NaN that does not come first."""
-    return max(values, key=lambda value: (value != value, value))
+    return max(errors, key=lambda error: (error != error, error))
 
 
-def errors(provider: Provider, inputs: Inputs, truth: list[Tensor]) -> list[float]:
-    """Relative l2 errors of output and gradients to `truth`, of `exact`."""
+def provider_errors(provider: Provider, inputs: Inputs, expected: list[Tensor]) -> list[float]:
+    """Return relative l2 errors of output and gradients to those of `reference_results`."""
     output = provider.call(inputs)
-    return relative_errors([output, *torch.autograd.grad(output, inputs.leaves, inputs.grad)], truth)
+    grads = torch.autograd.grad(output, inputs.leaves, inputs.grad_output)
+    return relative_errors([output, *grads], expected)
+
+
+def reference_results(inputs: Inputs) -> list[Tensor]:
+    """Return output and gradients of the float64 reference on the same rounded values."""
+    leaves = [leaf.detach().double().requires_grad_() for leaf in inputs.leaves]
+    x, offset, mask, weight = leaves
+    output = reference.forward(inputs.geometry, x, OffsetMask(offset, mask), weight, None)
+    grads = torch.autograd.grad(output, leaves, inputs.grad_output.double())
+    return [output.detach(), *grads]
+
+
+def check_inputs(case: Case, dtype: torch.dtype, device: torch.device, magnitude: float) -> Inputs:
+    """Return one image to compare providers on; no offset is a whole pixel, where peers differ on purpose."""
+    return make_inputs(replace(case, batch=1), dtype, device, max(magnitude, 1.0), seed=1)
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its name where it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """Return the first line of an error's message, or the name of its class where it has none."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 @contextmanager
-def surviving(what: str, failed: list[str]) -> Iterator[None]:
-    """Go on after an exception of the block: told with its traceback, and `what` is added to `failed`."""
+def record_failure(what: str, failed: list[str]) -> Iterator[None]:
+    """Continue after an exception of the block: print it with its traceback and add `what` to `failed`."""
     try:
         yield
     except (Exception, SystemExit) as error:  # the other measurements are worth having
@@ -69,85 +96,74 @@ def surviving(what: str, failed: list[str]) -> Iterator[None]:
         failed.append(what)
 
 
-def check_inputs(case: Case, dtype: torch.dtype, device: torch.device, magnitude: float) -> Inputs:
-    """Inputs to judge a provider by: one image, never whole-pixel offsets, at which peers differ on purpose."""
-    single = Case(**{**vars(case), "batch": 1})
-    return make_inputs(single, dtype, device, max(magnitude, 1.0), seed=1)
+def timed_call(provider: Provider, inputs: Inputs, mode: str) -> Callable[[], object]:
+    """Return the function to time: "fwd" without autograd, "bwd" on a graph that is kept, "both" as training does."""
+    leaves = inputs.leaves if provider.checked else (inputs.input, inputs.weight)
 
-
-def exact(inputs: Inputs) -> list[Tensor]:
-    """Output and gradients of the float64 reference on the same rounded values."""
-    x, offset, mask, weight = (leaf.detach().double() for leaf in inputs.leaves)
-    geom = inputs.geometry
-    output = reference.forward(geom, x, offset, mask, weight, None)
-    return [output, *reference.backward(geom, inputs.grad.double(), x, offset, mask, weight, (True,) * 4)]
-
-
-def calls(provider: Provider, inputs: Inputs, mode: str) -> Callable[[], object]:
-    """The function to time: "fwd" without autograd, "bwd" on a graph kept, "both" as training does."""
-    if mode == "fwd":
-
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return provider.call(inputs)
-
-        return forward
-    if mode == "bwd":
-        output = provider.call(inputs)
-        leaves = inputs.leaves if provider.checked else (inputs.input, inputs.weight)
-        return lambda: torch.autograd.grad(output, leaves, inputs.grad, retain_graph=True)
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return provider.call(inputs)
 
     def both() -> object:
-        leaves = inputs.leaves if provider.checked else (inputs.input, inputs.weight)
-        return torch.autograd.grad(provider.call(inputs), leaves, inputs.grad)
+        return torch.autograd.grad(provider.call(inputs), leaves, inputs.grad_output)
 
-    return both
+    if mode == "fwd":
+        return forward
+    if mode == "both":
+        return both
+    output = provider.call(inputs)
+    return lambda: torch.autograd.grad(output, leaves, inputs.grad_output, retain_graph=True)
 
 
-def interleave(
+def time_interleaved(
     functions: dict[str, Callable[[], object]],
     device: torch.device,
     seconds: float,
     what: str,
     failed: list[str],
-    least: int = 3,
-    most: int = 100,
+    min_rounds: int = 3,
+    max_rounds: int = 100,
 ) -> dict[str, Timing]:
     """Time functions side by side: after a warm-up, rounds of one call each until `seconds` have passed.
 
     Args:
-        functions: by provider.
+        functions: by name.
         device: chooses the clock.
-        seconds: budget of the rounds together.
+        seconds: for all rounds together.
         what: is timed, for messages.
-        failed: a function that fails is left out, and added here.
-        least, most: number of rounds in any case.
+        failed: a function that fails is left out of the result, and added here.
+        min_rounds: made even if the time is up.
+        max_rounds: never exceeded.
     """
-    peaks = {}
+    peaks: dict[str, float | None] = {}
     for name, function in functions.items():
-        with surviving(f"{what}: {name}", failed):
+        with record_failure(f"{what}: {name}", failed):
             function()
             peaks[name] = peak_memory(function, device)
-    spans: dict[str, list[float]] = {name: [] for name in peaks}
+
+    times: dict[str, list[float]] = {name: [] for name in peaks}
     clock = _cuda_clock(device) if device.type == "cuda" else _cpu_clock
     end = time.perf_counter() + seconds
-    for done in range(most):
-        if done >= least and time.perf_counter() > end:
+    for rounds_done in range(max_rounds):
+        if rounds_done >= min_rounds and time.perf_counter() > end:
             break
-        for name in list(spans):
-            values = spans.pop(name)  # back again unless the call fails
-            with surviving(f"{what}: {name}", failed):
-                spans[name] = [*values, clock(functions[name])]
-    return {name: _summary(values, peaks[name]) for name, values in spans.items()}
+        for name in list(times):
+            earlier = times.pop(name)  # put back unless the call fails
+            with record_failure(f"{what}: {name}", failed):
+                times[name] = [*earlier, clock(functions[name])]
+    return {name: _summary(values, peaks[name]) for name, values in times.items()}
 
 
-def _summary(values: list[float], peak: float | None) -> Timing:
-    low, *_, high = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 2
-    return Timing(statistics.median(values), low, high, peak)
+def _summary(milliseconds: list[float], peak: float | None) -> Timing:
+    median = statistics.median(milliseconds)
+    if len(milliseconds) == 1:
+        return Timing(median, median, median, peak)
+    quintiles = statistics.quantiles(milliseconds, n=5, method="inclusive")
+    return Timing(median, quintiles[0], quintiles[-1], peak)
 
 
 def _cpu_clock(function: Callable[[], object]) -> float:
-    """Time the second of two calls: the first pays for pages that another's turn gave back to the system."""
+    """Return the milliseconds of the second of two calls: the first pays for pages that other functions gave back."""
     function()
     start = time.perf_counter()
     function()
@@ -156,12 +172,13 @@ def _cpu_clock(function: Callable[[], object]) -> float:
 
 def _cuda_clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
     """Return a clock of CUDA events; a buffer as large as any L2 cache is written before each call."""
-    flush = torch.empty(64 << 20, dtype=torch.int32, device=device)
+    l2_flush = torch.empty(64 << 20, dtype=torch.int32, device=device)
 
     def clock(function: Callable[[], object]) -> float:
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
-        torch.cuda._sleep(SLEEP_CYCLES)
+        start = torch.cuda.Event(enable_timing=True)
+        stop = torch.cuda.Event(enable_timing=True)
+        l2_flush.zero_()
+        torch.cuda._sleep(SLEEP_CYCLES)  # PyTorch has no public function for it
         start.record()
         function()
         stop.record()
@@ -172,7 +189,7 @@ def _cuda_clock(device: torch.device) -> Callable[[Callable[[], object]], float]
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> float | None:
-    """MiB that a call holds at most beyond what was held before; None where the system does not tell."""
+    """Return the most MiB that a call holds beyond what was held before; None where the system does not say."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -181,16 +198,18 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> float |
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # glibc: hand freed memory back, or reuse of it would hide the peak
+        ctypes.CDLL(None).malloc_trim(0)  # glibc: give freed memory back, or reuse of it would hide the peak
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts again from here
-        before = _status("VmRSS")
+        before = _process_kib("VmRSS")
         function()
-        return (_status("VmHWM") - before) / 1024
+        return (_process_kib("VmHWM") - before) / 1024
     except (OSError, AttributeError):
         return None
 
 
-def _status(key: str) -> int:
-    """One line of /proc/self/status, KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
+def _process_kib(key: str) -> int:
+    """Return the value of one line of /proc/self/status, KiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status: expected a line {key}")

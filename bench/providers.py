@@ -1,4 +1,4 @@
-"""Who computes a deformable convolution: ours by backend, peers where they can be imported, and the limits.
+"""The implementations to measure: ours by backend, peers where they can be imported, and a plain conv2d as a limit.
 
 torchvision has no CPU-only wheel for some releases of torch. The CUDA wheel of the matching release works on a CPU-only
 torch beside two empty libraries that stand in for the CUDA side of torch, which its CPU operator never calls:
@@ -28,11 +28,12 @@ Call = Callable[[Inputs], Tensor]
 
 @dataclass(frozen=True)
 class Provider:
-    """A way to compute the operator.
+    """One implementation to measure.
 
     Attributes:
         call: inputs to output, differentiable.
-        checked: whether it computes the operator at all; limits do not.
+        checked: whether it computes the operator, so that its results are compared; a plain conv2d, whose time is a
+            limit, does not.
     """
 
     call: Call
@@ -41,54 +42,58 @@ class Provider:
 
 def _ours(backend: str) -> Callable[[], Provider]:
     def call(t: Inputs) -> Tensor:
-        c = t.case
+        case = t.case
         return deform_conv2d(
-            t.input, t.offset, t.weight, None, c.stride, c.padding, c.dilation, t.mask, backend=backend
-        )  # fmt: skip
+            t.input, t.offset, t.weight, None, case.stride, case.padding, case.dilation, t.mask, backend=backend
+        )
 
     return lambda: Provider(call)
 
 
 def _conv2d() -> Provider:
     def call(t: Inputs) -> Tensor:
-        c = t.case
-        return F.conv2d(t.input, t.weight, None, c.stride, c.padding, c.dilation, c.groups)
+        case = t.case
+        return F.conv2d(t.input, t.weight, None, case.stride, case.padding, case.dilation, case.groups)
 
     return Provider(call, checked=False)
 
 
 def _torchvision() -> Provider:
-    peer = importlib.import_module("torchvision.ops").deform_conv2d
-    return Provider(
-        lambda t: peer(t.input, t.offset, t.weight, None, t.case.stride, t.case.padding, t.case.dilation, t.mask)
-    )
+    return _with_torchvision_arguments("torchvision.ops")
 
 
-def _mmcv() -> Provider:
-    peer = importlib.import_module("mmcv.ops").modulated_deform_conv2d
+def _deformops() -> Provider:
+    return _with_torchvision_arguments("deformops.integrations.torchvision")
+
+
+def _with_torchvision_arguments(module: str) -> Provider:
+    deform_conv2d = importlib.import_module(module).deform_conv2d
 
     def call(t: Inputs) -> Tensor:
-        c = t.case
-        return peer(
-            t.input, t.offset, t.mask, t.weight, None, c.stride, c.padding, c.dilation, c.groups, c.offset_groups
-        )  # fmt: skip
+        case = t.case
+        return deform_conv2d(t.input, t.offset, t.weight, None, case.stride, case.padding, case.dilation, t.mask)
 
     return Provider(call)
 
 
-def _deformops() -> Provider:
-    peer = importlib.import_module("deformops.integrations.torchvision").deform_conv2d
-    return Provider(
-        lambda t: peer(t.input, t.offset, t.weight, None, t.case.stride, t.case.padding, t.case.dilation, t.mask)
-    )
+def _mmcv() -> Provider:
+    modulated_deform_conv2d = importlib.import_module("mmcv.ops").modulated_deform_conv2d
+
+    def call(t: Inputs) -> Tensor:
+        case = t.case
+        sizes = (case.stride, case.padding, case.dilation, case.groups, case.offset_groups)
+        return modulated_deform_conv2d(t.input, t.offset, t.mask, t.weight, None, *sizes)
+
+    return Provider(call)
 
 
 def _tvdcn() -> Provider:
-    peer = importlib.import_module("tvdcn.ops").deform_conv2d
+    deform_conv2d = importlib.import_module("tvdcn.ops").deform_conv2d
 
     def call(t: Inputs) -> Tensor:
-        c = t.case
-        return peer(t.input, t.weight, t.offset, t.mask, None, c.stride, c.padding, c.dilation, c.groups)
+        case = t.case
+        sizes = (case.stride, case.padding, case.dilation, case.groups)
+        return deform_conv2d(t.input, t.weight, t.offset, t.mask, None, *sizes)
 
     return Provider(call)
 
@@ -105,29 +110,34 @@ FACTORIES: dict[str, Callable[[], Provider]] = {
 }
 
 OURS = ("triton", "torch")
-"""Whose absence from a measurement is a failure."""
+"""Providers whose absence from a measurement is a failure."""
 
 
-def available(names: list[str] | None, device: torch.device) -> tuple[dict[str, Provider], dict[str, str]]:
+def load_providers(names: list[str] | None, device: torch.device) -> tuple[dict[str, Provider], dict[str, str]]:
     """Return the providers that can run, and for the others the reason why not.
 
     Args:
-        names: keys of `FACTORIES`; None is all of them but the reference, and without the interpreter on a CPU.
-        device: where they shall run.
+        names: keys of `FACTORIES`; None is all but "reference", and on a CPU also without "triton".
+        device: where they will run.
 
     Raises:
         ValueError: no such name.
     """
-    unknown = set(names or []) - set(FACTORIES)
-    if unknown:
-        raise ValueError(f"unknown provider {sorted(unknown)[0]!r}, expected one of {', '.join(FACTORIES)}")
-    found, missing = {}, {}
-    for name in names or [name for name in FACTORIES if name != "reference"]:
+    for name in names or []:
+        if name not in FACTORIES:
+            raise ValueError(f"--providers: expected of {', '.join(FACTORIES)}, got unknown {name!r}")
+
+    providers: dict[str, Provider] = {}
+    missing: dict[str, str] = {}
+    for name in names or FACTORIES:
+        if name == "reference" and not names:
+            continue
         if name == "triton" and device.type == "cpu" and not names:
             missing[name] = "needs a GPU; its interpreter on a CPU says nothing about speed"
             continue
         try:
-            found[name] = FACTORIES[name]()
+            providers[name] = FACTORIES[name]()
         except (ImportError, OSError, RuntimeError, AttributeError) as error:  # compiled peers fail in many ways
-            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return found, missing
+            message = str(error).splitlines()[0] if str(error) else ""
+            missing[name] = f"{type(error).__name__}: {message}"
+    return providers, missing

@@ -6,17 +6,17 @@ One CSV gives a markdown table; two give the ratio of each measurement to the sa
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.cases import CASES, Case
+from bench.cases import Case, all_cases
+from bench.rows import Row, read_csv
 
-KEY = ("case", "shape", "dtype", "mode")
 COLORS = {
     "triton": "#123f6d",
     "torch": "#2f7fc1",
@@ -28,166 +28,192 @@ COLORS = {
     "conv2d": "#8c8c8c",
     "roofline": "#c9c9c9",
 }
-"""Of every provider, in the order of the columns."""
+"""Color of every provider, in the order of the columns."""
+OTHER_COLOR = "#555555"
 TITLES = {"fwd": "forward", "bwd": "backward", "both": "forward + backward"}
 
-
-def read_csv(path: Path) -> list[dict]:
-    """Read the rows of a CSV of `bench.deform_conv`."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+MeasurementKey = tuple[str, str, str, str]
+"""Case, shape, dtype and mode."""
 
 
-def write_csv(path: Path | None, rows: list[dict]) -> None:
-    """Write rows, one per measurement, all with the keys of the first. None: nowhere; no rows: what is there stays.
-
-    Called anew after each case, so that a run that is ended early leaves what it measured.
-    """
-    if path is None or not rows:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    with unfinished.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    unfinished.replace(path)
-
-
-def _groups(rows: list[dict]) -> dict[tuple[str, ...], dict[str, dict]]:
-    """Rows by case, shape, dtype and mode, then by provider; without those about the machine."""
-    groups: dict[tuple[str, ...], dict[str, dict]] = {}
+def _group_rows(rows: list[Row]) -> dict[MeasurementKey, dict[str, Row]]:
+    """Return the rows by what was measured, then by provider; without those about the machine."""
+    groups: dict[MeasurementKey, dict[str, Row]] = {}
     for row in rows:
         if row["provider"] != "machine":
-            groups.setdefault(tuple(row[key] for key in KEY), {})[row["provider"]] = row
+            key = (row["case"], row["shape"], row["dtype"], row["mode"])
+            groups.setdefault(key, {})[row["provider"]] = row
     return groups
 
 
-def _columns(rows: list[dict]) -> list[str]:
+def _provider_names(rows: list[Row]) -> list[str]:
+    """Return the providers of the rows: those of `COLORS` in its order, then the others."""
     present = {row["provider"] for row in rows} - {"machine"}
-    return [name for name in COLORS if name in present] + sorted(present - set(COLORS))
+    known = [name for name in COLORS if name in present]
+    return known + sorted(present - set(COLORS))
 
 
-def table(header: list[str], lines: list[list[str]]) -> str:
-    """Return a markdown table, the first column to the left, the others to the right."""
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+def markdown_table(header: list[str], lines: list[list[str]]) -> str:
+    """Return a markdown table, the first column aligned left, the others right."""
+    columns = zip(header, *lines, strict=True)
+    widths = [max(len(cell) for cell in column) for column in columns]
 
     def line(cells: list[str]) -> str:
-        padded = [cells[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True)]
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        padded[0] = cells[0].ljust(widths[0])
         return "| " + " | ".join(padded) + " |"
 
-    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
-    return "\n".join([line(header), rule, *map(line, lines)])
+    rule = ["-" * (width + 1) + ":" for width in widths]
+    rule[0] = "-" * (widths[0] + 2)
+    return "\n".join([line(header), "|" + "|".join(rule) + "|", *map(line, lines)])
 
 
-def markdown(rows: list[dict]) -> str:
-    """Milliseconds (and peak MiB in brackets) of every provider, a line per case, dtype and mode."""
+def markdown(rows: list[Row]) -> str:
+    """Return milliseconds (and peak MiB in brackets) of every provider, a line per case, dtype and mode."""
     if not rows:
         return "nothing was measured"
-    names = _columns(rows)
+    names = _provider_names(rows)
     lines = []
-    for (case, shape, dtype, mode), found in _groups(rows).items():
-        cells = [f"{float(found[n]['ms_p50']):.4g}" + _mib(found[n]["peak_mib"]) if n in found else "-" for n in names]
+    for (case, shape, dtype, mode), by_provider in _group_rows(rows).items():
+        cells = [_time_and_memory(by_provider[name]) if name in by_provider else "-" for name in names]
         lines.append([f"{case} {mode}", shape, dtype, *cells])
-    where = rows[0]
-    title = f"{where['gpu']}, torch {where['torch']}, {where['date']}: ms (peak MiB), median of interleaved rounds"
-    return f"{title}\n\n" + table(["case", "shape", "dtype", *names], lines)
+
+    first = rows[0]
+    title = f"{first['gpu']}, torch {first['torch']}, {first['date']}: ms (peak MiB), median of interleaved rounds"
+    return f"{title}\n\n" + markdown_table(["case", "shape", "dtype", *names], lines)
 
 
-def _mib(text: str) -> str:
-    return f" ({float(text):.0f})" if text else ""
+def _time_and_memory(row: Row) -> str:
+    text = f"{float(row['ms_p50']):.4g}"
+    if row["peak_mib"]:
+        text += f" ({float(row['peak_mib']):.0f})"
+    return text
 
 
-def ratios(rows: list[dict], before: list[dict]) -> str:
-    """Time now over time before, for measurements that both hold; below 1 is faster."""
-    then, names, lines = _groups(before), _columns(rows), []
-    for key, found in _groups(rows).items():
-        old = then.get(key, {})
-        pairs = {n: float(found[n]["ms_p50"]) / float(old[n]["ms_p50"]) for n in names if n in found and n in old}
-        if pairs:
-            lines.append([f"{key[0]} {key[3]}", *key[1:3], *(f"{pairs[n]:.2f}" if n in pairs else "-" for n in names)])
+def ratios(rows: list[Row], before: list[Row]) -> str:
+    """Return time now over time before, for measurements that both hold; below 1 is faster."""
+    names = _provider_names(rows)
+    groups_before = _group_rows(before)
+    lines = []
+    for key, by_provider in _group_rows(rows).items():
+        by_provider_before = groups_before.get(key, {})
+        common = by_provider.keys() & by_provider_before.keys()
+        if not common:
+            continue
+        cells = []
+        for name in names:
+            if name in common:
+                ratio = float(by_provider[name]["ms_p50"]) / float(by_provider_before[name]["ms_p50"])
+                cells.append(f"{ratio:.2f}")
+            else:
+                cells.append("-")
+        case, shape, dtype, mode = key
+        lines.append([f"{case} {mode}", shape, dtype, *cells])
     if not lines:
         return "the two files have no measurement in common"
-    return "time over the time before\n\n" + table(["case", "shape", "dtype", *names], lines)
+    return "time over the time before\n\n" + markdown_table(["case", "shape", "dtype", *names], lines)
 
 
-def draw_bars(rows: list[dict], path: Path) -> None:
+def draw_bars(rows: list[Row], path: Path) -> None:
     """Draw a bar per provider and case, a panel per dtype and mode."""
-    panels: dict[tuple[str, str], dict[str, dict[str, dict]]] = {}
-    for (case, _, dtype, mode), found in _groups(rows).items():
-        panels.setdefault((dtype, mode), {})[case] = found
-    names = _columns(rows)
+    panels: dict[tuple[str, str], dict[str, dict[str, Row]]] = {}
+    for (case, _, dtype, mode), by_provider in _group_rows(rows).items():
+        panels.setdefault((dtype, mode), {})[case] = by_provider
+    names = _provider_names(rows)
     figure = Figure(figsize=(9, 3.2 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axis, ((dtype, mode), cases) in zip(axes, panels.items(), strict=True):
-        for i, name in enumerate(names):
-            at = [x + (i - (len(names) - 1) / 2) * 0.8 / len(names) for x in range(len(cases))]
-            height = [float(found[name]["ms_p50"]) if name in found else 0 for found in cases.values()]
-            bars = axis.bar(at, height, 0.8 / len(names), label=name, color=COLORS.get(name, "#555555"))
-            labels = [(f"{h:.0f}" if h >= 100 else f"{h:.3g}") if h else "" for h in height]
-            axis.bar_label(bars, labels, fontsize=7, padding=1)
-        axis.set_xticks(range(len(cases)), list(cases))
-        axis.set_yscale("log")
-        axis.set_ylabel("ms")
+        _draw_panel(axis, cases, names)
         axis.set_title(f"{TITLES[mode]}, {dtype}")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.margins(y=0.12)
     axes[0].legend(ncols=len(names), fontsize=8, frameon=False)
     figure.suptitle(f"{rows[0]['gpu']}, torch {rows[0]['torch']}", fontsize=9)
     figure.savefig(path, dpi=130)
 
 
-def draw_roofline(rows: list[dict], path: Path) -> None:
+def _draw_panel(axis: Axes, cases: dict[str, dict[str, Row]], names: list[str]) -> None:
+    """Draw the bars of one dtype and mode; `cases` holds the rows by case, then by provider."""
+    width = 0.8 / len(names)
+    for index, name in enumerate(names):
+        shift = (index - (len(names) - 1) / 2) * width
+        positions = [x + shift for x in range(len(cases))]
+        heights = [float(by_provider[name]["ms_p50"]) if name in by_provider else 0 for by_provider in cases.values()]
+        bars = axis.bar(positions, heights, width, label=name, color=COLORS.get(name, OTHER_COLOR))
+        axis.bar_label(bars, [_bar_label(height) for height in heights], fontsize=7, padding=1)
+    axis.set_xticks(range(len(cases)), list(cases))
+    axis.set_yscale("log")
+    axis.set_ylabel("ms")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.margins(y=0.12)
+
+
+def _bar_label(height: float) -> str:
+    if not height:
+        return ""
+    return f"{height:.0f}" if height >= 100 else f"{height:.3g}"
+
+
+def draw_roofline(rows: list[Row], path: Path) -> None:
     """Draw the rate of every forward measurement over its intensity, under the roof measured on this machine.
 
     Raises:
         ValueError: the rows hold no measurement of the machine.
     """
+    machine_rows = [row for row in rows if row["provider"] == "machine"]
+    if not machine_rows:
+        raise ValueError("the rows hold no measurement of the machine")
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
-    limits = [row for row in rows if row["provider"] == "machine"]
-    if not limits:
-        raise ValueError("the rows hold no measurement of the machine")
-    for dtype in dict.fromkeys(row["dtype"] for row in limits):
-        bandwidth, rate = roof([row for row in limits if row["dtype"] == dtype])
+    for dtype in dict.fromkeys(row["dtype"] for row in machine_rows):
+        bandwidth, rate = roof([row for row in machine_rows if row["dtype"] == dtype])
         knee = rate / bandwidth
         axis.plot([1, knee, 1e4], [bandwidth / 1e9, rate / 1e9, rate / 1e9], "k-", lw=1)
         axis.annotate(f"{dtype}, {rate / 1e9:.4g} GFLOP/s", (1e4, rate / 1e9), fontsize=8, va="bottom", ha="right")
-        itemsize = 2 if dtype in ("float16", "bfloat16") else 4
-        points: dict[str, list[tuple[float, float]]] = {}
-        for row in rows:
-            case = case_of(row)
-            if case and (row["dtype"], row["mode"]) == (dtype, "fwd") and row["provider"] != "roofline":
-                flops = case.flops("fwd")
-                point = flops / case.traffic("fwd", itemsize), flops / float(row["ms_p50"]) / 1e6
-                points.setdefault(row["provider"], []).append(point)
-        for name, places in points.items():
-            axis.plot(*zip(*places, strict=True), "o", color=COLORS.get(name), label=f"{name}, {dtype}")
+        for name, points in _forward_points(rows, dtype).items():
+            intensities, rates = zip(*points, strict=True)
+            axis.plot(intensities, rates, "o", color=COLORS.get(name), label=f"{name}, {dtype}")
     axis.set(xscale="log", yscale="log", xlabel="FLOP per byte of inputs and output", ylabel="GFLOP/s, forward")
     axis.legend(fontsize=8, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
 
 
-def case_of(row: dict) -> Case | None:
+def _forward_points(rows: list[Row], dtype: str) -> dict[str, list[tuple[float, float]]]:
+    """Return (FLOP per byte, GFLOP/s) of the forward measurements of a dtype, by provider."""
+    itemsize = 2 if dtype in ("float16", "bfloat16") else 4
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        case = case_of(row)
+        if case is None or row["dtype"] != dtype or row["mode"] != "fwd" or row["provider"] == "roofline":
+            continue
+        flops = case.flops("fwd")
+        intensity = flops / case.traffic("fwd", itemsize)
+        gflops_per_second = flops / float(row["ms_p50"]) / 1e6
+        points.setdefault(row["provider"], []).append((intensity, gflops_per_second))
+    return points
+
+
+def case_of(row: Row) -> Case | None:
     """Return the case of a row with the batch and offset groups of its shape; None for one about the machine."""
-    known = {case.name: case for cases in CASES.values() for case in cases}
+    known = {case.name: case for case in all_cases()}
     if row["case"] not in known:
         return None
-    groups = re.search(r" dg(\d+)", row["shape"])
     batch = int(row["shape"].split("x")[0])
+    groups = re.search(r" dg(\d+)", row["shape"])
     return replace(known[row["case"]], batch=batch, offset_groups=int(groups[1]) if groups else 1)
 
 
-def roof(limits: list[dict]) -> tuple[float, float]:
-    """Bytes and floating-point operations per second of the machine, from its rows for one dtype."""
-    by_name = {row["case"]: row for row in limits}
+def roof(machine_rows: list[Row]) -> tuple[float, float]:
+    """Return bytes and floating-point operations per second of the machine, from its rows for one dtype."""
+    by_name = {row["case"]: row for row in machine_rows}
     seconds = {name: float(row["ms_p20"]) / 1e3 for name, row in by_name.items()}
     moved = 2 * int(by_name["copy"]["shape"].split()[0])
     size = int(by_name["matmul"]["shape"].split("x")[0])
     _, channels, height, width = map(int, by_name["conv2d"]["shape"].split("x"))
-    rates = 2 * size**3 / seconds["matmul"], 18 * channels**2 * height * width / seconds["conv2d"]
-    return moved / seconds["copy"], max(rates)
+
+    bandwidth = moved / seconds["copy"]
+    matmul_rate = 2 * size**3 / seconds["matmul"]
+    conv2d_rate = 18 * channels**2 * height * width / seconds["conv2d"]
+    return bandwidth, max(matmul_rate, conv2d_rate)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -200,7 +226,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         rows = read_csv(options.csv)
-        print(ratios(rows, read_csv(options.before)) if options.before else markdown(rows))
+        if options.before:
+            print(ratios(rows, read_csv(options.before)))
+        else:
+            print(markdown(rows))
         if options.png:
             draw_bars(rows, options.png)
         if options.roofline:

@@ -1,14 +1,16 @@
-"""What this machine can do: copy bandwidth and matrix rate, and the time that a case needs at least by them."""
+"""What this machine can do: copy bandwidth and matrix rate, and the least time that a case needs by them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from bench.cases import Case
-from bench.measure import Timing, interleave
+from bench.measure import Timing, time_interleaved
 
 
 @dataclass(frozen=True)
@@ -18,40 +20,62 @@ class Machine:
     Attributes:
         bandwidth: bytes read and written by a large copy.
         rate: floating-point operations of the fastest large product.
-        rows: (name, shape, timing) of each measurement.
+        measurements: (name, shape, timing) of each measurement.
     """
 
     bandwidth: float
     rate: float
-    rows: tuple[tuple[str, str, Timing], ...]
+    measurements: tuple[tuple[str, str, Timing], ...]
 
     def least_ms(self, case: Case, mode: str, itemsize: int) -> float:
-        """The roofline of a case: the larger of the times for its traffic and for its products."""
+        """Return the roofline of a case: the larger of the times for its traffic and for its products."""
         return max(case.traffic(mode, itemsize) / self.bandwidth, case.flops(mode) / self.rate)
+
+
+class _Work(NamedTuple):
+    """One thing to time; `amount` is in bytes or floating-point operations."""
+
+    call: Callable[[], object]
+    shape: str
+    amount: int
 
 
 def measure_machine(dtype: torch.dtype, device: torch.device, seconds: float = 3.0) -> Machine:
     """Time a large copy, and a large matrix product and 3x3 convolution in `dtype`."""
-    cuda = device.type == "cuda"
-    count, size, channels, edge = (1 << 30, 8192, 512, 128) if cuda else (1 << 26, 2048, 256, 64)
-    source = torch.ones(count, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    last = {"device": device, "memory_format": torch.channels_last}
-    x = torch.randn(1, channels, edge, edge).to(dtype=dtype, **last)
-    weight = torch.randn(channels, channels, 3, 3).to(dtype=dtype, **last)
+    if device.type == "cuda":
+        nbytes, size, channels, side = 1 << 30, 8192, 512, 128
+    else:
+        nbytes, size, channels, side = 1 << 26, 2048, 256, 64
     work = {
-        "copy": (lambda: target.copy_(source), f"{count} bytes", 2 * count),
-        "matmul": (lambda: a @ b, f"{size}x{size}x{size}", 2 * size**3),
-        "conv2d": (
-            lambda: F.conv2d(x, weight, padding=1),
-            f"1x{channels}x{edge}x{edge}",
-            2 * 9 * channels**2 * edge**2,
-        ),
+        "copy": _copy(nbytes, device),
+        "matmul": _matmul(size, dtype, device),
+        "conv2d": _conv2d(channels, side, dtype, device),
     }
     with torch.no_grad():
-        functions = {name: call for name, (call, _, _) in work.items()}
-        timings = interleave(functions, device, seconds, "machine", [])  # one that fails is missed in the next line
-    speed = {name: amount / timings[name].p20 for name, (_, _, amount) in work.items()}
-    rows = tuple((name, shape, timings[name]) for name, (_, shape, _) in work.items())
-    return Machine(speed["copy"], max(speed["matmul"], speed["conv2d"]), rows)
+        functions = {name: item.call for name, item in work.items()}
+        # one that fails is missed below, and that error is the one to report
+        timings = time_interleaved(functions, device, seconds, "machine", [])
+    rates = {name: item.amount / timings[name].p20 for name, item in work.items()}
+    measurements = tuple((name, item.shape, timings[name]) for name, item in work.items())
+    return Machine(rates["copy"], max(rates["matmul"], rates["conv2d"]), measurements)
+
+
+def _copy(nbytes: int, device: torch.device) -> _Work:
+    source = torch.ones(nbytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return _Work(lambda: target.copy_(source), f"{nbytes} bytes", 2 * nbytes)
+
+
+def _matmul(size: int, dtype: torch.dtype, device: torch.device) -> _Work:
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    return _Work(lambda: a @ b, f"{size}x{size}x{size}", 2 * size**3)
+
+
+def _conv2d(channels: int, side: int, dtype: torch.dtype, device: torch.device) -> _Work:
+    x = torch.randn(1, channels, side, side)
+    weight = torch.randn(channels, channels, 3, 3)
+    x = x.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    weight = weight.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    flops = 2 * 9 * channels**2 * side**2
+    return _Work(lambda: F.conv2d(x, weight, padding=1), f"1x{channels}x{side}x{side}", flops)

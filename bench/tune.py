@@ -1,9 +1,10 @@
 """Search the tiles of the table on this GPU: `python -m bench.tune --cases r50-c4 --dtypes bfloat16`.
 
-Every stage is timed through the call that uses it, with the table as it is, with tiles around its row, and with the
-other way to the same result: columns for the fused forms, the stable sort for atomic ranks, rows for strips. What
-disagrees with the float64 reference is not timed. Ends with rows for `triton_dcn/tile_table.py`. `--dry-run` makes the
-same calls on a CPU, in Triton's interpreter (TRITON_INTERPRET=1), and finds out nothing about speed.
+Every task is timed through the call that uses it, with the table as it is, with tiles around its row, and with another
+way to the same result: columns for the fused kernels, the stable sort for atomic ranks, rows for strips. What
+disagrees with the float64 reference is not timed. Ends with rows for `triton_dcn/tile_table.py`; after they are
+inserted, `python -m bench.compiled_code --record` records their limits. `--dry-run` makes the same calls on a CPU, in
+Triton's interpreter (TRITON_INTERPRET=1), and says nothing about speed.
 """
 
 from __future__ import annotations
@@ -18,107 +19,152 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.cases import Case, Inputs, make_inputs, select
-from bench.choices import Choice, choices
-from bench.deform_conv import DTYPES, allow_tf32, environment, gpu_or_dry_run, timing_row
-from bench.measure import TOLERANCE, Timing, check_inputs, exact, interleave, relative_errors, surviving
-from bench.report import write_csv
-from triton_dcn import triton_backend
+from bench.cases import Case, Inputs, make_inputs, select_cases
+from bench.device import DTYPES, allow_tf32, gpu_or_dry_run
+from bench.measure import (
+    TOLERANCE,
+    Timing,
+    check_inputs,
+    first_line,
+    record_failure,
+    reference_results,
+    relative_errors,
+    time_interleaved,
+)
+from bench.rows import Row, environment_columns, timing_row, write_csv
+from bench.triton_calls import run_backward, run_forward, select_gradients
+from bench.tuning_candidates import Candidate, candidates
 from triton_dcn.tile_table import TileRow
 
-NEEDS = {
-    "forward": None, "columns": None, "grad_sample_fused": (False, True, True, False),
-    "grad_sample": (False, True, True, False), "t_columns": (True, False, False, True),
-    "g_form": (True, False, False, False),
-}  # fmt: skip
-"""Stage -> the gradients whose computation it is part of; None: the output."""
-GAIN = 1.03
+GRADIENTS_OF_TASK: dict[str, tuple[str, ...]] = {
+    "forward": (),
+    "columns": (),
+    "grad_sample_fused": ("grad_offset", "grad_mask"),
+    "grad_sample": ("grad_offset", "grad_mask"),
+    "t_columns": ("grad_input", "grad_weight"),
+    "g_form": ("grad_input",),
+}
+"""Task -> the gradients whose computation it is part of; none: the output."""
+MIN_GAIN = 1.03
 """How much faster than the table a new row must be."""
 
 
-def function(stage: str, inputs: Inputs, choice: Choice) -> Callable[[], list[Tensor]]:
-    """Return the call to time: the output, or the gradients of `NEEDS`."""
-    tensors = tuple(leaf.detach() for leaf in inputs.leaves)
+def task_call(task: str, inputs: Inputs, candidate: Candidate) -> Callable[[], list[Tensor]]:
+    """Return the call to time: the output, or the gradients of `GRADIENTS_OF_TASK`."""
+    gradients = GRADIENTS_OF_TASK[task]
 
     def call() -> list[Tensor]:
-        with choice.in_force():
-            if NEEDS[stage] is None:
-                return [triton_backend.forward(inputs.geometry, *tensors, None)]
-            return [
-                g
-                for g in triton_backend.backward(inputs.geometry, inputs.grad, *tensors, NEEDS[stage])
-                if g is not None
-            ]
+        with candidate.applied():
+            if gradients:
+                return run_backward(inputs, gradients)
+            return [run_forward(inputs)]
 
     return call
 
 
 def tune(
-    stage: str, case: Case, dtype: str, device: torch.device, options: argparse.Namespace, failed: list[str]
-) -> dict[Choice, Timing]:
-    """Return the times of every choice that compiles and agrees with the reference, fastest first."""
-    small = check_inputs(case, DTYPES[dtype], device, 2.0)
-    truth = exact(small)
-    truth = truth[:1] if NEEDS[stage] is None else list(itertools.compress(truth[1:], NEEDS[stage]))
-    inputs, agreed = make_inputs(case, DTYPES[dtype], device, 2.0), {}
-    for choice in choices(stage, inputs, options.most):
+    task: str, case: Case, dtype: str, device: torch.device, options: argparse.Namespace, failed: list[str]
+) -> dict[Candidate, Timing]:
+    """Return the times of every candidate that compiles and agrees with the reference, fastest first."""
+    inputs = make_inputs(case, DTYPES[dtype], device, 2.0)
+    agreeing = _agreeing_candidates(task, inputs, dtype, options.max_tiles)
+    what = f"{task} {case.name} {dtype}"
+    if "table" not in agreeing:
+        failed.append(f"{what}: table")
+
+    functions = {label: task_call(task, inputs, candidate) for label, candidate in agreeing.items()}
+    timings = time_interleaved(functions, device, options.seconds, what, failed)
+    labels = sorted(timings, key=lambda label: timings[label].p50)
+    return {agreeing[label]: timings[label] for label in labels}
+
+
+def _agreeing_candidates(task: str, inputs: Inputs, dtype: str, max_tiles: int) -> dict[str, Candidate]:
+    """Return the candidates whose results agree with the float64 reference, by label; name the others."""
+    case = inputs.case
+    one_image = check_inputs(case, DTYPES[dtype], inputs.input.device, 2.0)
+    expected = reference_results(one_image)
+    gradients = GRADIENTS_OF_TASK[task]
+    expected = select_gradients(expected, gradients) if gradients else expected[:1]
+
+    agreeing = {}
+    for candidate in candidates(task, inputs, max_tiles):
         try:
-            errors = relative_errors(function(stage, small, choice)(), truth)
-        except Exception as error:  # whatever the compiler or the driver has against a tile
-            print(f"{stage} {case.name}: {choice.label} cannot: {str(error).splitlines()[:1]}", file=sys.stderr)
+            results = task_call(task, one_image, candidate)()
+            errors = relative_errors(results, expected)
+        except Exception as error:  # the compiler or the driver may refuse a tile
+            print(f"{task} {case.name}: {candidate.label} cannot: {first_line(error)}", file=sys.stderr)
+            continue
+        if all(error < TOLERANCE[dtype] for error in errors):
+            agreeing[candidate.label] = candidate
         else:
-            if all(error < TOLERANCE[dtype] for error in errors):
-                agreed[choice.label] = choice
-            else:
-                print(f"{stage} {case.name}: {choice.label} disagrees by {errors}", file=sys.stderr)
-    if "table" not in agreed:
-        failed.append(f"{stage} {case.name} {dtype}: table")
-    functions = {label: function(stage, inputs, choice) for label, choice in agreed.items()}
-    timed = interleave(functions, device, options.seconds, f"{stage} {case.name} {dtype}", failed)
-    return {agreed[label]: timed[label] for label in sorted(timed, key=lambda label: timed[label].p50)}
+            print(f"{task} {case.name}: {candidate.label} disagrees by {errors}", file=sys.stderr)
+    return agreeing
 
 
-def new_row(timed: dict[Choice, Timing]) -> TileRow | None:
-    """Return the row of the fastest tile, or None where it gains less than `GAIN`."""
-    table = next((timing.p50 for choice, timing in timed.items() if choice.label == "table"), None)
-    best = next((choice for choice in timed if choice.row), None)
-    if table is None or best is None or timed[best].p50 > table / GAIN:
+def new_row(timings: dict[Candidate, Timing]) -> TileRow | None:
+    """Return the row of the fastest tile, or None where it gains less than `MIN_GAIN`."""
+    table_ms = None
+    for candidate, timing in timings.items():
+        if candidate.label == "table":
+            table_ms = timing.p50
+    fastest = next((candidate for candidate in timings if candidate.row is not None), None)
+    if table_ms is None or fastest is None or timings[fastest].p50 > table_ms / MIN_GAIN:
         return None
-    return best.row
+    return fastest.row
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Time the stages, print their tables and the new rows, write the CSV, return 1 where something failed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", default=["r50"], help="sets or names of bench.cases")
-    parser.add_argument("--batch", type=int, help="instead of each case's own")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "tf32", "float32"], choices=list(DTYPES))
-    parser.add_argument("--stages", nargs="+", default=list(NEEDS), choices=list(NEEDS))
-    parser.add_argument("--most", type=int, default=16, help="tiles of each form")
-    parser.add_argument("--seconds", type=float, default=0.5, help="for the rounds of a stage, case and dtype")
-    parser.add_argument("--csv", type=Path, help="write the measurements here")
-    parser.add_argument("--dry-run", action="store_true", help="a tiny case on the CPU, kernels interpreted")
-    options = parser.parse_args(arguments)
+    """Time the tasks, print their tables and the new rows, write the CSV, return 1 where something failed."""
+    options = _parse(arguments)
     device = gpu_or_dry_run(options.dry_run)
     if options.dry_run:
-        options.cases, options.batch, options.dtypes = ["dry"], None, ["bfloat16"]
-        options.most, options.seconds = 2, 0.0
-    lines, rows, failed, where = [], [], [], environment(device)
-    for dtype, case, stage in itertools.product(options.dtypes, select(options.cases, options.batch), options.stages):
-        case = replace(case, offset_groups=4) if stage == "g_form" else case
-        with surviving(f"{stage} {case.name} {dtype}", failed):
+        options.cases = ["dry"]
+        options.batch_size = None
+        options.dtypes = ["bfloat16"]
+        options.max_tiles = 2
+        options.seconds = 0.0
+    try:
+        cases = select_cases(options.cases, options.batch_size)
+    except ValueError as error:
+        sys.exit(f"bench: {error}")
+
+    environment = environment_columns(device)
+    csv_rows: list[Row] = []
+    new_rows: list[TileRow] = []
+    failed: list[str] = []
+    for dtype, case, task in itertools.product(options.dtypes, cases, options.tasks):
+        if task == "g_form":
+            case = replace(case, offset_groups=4)
+        with record_failure(f"{task} {case.name} {dtype}", failed):
             with allow_tf32(dtype == "tf32"):
-                timed = tune(stage, case, dtype, device, options, failed)
-            print(f"\n{stage}, {case.name} {case.shape}, {dtype}")
-            for choice, timing in timed.items():
-                print(f"    {timing.p50:9.4f} ms  {choice.label}")
-                lines.append(timing_row(choice.label, case.name, case.shape, dtype, stage, timing, where))
-            write_csv(options.csv, lines)
-            rows += [row for row in (new_row(timed),) if row and row not in rows]
-    print("\nrows that beat the table:" if rows else "\nno row beats the table")
-    for row in rows:
+                timings = tune(task, case, dtype, device, options, failed)
+            print(f"\n{task}, {case.name} {case.shape}, {dtype}")
+            for candidate, timing in timings.items():
+                print(f"    {timing.p50:9.4f} ms  {candidate.label}")
+                csv_rows.append(timing_row(candidate.label, case.name, case.shape, dtype, task, timing, environment))
+            write_csv(options.csv, csv_rows)
+            row = new_row(timings)
+            if row is not None and row not in new_rows:
+                new_rows.append(row)
+
+    print("\nrows that beat the table:" if new_rows else "\nno row beats the table")
+    for row in new_rows:
         print(f"    {row},")
     return int(bool(failed))
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    tasks = list(GRADIENTS_OF_TASK)
+    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", default=["r50"], help="sets or names of bench.cases")
+    parser.add_argument("--batch-size", "--batch", type=int, help="instead of each case's own")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "tf32", "float32"], choices=list(DTYPES))
+    parser.add_argument("--tasks", nargs="+", default=tasks, choices=tasks)
+    parser.add_argument("--max-tiles", type=int, default=16, help="of each kernel")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for the rounds of a task, case and dtype")
+    parser.add_argument("--csv", type=Path, help="write the measurements here")
+    parser.add_argument("--dry-run", action="store_true", help="a tiny case on the CPU, kernels interpreted")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ import torch
 
 from bench import atomics, ceilings
 from bench.cases import CASES, Case, make_inputs
-from bench.measure import check_inputs, exact
-from bench.report import read_csv
+from bench.measure import check_inputs, reference_results
+from bench.rows import read_csv
+from bench.triton_calls import select_gradients
 
 ODD = Case("odd", 2, 24, 8, 5, 7, (3, 2), (2, 1), (1, 1), (1, 2), groups=2, offset_groups=4)
 
@@ -20,22 +21,21 @@ def _interpreted(monkeypatch):
 
 @pytest.mark.parametrize("case", [CASES["dry"][0], ODD], ids=lambda case: case.name)
 @pytest.mark.parametrize("mode", atomics.MODES)
-def test_every_way_is_right(case, mode):
+def test_every_method_is_right(case, mode):
     inputs = make_inputs(case, torch.float32, torch.device("cpu"), 2.0)
-    truth = exact(inputs)
-    expected = [truth[1], *truth[4:]] if atomics.MODES[mode][3] else [truth[1]]
-    for name, call in atomics.ways(inputs, mode).items():
-        for found, target in zip(call(), expected, strict=True):
-            assert found.shape == target.shape, name
-            assert (found.double() - target).norm() < 2e-6 * target.norm(), name
+    expected_grads = select_gradients(reference_results(inputs), atomics.MODES[mode])
+    for name, call in atomics.scatter_methods(inputs, mode).items():
+        for grad, expected in zip(call(), expected_grads, strict=True):
+            assert grad.shape == expected.shape, name
+            assert (grad.double() - expected).norm() < 2e-6 * expected.norm(), name
 
 
 def test_wrong_gradients_are_told(monkeypatch, capsys):
-    monkeypatch.setattr(atomics, "by_atomics", lambda inputs, mode: [torch.zeros_like(inputs.input)])
-    judged = check_inputs(CASES["dry"][0], torch.float32, torch.device("cpu"), 2.0)
+    monkeypatch.setattr(atomics, "gradients_by_atomics", lambda inputs, mode: [torch.zeros_like(inputs.input)])
+    inputs = check_inputs(CASES["dry"][0], torch.float32, torch.device("cpu"), 2.0)
     failed: list[str] = []
-    agreed = atomics._agreeing(judged, exact(judged)[1:], "float32", "grad_input", failed)
-    assert agreed == ["bins", "stable sort"]
+    agreeing = atomics._agreeing_methods(inputs, reference_results(inputs), "float32", "grad_input", failed)
+    assert agreeing == ["bins", "stable sort"]
     assert failed == ["dry float32 grad_input: atomics"]
     assert "atomics disagrees by 1.0e+00" in capsys.readouterr().err
 
@@ -54,7 +54,11 @@ def test_a_failure_leaves_the_rest(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(ceilings, "read_l2", lambda device, nbytes: (lambda: torch.ones(8).sum(), 32))
     monkeypatch.setattr(ceilings, "add_rows", lambda target, width, rows: (fails, 32))
-    monkeypatch.setattr(atomics, "ways", lambda inputs, mode: {"bins": lambda: exact(inputs)[1:2], "atomics": fails})
+    monkeypatch.setattr(
+        atomics,
+        "scatter_methods",
+        lambda inputs, mode: {"bins": lambda: reference_results(inputs)[1:2], "atomics": fails},
+    )
     monkeypatch.setattr(atomics, "MODES", {"grad_input": atomics.MODES["grad_input"]})
     assert atomics.main(["--dry-run", "--csv", str(tmp_path / "atomics.csv")]) == 1
     rows = read_csv(tmp_path / "atomics.csv")

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from bench import deform_conv, measure, providers, report
-from bench.cases import CASES, make_inputs, select
+from bench.cases import CASES, make_inputs, select_cases
 from bench.roofline import Machine
+from bench.rows import COLUMNS, read_csv
 
 SMALLEST = ["--cases", "odd-pointwise", "--seconds", "0", "--device", "cpu", "--threads", "1"]
 
@@ -17,8 +18,8 @@ def test_run_and_reports(tmp_path, capsys):
     deform_conv.main([*SMALLEST, "--modes", *measure.MODES, "--providers", "torch", "conv2d", "--csv", str(file)])
     assert "odd-pointwise bwd" in capsys.readouterr().out
     with file.open() as lines:
-        assert next(csv.reader(lines)) == list(deform_conv.COLUMNS)
-    rows = report.read_csv(file)
+        assert next(csv.reader(lines)) == list(COLUMNS)
+    rows = read_csv(file)
     assert {row["provider"] for row in rows} == {"torch", "conv2d", "roofline", "machine"}
     assert all(float(row["ms_p20"]) <= float(row["ms_p50"]) <= float(row["ms_p80"]) for row in rows)
     report.main([str(file), str(file), "--png", str(tmp_path / "a.png"), "--roofline", str(tmp_path / "b.png")])
@@ -29,7 +30,7 @@ def test_run_and_reports(tmp_path, capsys):
     assert (tmp_path / "b.png").stat().st_size > 1000
 
 
-def test_who_fails_between_two_rounds_costs_nobody_else_a_row(capsys):
+def test_a_failure_between_two_rounds_leaves_the_other_rows(capsys):
     calls = {"steady": 0, "failing": 0}
 
     def call(name):
@@ -39,13 +40,13 @@ def test_who_fails_between_two_rounds_costs_nobody_else_a_row(capsys):
 
     failed = []
     functions = {name: lambda name=name: call(name) for name in calls}
-    assert list(measure.interleave(functions, torch.device("cpu"), 0.0, "case", failed)) == ["steady"]
+    assert list(measure.time_interleaved(functions, torch.device("cpu"), 0.0, "case", failed)) == ["steady"]
     assert failed == ["case: failing"]
     assert calls["steady"] > calls["failing"]
     assert "case: failing failed: out of memory" in capsys.readouterr().err
 
 
-def test_who_disagrees_or_fails_is_not_timed(monkeypatch, capsys):
+def test_a_provider_that_disagrees_or_fails_is_not_timed(monkeypatch, capsys):
     right = providers.FACTORIES["torch"]().call
 
     def fails(inputs):
@@ -82,7 +83,7 @@ def test_a_failure_while_timing_leaves_the_rest(tmp_path, monkeypatch, capsys):
     file = tmp_path / "run.csv"
     names = ["--providers", "mmcv", "torch"]
     assert deform_conv.main([*SMALLEST, "--modes", "fwd", "bwd", *names, "--csv", str(file)]) == 1
-    assert {(row["provider"], row["mode"]) for row in report.read_csv(file)} == {
+    assert {(row["provider"], row["mode"]) for row in read_csv(file)} == {
         (name, mode) for name in ("torch", "roofline") for mode in ("fwd", "bwd")
     }
     err = capsys.readouterr().err
@@ -93,19 +94,21 @@ def test_a_failure_while_timing_leaves_the_rest(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.usefixtures("quick_machine")
 def test_a_failed_case_leaves_the_others_and_each_is_written_at_once(tmp_path, monkeypatch, capsys):
-    file, written, measured = tmp_path / "run.csv", [], deform_conv._measure
+    file = tmp_path / "run.csv"
+    rows_before_failure = []
+    measure_case = deform_conv._measure
 
     def measure_or_fail(case, *others):
         if case.name == "micro-32":
-            written.extend(report.read_csv(file))
+            rows_before_failure.extend(read_csv(file))
             raise RuntimeError("no kernel")
-        return measured(case, *others)
+        return measure_case(case, *others)
 
     monkeypatch.setattr(deform_conv, "_measure", measure_or_fail)
     names = ["--modes", "fwd", "--providers", "torch", "--csv", str(file)]
     assert deform_conv.main([*SMALLEST, "--cases", "odd-pointwise", "micro-32", "odd-kernel", *names]) == 1
-    assert {row["case"] for row in written} == {"odd-pointwise"}
-    assert {row["case"] for row in report.read_csv(file)} == {"odd-pointwise", "odd-kernel"}
+    assert {row["case"] for row in rows_before_failure} == {"odd-pointwise"}
+    assert {row["case"] for row in read_csv(file)} == {"odd-pointwise", "odd-kernel"}
     assert "bench: micro-32 float32 failed: no kernel" in capsys.readouterr().err
 
 
@@ -117,8 +120,8 @@ def test_ours_must_not_be_left_out(monkeypatch, capsys):
     assert "torch disagrees" in capsys.readouterr().err
 
 
-def test_rows_are_placed_by_their_own_shape():
-    for case in select(["r50", "odd"], batch=16) + select(["r50", "odd"], offset_groups=4):
+def test_the_case_of_a_row_has_the_sizes_of_its_shape():
+    for case in select_cases(["r50", "odd"], batch_size=16) + select_cases(["r50", "odd"], offset_groups=4):
         for shape in (case.shape, case.shape + " nhwc off2 smooth"):
             assert report.case_of({"case": case.name, "shape": shape}) == case
     assert report.case_of({"case": "copy", "shape": "67108864 bytes"}) is None
@@ -135,8 +138,8 @@ def test_a_nan_among_the_gradients_is_not_timed(monkeypatch, capsys):
     monkeypatch.setattr(providers, "FACTORIES", {**providers.FACTORIES, "lost": lambda: providers.Provider(lost)})
     deform_conv.main([*SMALLEST, "--modes", "fwd", "--providers", "lost"])
     assert "lost disagrees by" in capsys.readouterr().err
-    assert str(measure.worst([1e-7, float("nan"), 1.0])) == "nan"
-    assert measure.worst([1e-7, 1.0, 0.5]) == 1.0
+    assert str(measure.largest_error([1e-7, float("nan"), 1.0])) == "nan"
+    assert measure.largest_error([1e-7, 1.0, 0.5]) == 1.0
 
 
 @pytest.mark.parametrize("arguments", [["--cases", "nowhere"], ["--providers", "nobody"]], ids=lambda a: a[1])
@@ -147,20 +150,20 @@ def test_unknown_names_are_told_without_a_stack_trace(arguments):
 
 def test_absent_peers_are_told(monkeypatch):
     monkeypatch.setitem(providers.FACTORIES, "tvdcn", lambda: __import__("surely_not_installed"))
-    found, missing = providers.available(None, torch.device("cpu"))
-    assert {"torch", "conv2d"} <= set(found)
+    loaded, missing = providers.load_providers(None, torch.device("cpu"))
+    assert {"torch", "conv2d"} <= set(loaded)
     assert "surely_not_installed" in missing["tvdcn"]
     assert "GPU" in missing["triton"]
 
 
 def test_cases_are_valid_and_counted():
-    for case in select(["all"]):
+    for case in select_cases(["all"]):
         geom = make_inputs(case, torch.float32, torch.device("meta"), 0.0).geometry
         assert (geom.out_height, geom.out_width) == case.out_size
     c3 = CASES["r50"][0]
     assert c3.flops("fwd") == 2 * 2 * 100 * 168 * 9 * 128 * 128
     assert c3.flops("both") == 3 * c3.flops("fwd")
-    assert select(["r50-c3"], batch=16, offset_groups=4)[0].shape == "16x128x100x168 dg4"
+    assert select_cases(["r50-c3"], batch_size=16, offset_groups=4)[0].shape == "16x128x100x168 dg4"
 
 
 def test_smooth_offsets():

@@ -5,14 +5,16 @@ import csv
 import pytest
 import torch
 
-from bench import detector_steps, inference, report, train_step
-from bench.deform_conv import COLUMNS, allow_tf32
-from bench.detector_steps import OPTIONS, command_line, configure, make_batch
-from bench.stages import PARTS, Stages
+from bench import detector_steps, inference, train_step
+from bench.detector_models import make_batch
+from bench.detector_steps import OPTIONS, command_line, configure_model
+from bench.device import allow_tf32
+from bench.model_parts import MODEL_PARTS, PartTimer
+from bench.rows import COLUMNS, read_csv
 from detector import FasterRCNN
 
-TINY = ["--preset", "tiny", "--size", "96", "90", "--batch", "2", "--seconds", "0", "--no-peer", "--device", "cpu"]
-STAGES = {
+TINY = ["--preset", "tiny", "--size", "96", "90", "--batch-size", "2", "--seconds", "0", "--no-peer", "--device", "cpu"]
+PARTS = {
     "train": {
         "normalize",
         "backbone",
@@ -44,17 +46,19 @@ def test_rows(module, mode, option, dtype, tmp_path, capsys):
         assert row["dtype"] == ("float32" if row["provider"] == "triton_dcn" else dtype)
         assert float(row["ms_p20"]) <= float(row["ms_p50"]) <= float(row["ms_p80"])
     plain = {row["mode"]: row for row in rows if row["provider"] == "triton_dcn"}
-    assert set(plain) == {mode} | {f"{mode} {stage}" for stage in STAGES[mode]}
+    assert set(plain) == {mode} | {f"{mode} {part}" for part in PARTS[mode]}
     whole = float(plain[mode]["ms_p50"])
-    parts = sum(float(row["ms_p50"]) for name, row in plain.items() if name != mode)
-    assert 0.8 * whole < parts <= whole * 1.001
+    sum_of_parts = sum(float(row["ms_p50"]) for name, row in plain.items() if name != mode)
+    assert 0.8 * whole < sum_of_parts <= whole * 1.001
     assert float(plain[mode]["images_per_second"]) == pytest.approx(2000 / whole, rel=0.01)
     assert int(plain[mode]["launches"]) > 100
     assert "operators per step" in capsys.readouterr().out
 
 
 def test_a_failure_leaves_the_other_options(tmp_path, monkeypatch, capsys):
-    made, make_step, count = {}, inference.make_step, detector_steps.count
+    made = {}
+    make_step = inference.make_step
+    count = detector_steps.count
 
     def make(model, batch, option, device):
         made[option] = torch.backends.cudnn.allow_tf32
@@ -73,11 +77,11 @@ def test_a_failure_leaves_the_other_options(tmp_path, monkeypatch, capsys):
     file = tmp_path / "rows.csv"
     arguments = [*TINY, "--size", "64", "64", "--options", "bf16", "channels_last", "--csv", str(file)]
     assert inference.main(arguments) == 1
-    rows = {row["provider"]: row for row in report.read_csv(file) if row["mode"] == "detect"}
+    rows = {row["provider"]: row for row in read_csv(file) if row["mode"] == "detect"}
     assert set(rows) == {"triton_dcn", "triton_dcn channels_last"}
     assert rows["triton_dcn"]["launches"] == ""
     assert int(rows["triton_dcn channels_last"]["launches"]) > 100
-    assert list(rows["triton_dcn"]) == [*COLUMNS, *detector_steps.EXTRA]
+    assert list(rows["triton_dcn"]) == [*COLUMNS, *detector_steps.EXTRA_COLUMNS]
     err = capsys.readouterr().err
     assert "bench: detect 2x3x64x64 bf16 failed: no capture" in err
     assert "bench: detect: triton_dcn: counting failed: no profiler" in err
@@ -89,27 +93,27 @@ def test_tf32_is_of_one_option_alone():
         return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
     with allow_tf32(False):
-        assert detector_steps.on_tensor_cores(flags)() == (True, True)
+        assert detector_steps.with_tf32(flags)() == (True, True)
         assert flags() == (False, False)
 
 
-def test_masks_are_a_stage():
+def test_masks_are_a_part():
     options = command_line("bench.train_step", "").parse_args([*TINY, "--mask"])
-    config = configure(options)
+    config = configure_model(options)
     model = FasterRCNN(config)
-    stages = Stages(model, torch.device("cpu"))
-    with stages.watching():
+    timer = PartTimer(model, torch.device("cpu"))
+    with timer.active():
         model(make_batch(config, 1, (64, 64)))
         model.eval()(make_batch(config, 1, (64, 64)))
-    assert set(stages.milliseconds()) == set(PARTS)
-    assert all("forward" not in vars(part) for part in model.modules())  # nothing stays wrapped
+    assert set(timer.milliseconds()) == set(MODEL_PARTS)
+    assert all("forward" not in vars(module) for module in model.modules())  # nothing stays wrapped
 
 
 def test_configuration():
     parse = command_line("bench.train_step", "").parse_args
-    config = configure(parse([]))
+    config = configure_model(parse([]))
     assert (config.depth, config.dcn, config.mask) == (50, "v2", False)
-    config = configure(parse(["--depth", "101", "--dcn", "none", "--mask"]))
+    config = configure_model(parse(["--depth", "101", "--dcn", "none", "--mask"]))
     assert (config.depth, config.dcn, config.mask) == (101, None, True)
     assert set(parse([]).options) <= set(OPTIONS)
 

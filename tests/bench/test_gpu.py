@@ -21,13 +21,13 @@ def test_dry_run_writes_tables_and_pictures(tmp_path, monkeypatch, capsys):
     assert "| dry both" in capsys.readouterr().out
 
 
-def test_failed_and_late_parts_are_named(tmp_path, monkeypatch, capsys):
+def test_benchmarks_without_time_left_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert gpu.main(["--dry-run", "--out", str(tmp_path), "--minutes", "-1", "--only", "stages-n2"]) == 1
     assert "no time left for stages-n2" in capsys.readouterr().err
 
 
-def test_a_failure_costs_its_part_alone(tmp_path, monkeypatch, capsys):
+def test_a_failure_leaves_the_other_benchmarks(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(deform_conv, "main", lambda arguments: 0)  # writes nothing, so that the picture fails
     monkeypatch.setitem(sys.modules, "bench.train_step", None)  # as where a package that it imports is missing

@@ -1,0 +1,39 @@
+"""Where and with which arithmetic a benchmark runs: dtypes by name, TF32 on or off, GPU or dry run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@contextmanager
+def allow_tf32(allowed: bool) -> Iterator[None]:
+    """Let float32 products use tf32, or not."""
+    matmul = torch.backends.cuda.matmul
+    cudnn = torch.backends.cudnn
+    before = (matmul.allow_tf32, cudnn.allow_tf32)
+    matmul.allow_tf32 = allowed
+    cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def gpu_or_dry_run(dry_run: bool) -> torch.device:
+    """Return the GPU, or the CPU for a dry run in the interpreter; exits with a message where that cannot be.
+
+    Also lets PyTorch ask cuBLAS for determinism later on, which it looks up once, at the first product.
+    """
+    if dry_run and os.environ.get("TRITON_INTERPRET") != "1":
+        sys.exit("bench: --dry-run: expected TRITON_INTERPRET=1 in the environment")
+    if not dry_run and not torch.cuda.is_available():
+        sys.exit("bench: no CUDA GPU here; --dry-run tries the command without one")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return torch.device("cpu" if dry_run else "cuda")

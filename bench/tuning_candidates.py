@@ -1,0 +1,141 @@
+"""What `bench.tune` tries for a task: the table as it is, tiles around its row, another way to the same result."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils import deterministic
+
+from bench.cases import Case, Inputs
+from triton_dcn import tile_table
+from triton_dcn.tile_table import Tile, TileRow
+
+FUSED_TASK = {"columns": "forward", "grad_sample": "grad_sample_fused"}
+"""Task -> the fused one; it is done only where the table has no row of the fused one."""
+FORWARD_KERNELS = ("forward_prefetch", "forward_transposed")
+MIN_BLOCK = 16
+MAX_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a task is timed with.
+
+    Attributes:
+        label: its name in tables and messages.
+        table: in place of `tile_table.TABLE`.
+        row: the row that is judged; None where the candidate is not about a row.
+        strip_min_width: in place of `tile_table.STRIP_MIN_WIDTH`.
+        deterministic: whether the bins come from the stable sort.
+    """
+
+    label: str
+    table: tuple[TileRow, ...]
+    row: TileRow | None = None
+    strip_min_width: int = tile_table.STRIP_MIN_WIDTH
+    deterministic: bool = False
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Let the Triton backend use it inside the block."""
+        table = tile_table.TABLE
+        strip_min_width = tile_table.STRIP_MIN_WIDTH
+        fill_memory = deterministic.fill_uninitialized_memory
+        was_deterministic = torch.are_deterministic_algorithms_enabled()
+
+        tile_table.TABLE = self.table
+        tile_table.STRIP_MIN_WIDTH = self.strip_min_width
+        deterministic.fill_uninitialized_memory = False
+        torch.use_deterministic_algorithms(self.deterministic)
+        try:
+            yield
+        finally:
+            tile_table.TABLE = table
+            tile_table.STRIP_MIN_WIDTH = strip_min_width
+            deterministic.fill_uninitialized_memory = fill_memory
+            torch.use_deterministic_algorithms(was_deterministic)
+
+
+def candidates(task: str, inputs: Inputs, max_tiles: int) -> list[Candidate]:
+    """Return what to time for a task: the table first, then other ways, then tiles.
+
+    Args:
+        task: as in `TileRow`.
+        inputs: of the call that is timed.
+        max_tiles: of each kernel.
+    """
+    table = tuple(row for row in tile_table.TABLE if row.task != FUSED_TASK.get(task))
+    current = tile_table.find_row(task, inputs.geometry, inputs.input)
+    results = [Candidate("table", table, current)]
+    if task in tile_table.EXACT_TASKS:
+        without_task = tuple(row for row in table if row.task != task)
+        results.append(Candidate("general way", without_task))
+        results.append(Candidate("rows", table, strip_min_width=1 << 30))
+        results.append(Candidate("strips", table, strip_min_width=1))
+    if task in ("t_columns", "g_form"):
+        results.append(Candidate("stable sort", table, deterministic=True))
+    return results + _tile_candidates(task, inputs, max_tiles, table, current)
+
+
+def _tile_candidates(
+    task: str, inputs: Inputs, max_tiles: int, table: tuple[TileRow, ...], current: TileRow | None
+) -> list[Candidate]:
+    """Return tables with a new row in front: at most `max_tiles` tiles of each kernel, around that of `current`."""
+    case = inputs.case
+    arch = tile_table.architecture(inputs.input.device)
+    arithmetic = tile_table.arithmetic(inputs.input)
+    if current is None:
+        current = TileRow(task, task, (arch,), arithmetic, tile_table.ANY, Tile(64, 64, 32, 4))
+    channels = case.out_channels if task == "t_columns" else case.channels // case.offset_groups
+    kernels = FORWARD_KERNELS if task == "forward" else (current.kernel,)
+
+    results = []
+    for kernel in kernels:
+        for tile in itertools.islice(tiles_around(current.tile, task, case), max_tiles):
+            if (kernel, tile) == (current.kernel, current.tile):
+                continue
+            row = TileRow(task, kernel, (arch,), arithmetic, channels, tile)
+            results.append(Candidate(_label(row), (row, *table), row))
+    return results
+
+
+def _label(row: TileRow) -> str:
+    tile = row.tile
+    label = f"{row.kernel} {tile.block_p}x{tile.block_o}x{tile.block_c} {tile.num_warps}w"
+    if tile.max_registers:
+        label += f" r{tile.max_registers}"
+    return label
+
+
+def tiles_around(tile: Tile, task: str, case: Case) -> Iterator[Tile]:
+    """Yield tiles around one: each block halved or doubled, with 4 warps, 8, and 8 of which two blocks fit."""
+    block_changes: list[dict[str, int]] = [{}]
+    for name in ("block_p", "block_o", "block_c"):
+        size = getattr(tile, name)
+        if size:
+            block_changes.append({name: size // 2})
+            block_changes.append({name: size * 2})
+
+    warps_and_registers = [(4, 0), (8, 0)]
+    if not torch.version.hip:
+        warps_and_registers.append((8, 128))
+
+    for num_warps, max_registers in warps_and_registers:
+        for change in block_changes:
+            new_tile = replace(tile, **change, num_warps=num_warps, max_registers=max_registers)
+            if _serves(new_tile, task, case):
+                yield new_tile
+
+
+def _serves(tile: Tile, task: str, case: Case) -> bool:
+    """Tell whether the blocks of a tile have sizes that the kernels of a task can use for a case."""
+    if task in tile_table.EXACT_TASKS:
+        channels = case.channels // case.offset_groups
+        if channels % tile.block_c or case.out_channels % tile.block_o:
+            return False
+    blocks = (tile.block_p, tile.block_o, tile.block_c)
+    return all(MIN_BLOCK <= block <= MAX_BLOCK for block in blocks if block)
