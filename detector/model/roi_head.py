@@ -240,7 +240,7 @@ class RoIHead(nn.Module):
         Returns:
             boxes (B, n, 4), scores (B, n) falling, labels (B, n) and valid (B, n); n = `max_detections`.
         """
-        num_images = len(boxes)
+        num_images = boxes.shape[0]  # not len(boxes), which torch.export would make a constant
         scores = logits.to(boxes.dtype).softmax(2)[:, :, :-1]  # (B, P, classes)
         boxes = box_ops.decode(boxes[:, :, None], deltas.to(boxes.dtype), DELTA_STDS)
         boxes = box_ops.clip(boxes, sizes)  # (B, P, classes, 4)

@@ -208,7 +208,7 @@ def _rename_legacy_offset(name: str) -> str:
 
 
 def _find_config(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the configuration, which our own files keep beside the weights."""
+    """Return the configuration, which our own files keep next to the weights."""
     config = content.get("config")
     if config is None:
         return None
@@ -218,7 +218,7 @@ def _find_config(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | Non
 
 
 def _find_classes(path: Path, content: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Return the class names: ours are beside the weights, MMDetection's inside `meta`."""
+    """Return the class names: ours are next to the weights, MMDetection's inside `meta`."""
     classes = content.get("classes")
     meta = content.get("meta")
     if classes is None and isinstance(meta, Mapping):
