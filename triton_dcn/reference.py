@@ -108,7 +108,8 @@ def _gather_pixels(pixels: Tensor, index: Tensor) -> Tensor:
     """Return one pixel per sample: from (B, D, C/D, H*W), by indices (B, D, K, Ho, Wo), (B, D, C/D, K, Ho, Wo)."""
     channels = pixels.shape[2]
     index_of_channels = index.flatten(2)[:, :, None].expand(-1, -1, channels, -1)
-    return pixels.gather(3, index_of_channels).unflatten(3, index.shape[2:])
+    samples = pixels.gather(3, index_of_channels)
+    return samples.reshape(*samples.shape[:3], *index.shape[2:])
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -164,7 +164,8 @@ def _memory_format(tensor: Tensor) -> torch.memory_format:
 
 def _view_rows(geom: ConvGeometry, tensor: Tensor) -> Tensor:
     """View a tensor like the output, (B, O, Ho, Wo), as rows of channels: (G, B, P, O/G)."""
-    return tensor.flatten(2).unflatten(1, (geom.groups, -1)).permute(1, 0, 3, 2)
+    by_group: Tensor = tensor.flatten(2).unflatten(1, (geom.groups, -1))
+    return by_group.permute(1, 0, 3, 2)
 
 
 def _kernel_matrix(geom: ConvGeometry, weight: Tensor) -> Tensor:

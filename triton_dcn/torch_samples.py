@@ -108,8 +108,9 @@ def view_samples(geom: ConvGeometry, tensor: Tensor, images: slice, positions: s
 
     Height and width must lie in memory as one dimension if the view is to be written to.
     """
-    planes: Tensor = tensor[images].flatten(2)[..., positions]
-    return planes.unflatten(1, (geom.offset_groups, geom.taps, -1)).permute(3, 0, 4, 2, 1)
+    planes = tensor[images].flatten(2)[..., positions]
+    by_tap: Tensor = planes.unflatten(1, (geom.offset_groups, geom.taps, -1))
+    return by_tap.permute(3, 0, 4, 2, 1)
 
 
 def tap_grid(geom: ConvGeometry, device: torch.device) -> Tensor:

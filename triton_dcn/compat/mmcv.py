@@ -1,4 +1,4 @@
-"""In the place of mmcv's deformable convolutions, in mmcv, MMDetection and everything else that builds on them.
+"""Drop-in replacements for mmcv's deformable convolutions, in mmcv, MMDetection and all that builds on them.
 
     from triton_dcn.compat import mmcv as compat
 
@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from triton_dcn.compat.swap import Patch, convert_layers, import_library, revert_layers
+from triton_dcn.compat.swap import Patch, Replacement, convert_layers, import_library, revert_layers
 from triton_dcn.functional import deform_conv2d
 from triton_dcn.nn import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack
 
@@ -37,15 +37,15 @@ def deform_conv2d_v1(
 
     Args:
         input, offset, weight, stride, padding, dilation: as in `triton_dcn.deform_conv2d`.
-        groups, deform_groups: must agree with the shapes.
-        bias: must be False, as in mmcv.
-        im2col_step: without meaning here.
+        groups, deform_groups: as they follow from the shapes.
+        bias: False, as in mmcv.
+        im2col_step: ignored.
 
     Raises:
         ValueError: shapes or groups disagree, or `bias` is not False.
     """
     if bias is not False:
-        raise ValueError(f"bias: expected False, found {bias!r}")
+        raise ValueError(f"bias: expected False, got {bias!r}")
     return deform_conv2d_v2(input, offset, None, weight, None, stride, padding, dilation, groups, deform_groups)
 
 
@@ -65,27 +65,32 @@ def deform_conv2d_v2(
 
     Args:
         input, offset, mask, weight, bias, stride, padding, dilation: as in `triton_dcn.deform_conv2d`.
-        groups, deform_groups: must agree with the shapes.
+        groups, deform_groups: as they follow from the shapes.
 
     Raises:
         ValueError: shapes or groups disagree.
     """
     taps = weight.shape[2] * weight.shape[3]
-    for name, value, expected in (
-        ("groups", groups, input.shape[1] / weight.shape[1]),
-        ("deform_groups", deform_groups, offset.shape[1] / (2 * taps)),
-    ):
-        if value != expected:
-            raise ValueError(f"{name}: expected {expected:g} by the shapes, found {value}")
-    input, weight = input.to(offset.dtype), weight.to(offset.dtype)
-    mask, bias = (None if tensor is None else tensor.to(offset.dtype) for tensor in (mask, bias))
+    _check_groups("groups", groups, input.shape[1] / weight.shape[1])
+    _check_groups("deform_groups", deform_groups, offset.shape[1] / (2 * taps))
+
+    input = input.to(offset.dtype)
+    weight = weight.to(offset.dtype)
+    mask = None if mask is None else mask.to(offset.dtype)
+    bias = None if bias is None else bias.to(offset.dtype)
     return deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+
+
+def _check_groups(name: str, groups: int, groups_by_shapes: float) -> None:
+    if groups != groups_by_shapes:
+        raise ValueError(f"{name}: expected {groups_by_shapes:g} by the shapes, got {groups}")
 
 
 FUNCTIONS: dict[tuple[str, str], Callable[..., Tensor]] = {
     ("deform_conv", "deform_conv2d"): deform_conv2d_v1,
     ("modulated_deform_conv", "modulated_deform_conv2d"): deform_conv2d_v2,
 }
+"""By module of mmcv.ops and name in it; mmcv.ops has the same names."""
 
 
 def patch() -> Patch:
@@ -100,14 +105,16 @@ def patch() -> Patch:
         ImportError: mmcv cannot be imported.
     """
     ops = import_library("mmcv.ops")
-    return Patch(
-        (module, name, function)
-        for (file, name), function in FUNCTIONS.items()
-        for module in (ops, import_library(f"mmcv.ops.{file}"))
-    )
+    replacements: list[Replacement] = []
+    for (module_name, name), function in FUNCTIONS.items():
+        module = import_library(f"mmcv.ops.{module_name}")
+        replacements.append((ops, name, function))
+        replacements.append((module, name, function))
+    return Patch(replacements)
 
 
-def _classes() -> dict[type[nn.Module], type[nn.Module]]:
+def _replacement_classes() -> dict[type[nn.Module], type[nn.Module]]:
+    """Return mmcv's class -> ours."""
     ops = import_library("mmcv.ops")
     return {
         ops.DeformConv2d: DeformConv2d,
@@ -128,9 +135,9 @@ def convert(model: nn.Module) -> list[str]:
     Raises:
         ImportError: mmcv cannot be imported.
     """
-    return convert_layers(model, _classes())
+    return convert_layers(model, _replacement_classes())
 
 
 def revert(model: nn.Module) -> list[str]:
     """Undo `convert`; return the names of the layers that are mmcv's again."""
-    return revert_layers(model, _classes())
+    return revert_layers(model, _replacement_classes())

@@ -1,4 +1,4 @@
-"""What `compat.torchvision` and `compat.mmcv` share: undoable replacement of functions and of the classes of layers."""
+"""Replaces functions of a library and classes of layers, and undoes it, for `compat.torchvision` and `compat.mmcv`."""
 
 from __future__ import annotations
 
@@ -9,19 +9,25 @@ from typing import Any
 
 from torch import nn
 
-ORIGINAL = "_class_before_triton_dcn"
-WITHOUT_BIAS = "_without_bias_before_triton_dcn"
+Replacement = tuple[ModuleType, str, Callable[..., Any]]
+"""Module, name in it, new function."""
+
+ORIGINAL_CLASS = "_class_before_triton_dcn"
+"""Attribute of a converted layer: its class before."""
+
+HAD_NO_BIAS = "_without_bias_before_triton_dcn"
+"""Attribute of a converted layer: its class before has no attribute `bias`."""
 
 
 class Patch:
-    """Replaced functions, until `undo` or the end of a `with` block.
+    """Functions that stay replaced until `undo` or the end of a `with` block.
 
     Args:
-        replacements: (module, name, new function) each.
+        replacements: what to replace, and by what.
     """
 
-    def __init__(self, replacements: Iterable[tuple[ModuleType, str, Callable[..., Any]]]):
-        self._originals: list[tuple[ModuleType, str, Any]] = []
+    def __init__(self, replacements: Iterable[Replacement]):
+        self._originals: list[Replacement] = []
         for module, name, function in replacements:
             self._originals.append((module, name, getattr(module, name)))
             setattr(module, name, function)
@@ -29,10 +35,11 @@ class Patch:
     def undo(self) -> None:
         """Put the original functions back; a second call does nothing. Undo the last patch first."""
         while self._originals:
-            setattr(*self._originals.pop())
+            module, name, function = self._originals.pop()
+            setattr(module, name, function)
 
     def __enter__(self) -> Patch:
-        """Return the patch, which is active already."""
+        """Return the patch; it is active since it was made."""
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -55,8 +62,8 @@ def import_library(name: str) -> ModuleType:
 def convert_layers(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]]) -> list[str]:
     """Give the layers of `model` new classes, in place.
 
-    Only the class changes: the object, its attributes, parameters and hooks stay. So the new class must work with the
-    attributes of the old one. Layers of a subclass are left alone, since their own methods would be lost.
+    Only the class changes; the object, its attributes, parameters and hooks stay. So the new class must work with the
+    attributes of the old one. Layers of a subclass are left alone, because their methods would be lost.
 
     Args:
         model: may be such a layer itself.
@@ -67,35 +74,49 @@ def convert_layers(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.M
     """
     names = []
     for name, layer in model.named_modules():
-        old = type(layer)
-        if old in classes:
-            if not hasattr(layer, "bias"):  # as in mmcv's version 1
-                layer.register_parameter("bias", None)
-                layer.__dict__[WITHOUT_BIAS] = True
-            layer.__class__ = classes[old]
-            layer.__dict__[ORIGINAL] = old
-            names.append(name)
+        original = type(layer)
+        if original not in classes:
+            continue
+        if not hasattr(layer, "bias"):  # as in mmcv's version 1
+            layer.register_parameter("bias", None)
+            layer.__dict__[HAD_NO_BIAS] = True
+        layer.__class__ = classes[original]
+        layer.__dict__[ORIGINAL_CLASS] = original
+        names.append(name)
     return names
 
 
 def revert_layers(model: nn.Module, originals: Iterable[type[nn.Module]]) -> list[str]:
-    """Undo `convert_layers` for the layers that were of one of the classes `originals`; return their names.
+    """Undo `convert_layers`.
+
+    Args:
+        model: may be such a layer itself.
+        originals: classes to go back to; layers that had another class are left alone.
+
+    Returns:
+        Names of the reverted layers, as in `model.named_modules()`.
 
     Raises:
-        ValueError: a layer has been given a rectifier or a bias that its original class does not know; all are left.
+        ValueError: a layer has been given a ReLU or a bias that its original class does not know; no layer is changed.
     """
     originals = tuple(originals)
-    layers = [(name, layer) for name, layer in model.named_modules() if layer.__dict__.get(ORIGINAL) in originals]
-    for name, layer in layers:
-        for what, there in (
-            ("rectifies its output", layer.relu),
-            ("has a bias", WITHOUT_BIAS in layer.__dict__ and layer.bias is not None),
-        ):
-            if there:
-                original = layer.__dict__[ORIGINAL].__name__
-                raise ValueError(f"{name or 'the layer'} {what} since it was fused, which {original} does not")
-    for _, layer in layers:
-        if layer.__dict__.pop(WITHOUT_BIAS, False):
+    layers = {}
+    for name, layer in model.named_modules():
+        if layer.__dict__.get(ORIGINAL_CLASS) in originals:
+            _check_revertible(name or "the layer", layer)
+            layers[name] = layer
+
+    for layer in layers.values():
+        if layer.__dict__.pop(HAD_NO_BIAS, False):
             del layer.bias
-        layer.__class__ = layer.__dict__.pop(ORIGINAL)
-    return [name for name, _ in layers]
+        layer.__class__ = layer.__dict__.pop(ORIGINAL_CLASS)
+    return list(layers)
+
+
+def _check_revertible(name: str, layer: nn.Module) -> None:
+    """Raise ValueError where the original class would silently ignore what fusing has added to a layer."""
+    original = layer.__dict__[ORIGINAL_CLASS].__name__
+    if layer.relu:
+        raise ValueError(f"{name}: expected no ReLU, which {original} does not have, got a layer fused with one")
+    if HAD_NO_BIAS in layer.__dict__ and layer.bias is not None:
+        raise ValueError(f"{name}: expected no bias, which {original} does not have, got a layer fused with one")

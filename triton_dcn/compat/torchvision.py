@@ -1,14 +1,15 @@
-"""In the place of torchvision's deformable convolution.
+"""Drop-in replacement for torchvision's deformable convolution.
 
     from triton_dcn.compat import torchvision as compat
 
     compat.patch()                # every call from now on; `.undo()`, or `with compat.patch(): ...`
     compat.convert(model)         # the layers of one model; `compat.revert(model)`
 
-Results agree but for one rule: where a sample lies exactly at -1 (in y or x), torchvision gives the offset the
-derivative from inside, this package and mmcv give 0; the value is 0 either way. With offsets of zero and a padding of
-1, as at the start of training, all border outputs have such samples. Under autocast torchvision computes in float32,
-this package in the autocast dtype. Errors are ValueError and TypeError in the place of RuntimeError.
+Outputs and gradients agree except for one rule: where a sample lies exactly at -1 in y or x, torchvision gives the
+offset the derivative from inside the image, while this package and mmcv give it 0; the sample is 0 in all of them. With
+offsets of zero and a padding of 1, as at the start of training, all outputs at the top and left border have such
+samples. Under autocast torchvision computes in float32, this package in the autocast dtype. Errors are ValueError and
+TypeError instead of RuntimeError.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def patch() -> Patch:
     Raises:
         ImportError: torchvision cannot be imported.
     """
-    modules = import_library("torchvision.ops"), import_library("torchvision.ops.deform_conv")
-    return Patch((module, "deform_conv2d", deform_conv2d) for module in modules)
+    modules = [import_library("torchvision.ops"), import_library("torchvision.ops.deform_conv")]
+    return Patch([(module, "deform_conv2d", deform_conv2d) for module in modules])
 
 
 def convert(model: nn.Module) -> list[str]:
@@ -46,9 +47,11 @@ def convert(model: nn.Module) -> list[str]:
     Raises:
         ImportError: torchvision cannot be imported.
     """
-    return convert_layers(model, {import_library("torchvision.ops").DeformConv2d: DeformConv2d})
+    ops = import_library("torchvision.ops")
+    return convert_layers(model, {ops.DeformConv2d: DeformConv2d})
 
 
 def revert(model: nn.Module) -> list[str]:
     """Undo `convert`; return the names of the layers that are torchvision's again."""
-    return revert_layers(model, [import_library("torchvision.ops").DeformConv2d])
+    ops = import_library("torchvision.ops")
+    return revert_layers(model, [ops.DeformConv2d])
