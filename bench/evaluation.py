@@ -1,4 +1,4 @@
-"""What counting costs: seconds of `measure` with pycocotools and with faster-coco-eval, by stage.
+"""Times the evaluation: seconds of `run_coco_eval` with pycocotools and with faster-coco-eval, by stage.
 
     python -m bench.evaluation [--images 5000] [--boxes 36781] [--detections 100]
 
@@ -21,58 +21,61 @@ from unittest import mock
 import numpy as np
 
 from bench.data import make_coco
+from detector.results import coco_rows
 from train.data.coco_dataset import CocoDetection
 from train.data.transforms import Transform
-from train.evaluation.coco_metrics import CocoDetections, Metrics, evaluator_classes, measure, results
+from train.evaluation.coco_metrics import EVALUATORS, run_coco_eval
 
 STAGES = ("createIndex", "loadRes", "evaluate", "accumulate")  # methods; loadRes contains a createIndex of its own
 
 
-def detect(dataset: CocoDetection, count: int) -> CocoDetections:
-    """Return `count` detections of every image: shifted boxes of the truth, half of them of its class."""
+def make_rows(dataset: CocoDetection, per_image: int) -> list[dict[str, Any]]:
+    """Return `per_image` detections of every image: shifted boxes of the ground truth, half of them of its class."""
     random = np.random.default_rng(1)
-    parts = []
+    rows = []
     for index, image_id in enumerate(dataset.image_ids.tolist()):
         boxes, labels = dataset.ground_truth(index)
         if not len(boxes):
             continue
-        chosen = random.integers(0, len(boxes), count)
-        foreign = random.random(count) < 0.5
-        labels = np.where(foreign, random.integers(0, len(dataset.classes), count), labels[chosen])
-        boxes = boxes[chosen] + random.normal(0, 8, (count, 1)).astype(np.float32)
-        scores = np.sort(random.random(count).astype(np.float32))[::-1]
-        parts.append(CocoDetections(np.full(count, image_id), boxes, scores, labels))
-    return CocoDetections.join(parts)
+        chosen = random.integers(0, len(boxes), per_image)
+        has_random_class = random.random(per_image) < 0.5
+        random_labels = random.integers(0, len(dataset.classes), per_image)
+        labels = np.where(has_random_class, random_labels, labels[chosen])
+        boxes = boxes[chosen] + random.normal(0, 8, (per_image, 1)).astype(np.float32)
+        scores = np.sort(random.random(per_image).astype(np.float32))[::-1]
+        rows += coco_rows(np.full(per_image, image_id), dataset.category_ids[labels], boxes, scores)
+    return rows
 
 
-def clocked(method: Callable, name: str, seconds: Counter) -> Callable:
+def timed(method: Callable[..., Any], name: str, seconds: Counter[str]) -> Callable[..., Any]:
     """Return a method that adds its time to `seconds`."""
 
     def call(*arguments: Any, **named: Any) -> Any:
-        begin = time.process_time()
+        start = time.process_time()
         result = method(*arguments, **named)
-        seconds[name] += time.process_time() - begin
+        seconds[name] += time.process_time() - start
         return result
 
     return call
 
 
-def time_of(name: str, rows: list[dict], dataset: CocoDetection) -> tuple[Metrics, Counter]:
-    """Return the numbers and the seconds of each stage and in all."""
-    seconds: Counter = Counter()
+def time_evaluator(name: str, rows: list[dict[str, Any]], dataset: CocoDetection) -> tuple[np.ndarray, Counter[str]]:
+    """Return COCO's twelve numbers, and the seconds of each stage and in all."""
+    seconds: Counter[str] = Counter()
     with ExitStack() as stack:
-        for owner in evaluator_classes(name):
+        for owner in EVALUATORS[name]:
             for stage in STAGES:
                 if hasattr(owner, stage):
-                    stack.enter_context(mock.patch.object(owner, stage, clocked(getattr(owner, stage), stage, seconds)))
-        begin = time.process_time()
-        metrics = measure(rows, dataset, name)
-        seconds["all"] = time.process_time() - begin
-    return metrics, seconds
+                    method = timed(getattr(owner, stage), stage, seconds)
+                    stack.enter_context(mock.patch.object(owner, stage, method))
+        start = time.process_time()
+        evaluation = run_coco_eval(rows, dataset, evaluator=name)
+        seconds["all"] = time.process_time() - start
+    return evaluation.stats, seconds
 
 
 def main() -> None:
-    """Make the data, count with both, print a table."""
+    """Make the data, evaluate with both, print a table."""
     parser = argparse.ArgumentParser(description="Seconds of an evaluation.")
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--boxes", type=int, default=36_781)
@@ -81,15 +84,18 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         annotations = make_coco(Path(folder), options.images, options.boxes, (480, 640))
         dataset = CocoDetection(annotations, Path(folder), Transform((1333, 800)), training=False)
-        found = detect(dataset, options.detections)
-        print(f"{len(dataset)} images, {len(dataset.boxes)} boxes, {len(found.scores)} detections")
-        print(f"{'seconds':<12} {'  '.join(f'{name:>11}' for name in ('all', *STAGES))}")
-        rows, numbers = results(found, dataset.category_ids), []
-        for name in ("pycocotools", "faster"):
-            metrics, seconds = time_of(name, rows, dataset)
-            numbers.append(metrics)
-            print(f"{name:<12} {'  '.join(f'{seconds[stage]:11.2f}' for stage in ('all', *STAGES))}")
-        print(f"largest difference: {np.abs(np.subtract(*(one.stats for one in numbers))).max():.1e}")
+        rows = make_rows(dataset, options.detections)
+        print(f"{len(dataset)} images, {len(dataset.boxes)} boxes, {len(rows)} detections")
+
+        columns = ("all", *STAGES)
+        print(f"{'seconds':<16} {'  '.join(f'{column:>11}' for column in columns)}")
+        numbers = []
+        for name in EVALUATORS:
+            stats, seconds = time_evaluator(name, rows, dataset)
+            numbers.append(stats)
+            print(f"{name:<16} {'  '.join(f'{seconds[column]:11.2f}' for column in columns)}")
+        difference = np.abs(numbers[0] - numbers[-1]).max()
+        print(f"largest difference: {difference:.1e}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checkpoints that survive faults: written whole or not at all, verified before they are believed.
+"""Checkpoints that survive faults: written whole or not at all, verified before they are used.
 
 A checkpoint is one file, `step-00001200-1f3a5c7e90b2d4f6.pt`: the number of finished steps and the first 16 digits of
 the SHA-256 of its bytes, so a cut or damaged file is known without a second file that could disagree.
@@ -9,7 +9,6 @@ generator has to be kept, and the number of processes may change between two sta
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import itertools
@@ -25,9 +24,10 @@ import torch
 from torch import nn, optim
 from torch.optim.swa_utils import AveragedModel
 
-_NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
+from detector.files import replacing
+
 BEST = "best.pt"
-CANDIDATE = "candidate.pt"  # may become the best: it is being counted
+_NAME = re.compile(r"step-(?P<step>\d{8,})-(?P<digest>[0-9a-f]{16})\.pt")
 
 
 @dataclass
@@ -35,9 +35,12 @@ class TrainState:
     """What a run changes, and where it is.
 
     Attributes:
-        model: without wrappers; `average`: of its weights, or None.
-        optimizer, scaler: of the parameters and of the loss.
-        epoch: finished passes over the data; batch: finished batches of the present pass, per process.
+        model: without wrappers.
+        optimizer: of its parameters.
+        scaler: of the loss, for float16.
+        average: of the model's weights, or None.
+        epoch: finished passes over the data.
+        batch: finished batches of the present pass, per process.
         step: finished optimizer steps.
     """
 
@@ -50,18 +53,25 @@ class TrainState:
     step: int = 0
 
     @property
-    def evaluated(self) -> nn.Module:
+    def evaluated_model(self) -> nn.Module:
         """The model whose detections count: the averaged one where there is one."""
-        return self.model if self.average is None else self.average.module
+        if self.average is None:
+            return self.model
+        return self.average.module
+
+    @property
+    def epoch_number(self) -> int:
+        """Number, from 1, of the epoch that the last step belongs to."""
+        return self.epoch + 1 if self.batch else self.epoch
 
 
-def pack(state: TrainState, about: dict[str, Any]) -> dict[str, Any]:
-    """Return all of `state` as plain values and tensors, together with `about`.
+def to_checkpoint(state: TrainState, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return all of `state` as plain values and tensors, together with `metadata`.
 
-    `model` holds the weights that are evaluated, so that a reader needs to know nothing of averages.
+    `model` holds the weights that are evaluated, so that a reader needs to know nothing about averages.
     """
     content = {
-        "model": state.evaluated.state_dict(),
+        "model": state.evaluated_model.state_dict(),
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "epoch": state.epoch,
@@ -69,22 +79,25 @@ def pack(state: TrainState, about: dict[str, Any]) -> dict[str, Any]:
         "step": state.step,
     }
     if state.average is not None:
-        content |= {"raw_model": state.model.state_dict(), "averaged": int(state.average.n_averaged)}
-    return content | about
+        content["raw_model"] = state.model.state_dict()
+        content["averaged"] = int(state.average.n_averaged)
+    return content | metadata
 
 
-def restore(state: TrainState, content: dict[str, Any]) -> None:
-    """Put the content of a checkpoint into `state`; the opposite of `pack`."""
+def from_checkpoint(state: TrainState, content: dict[str, Any]) -> None:
+    """Put the content of a checkpoint into `state`; the opposite of `to_checkpoint`."""
     state.model.load_state_dict(content.get("raw_model", content["model"]))
     state.optimizer.load_state_dict(content["optimizer"])
     state.scaler.load_state_dict(content["scaler"])
     if state.average is not None:
         state.average.module.load_state_dict(content["model"])
         state.average.n_averaged.fill_(content.get("averaged", 0))
-    state.epoch, state.batch, state.step = content["epoch"], content["batch"], content["step"]
+    state.epoch = content["epoch"]
+    state.batch = content["batch"]
+    state.step = content["step"]
 
 
-def save(folder: Path, content: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(folder: Path, content: dict[str, Any], keep: int) -> Path:
     """Write a checkpoint, then delete all but the newest `keep`.
 
     Raises:
@@ -93,97 +106,92 @@ def save(folder: Path, content: dict[str, Any], keep: int) -> Path:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     path = folder / f"step-{content['step']:08d}-{_digest(buffer.getbuffer())}.pt"
-    partial = folder / f".partial-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        _sync_folder(folder)
+        with replacing(path, durable=True) as partial:
+            partial.write_bytes(buffer.getbuffer())
     except OSError as error:
         raise OSError(f"cannot write a checkpoint into {folder}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-    for old in find(folder)[keep:]:
-        if old != path:
-            old.unlink(missing_ok=True)
+
+    for older_path in list_checkpoints(folder)[keep:]:
+        if older_path != path:
+            older_path.unlink(missing_ok=True)
     return path
 
 
-def find(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a folder, newest first."""
     if not folder.is_dir():
         return []
-    named = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(named, key=lambda item: (item[0], item[1].stat().st_mtime_ns), reverse=True)]
+    paths = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(paths, key=_age_key, reverse=True)
 
 
-def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
+def newest_checkpoint(folder: Path, report_damaged: Callable[[str], None]) -> Path | None:
     """Return the newest checkpoint that is whole, or None if there is none.
 
     Args:
         folder: where checkpoints are.
-        say: is told of every damaged file that is passed over.
+        report_damaged: is called with a message about every damaged file that is passed over.
 
     Raises:
         ValueError: there are checkpoints, and all are damaged.
     """
-    paths = find(folder)
+    paths = list_checkpoints(folder)
     for path in paths:
-        if _digest(path.read_bytes()) == _NAME.fullmatch(path.name)[2]:
+        if _digest(path.read_bytes()) == _parse_name(path)["digest"]:
             return path
-        say(f"checkpoint {path} is damaged ({path.stat().st_size} bytes do not match its hash): taking the one before")
+        size = path.stat().st_size
+        report_damaged(f"checkpoint {path} is damaged ({size} bytes do not match its hash): taking the one before")
     if paths:
         raise ValueError(f"all {len(paths)} checkpoints in {folder} are damaged; delete the folder to start again")
     return None
 
 
-def load_newest(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """Return the content of the newest whole checkpoint, or None if there is none; set damaged newer ones aside.
+def load_newest_checkpoint(folder: Path, report_damaged: Callable[[str], None]) -> dict[str, Any] | None:
+    """Return the content of the newest whole checkpoint, or None if there is none; rename damaged newer ones.
 
     Args:
-        folder, say: see `newest`.
+        folder: where checkpoints are.
+        report_damaged: see `newest_checkpoint`.
 
     Raises:
         ValueError: there are checkpoints, and all are damaged.
     """
-    path = newest(folder, say)
-    if path is None:
+    newest_path = newest_checkpoint(folder, report_damaged)
+    if newest_path is None:
         return None
-    for damaged in itertools.takewhile(lambda other: other != path, find(folder)):
-        damaged.rename(damaged.with_suffix(".damaged"))
-    return load(path)
+    for damaged_path in itertools.takewhile(lambda path: path != newest_path, list_checkpoints(folder)):
+        damaged_path.rename(damaged_path.with_suffix(".damaged"))
+    return load_checkpoint(newest_path)
 
 
-def load(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path) -> dict[str, Any]:
     """Return the content of a checkpoint, on the CPU."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return content
 
 
-def mark(path: Path, name: str = BEST) -> None:
-    """Let `name` beside `path` be this checkpoint, whatever becomes of `path`."""
-    partial = path.with_name(f".{name}.{os.getpid()}")
-    try:
+def mark_best(path: Path) -> None:
+    """Make this checkpoint also `best.pt` of its folder, where it stays when `path` is deleted."""
+    with replacing(path.with_name(BEST)) as partial:
         try:
             os.link(path, partial)
         except OSError:  # a file system without hard links
             shutil.copyfile(path, partial)
-        partial.replace(path.with_name(name))
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def _parse_name(path: Path) -> dict[str, str]:
+    """Return step and digest in the name of a checkpoint."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None, path
+    return match.groupdict()
+
+
+def _age_key(path: Path) -> tuple[int, int]:
+    """Sort by step; of two files of one step, the younger is the newer one."""
+    return int(_parse_name(path)["step"]), path.stat().st_mtime_ns
 
 
 def _digest(content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name as durable as the bytes behind it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

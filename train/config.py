@@ -1,18 +1,30 @@
-"""What a run is: frozen dataclasses, the presets, and the command line that overrides them."""
+"""What a run is: frozen dataclasses with the values of a run, the presets, and the checks of these values."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
+from tyro.conf import Suppress, arg
 
 from detector import FasterRCNNConfig
+from detector.model.config import RENAMED_FIELDS
 
-BASE_BATCH = 16  # `optim.lr` is meant for this many images per step
+BASE_BATCH_SIZE = 16  # `optim.lr` is meant for this many images per step
+MAX_BROKEN_SHARE = 0.01  # a run stops when a larger share of the images cannot be read
+
+RENAMED = {"data.batch": "data.batch_size"} | {
+    f"model.{old_name}": f"model.{new_name}" for old_name, new_name in RENAMED_FIELDS.items()
+}
+"""Former name of a value -> its name in `Config`, for command lines and `config.json` files of earlier versions."""
+
+REMOVED = {
+    "eval_overlap": "an evaluation is counted before the next epoch starts",
+    "evaluator": "faster-coco-eval counts wherever it is installed, pycocotools elsewhere",
+}
+"""Former values without an effect -> what happens now. Flags with these names are accepted and say so."""
+
 PresetName = Literal["coco-1x", "small", "tiny"]
 
 
@@ -32,13 +44,13 @@ class DataConfig:
     """Folder of the validation images, below root."""
     limit: int = 0
     """Use only the first so many images of either split; 0 uses all."""
-    batch: int = 2
+    batch_size: int = 2
     """Images per process and step."""
     workers: int = 4
     """Processes per training process that decode and resize; 0 does it in the training process."""
-    flip: float = 0.5
-    """Probability of a horizontal flip."""
-    short_sides: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="(default: empty)")] = ()
+    flip: Suppress[float] = 0.5
+    """Probability of a horizontal flip. Python only."""
+    short_sides: Annotated[tuple[int, ...], arg(help_behavior_hint="(default: empty)")] = ()
     """Multi-scale training: the short side of an image is drawn from these; empty keeps model.image_scale."""
 
 
@@ -50,16 +62,16 @@ class OptimConfig:
     """Update rule."""
     lr: float = 0.02
     """Learning rate at 16 images per step; it is scaled linearly to the batch of the run."""
-    offset_lr: float = 1.0
-    """Learning rate of the layers that predict offsets and masks, as a share of lr; the recipe has 1."""
+    offset_lr: Suppress[float] = 1.0
+    """Learning rate of the layers that predict offsets and masks, as a share of lr; the recipe has 1. Python only."""
     momentum: float = 0.9
     """Momentum of sgd; first beta of adamw."""
     weight_decay: float = 1e-4
     """On every trained parameter."""
     warmup: int = 500
     """Steps over which the learning rate rises linearly."""
-    warmup_factor: float = 0.001
-    """Where the rise starts, as a share of the learning rate."""
+    warmup_factor: Suppress[float] = 0.001
+    """Where the rise starts, as a share of the learning rate. Python only."""
     schedule: Literal["steps", "cosine"] = "steps"
     """Fall at the milestones, or by a half cosine down to zero over the run."""
     milestones: tuple[int, ...] = (8, 11)
@@ -86,10 +98,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Train Faster R-CNN with deformable convolutions, evaluate it and leave pictures.
-
-    The same command with the same --out goes on where the run stopped.
-    """
+    """Everything that decides a run. `train.main.run` takes one, the command line builds one."""
 
     preset: PresetName = "coco-1x"
     """Values every other flag starts from: the published recipe, a run for a CPU, a smoke test."""
@@ -107,10 +116,6 @@ class Config:
     """Evaluate --weights, or the newest checkpoint of --out, and stop; the results go to --out."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
-    eval_overlap: int = 1000
-    """Validation images from which on an evaluation is counted while the next epoch trains; 0 never does."""
-    evaluator: Literal["pycocotools", "faster"] = "pycocotools"
-    """What counts: pycocotools, or faster-coco-eval, which gives the same numbers in a seventh of the time."""
     log_every: int = 50
     """Steps between readings of the losses: on a GPU every reading waits for the device."""
     pictures: int = 8
@@ -126,27 +131,50 @@ class Config:
     timeout: float = 600.0
     """Seconds a process waits for the others before it gives up."""
     data: DataConfig = field(default_factory=DataConfig)
-    model: FasterRCNNConfig = field(default_factory=FasterRCNNConfig)
+    model: Suppress[FasterRCNNConfig] = field(default_factory=FasterRCNNConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
+    @property
+    def folder(self) -> Path:
+        """`out`, or runs/PRESET without it."""
+        if self.out is None:
+            return Path("runs") / self.preset
+        return self.out
 
-_SCRATCH = FasterRCNNConfig(
-    depth=18, base_channels=32, norm="gn", norm_eval=False, frozen_stages=-1, fpn_channels=64, fc_channels=256,
-    rpn_batch_size=128, rpn_pre_nms_top_n=(500, 300), rpn_post_nms_top_n=200, roi_batch_size=64, image_scale=(256, 256),
-)  # fmt: skip
 
-PRESETS: dict[str, Config] = {
+_FROM_SCRATCH = FasterRCNNConfig(
+    depth=18,
+    base_channels=32,
+    norm="gn",
+    norm_eval=False,
+    frozen_stages=-1,
+    fpn_channels=64,
+    fc_channels=256,
+    rpn_batch_size=128,
+    rpn_pre_nms_top_n=(500, 300),
+    rpn_post_nms_top_n=200,
+    roi_batch_size=64,
+    image_scale=(256, 256),
+)
+
+PRESETS: dict[PresetName, Config] = {
     "coco-1x": Config(),
     "small": Config(
         preset="small",
         epochs=8,
         eval_every=2,
         log_every=1,
-        data=DataConfig(batch=4, workers=1),
-        model=_SCRATCH,
+        data=DataConfig(batch_size=4, workers=1),
+        model=_FROM_SCRATCH,
         optim=OptimConfig(
-            name="adamw", lr=4e-3, offset_lr=0.1, weight_decay=0.05, warmup=50, schedule="cosine", clip_grad=5.0
+            name="adamw",
+            lr=4e-3,
+            offset_lr=0.1,
+            weight_decay=0.05,
+            warmup=50,
+            schedule="cosine",
+            clip_grad=5.0,
         ),
         checkpoint=CheckpointConfig(every=100),
     ),
@@ -155,47 +183,42 @@ PRESETS: dict[str, Config] = {
         epochs=1,
         log_every=1,
         pictures=2,
-        data=DataConfig(batch=2, workers=0, limit=8),
-        model=replace(_SCRATCH, base_channels=16, fpn_channels=32, fc_channels=64, image_scale=(96, 96)),
+        data=DataConfig(batch_size=2, workers=0, limit=8),
+        model=replace(_FROM_SCRATCH, base_channels=16, fpn_channels=32, fc_channels=64, image_scale=(96, 96)),
         optim=OptimConfig(lr=0.02, warmup=4, clip_grad=10.0),
         checkpoint=CheckpointConfig(every=2),
     ),
 }
 
 
-def parse(argv: Sequence[str], *, gpu: bool, processes: int = 1, quiet: bool = False) -> Config:
-    """Turn a command line into a configuration.
-
-    The preset is read first, then every other flag overrides one of its values. A flag that does not exist ends the
-    program with exit status 2 and the names of the nearest ones.
+def complete(config: Config, *, gpu: bool, processes: int = 1) -> Config:
+    """Check the values of a configuration and fill in the folder of the run.
 
     Args:
-        argv: arguments without the program's name.
-        gpu: whether there is one; it decides the preset where none is named.
+        config: of the run.
+        gpu: whether there is one.
         processes: of the run.
-        quiet: print nothing, for all but one of several processes.
+
+    Returns:
+        The same configuration with `out`.
 
     Raises:
-        SystemExit: help was asked for, or the command line is wrong.
-        ValueError: a value is out of its range; the message names the flag.
+        ValueError: a value is out of its range, or values contradict each other; the message names the flag.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="coco-1x" if gpu else "small", nargs="?")
-    name = first.parse_known_args(argv)[0].preset
-    default = PRESETS.get(name, PRESETS["small"])
-    config = tyro.cli(Config, default=default, args=list(argv), prog="train/main.py", console_outputs=not quiet)
     if config.out is None:
         if config.eval_only and config.weights:
-            raise ValueError("--eval-only with --weights needs --out, a folder for the results")
-        config = replace(config, out=Path("runs") / config.preset)
-    _check(config)
+            raise ValueError("--eval-only with --weights: expected --out, a folder for the results, got none")
+        config = replace(config, out=config.folder)
+
+    _check_ranges(config)
     _check_norm(config, gpu, processes)
     return config
 
 
-def as_dict(config: Any) -> dict[str, Any]:
+def as_dict(config: Config | FasterRCNNConfig) -> dict[str, Any]:
     """Return a configuration as nested dicts of plain values: what JSON and a checkpoint can hold."""
-    return _plain(asdict(config))
+    values: dict[str, Any] = _plain(asdict(config))
+    return values
 
 
 def _plain(value: Any) -> Any:
@@ -203,62 +226,81 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    if isinstance(value, Path):
+        return str(value)
+    return value
 
 
-def _check(config: Config) -> None:
+def _check_ranges(config: Config) -> None:
     """Raise ValueError for a value that cannot be meant."""
-    data, optim = config.data, config.optim
-    least = {
-        "epochs": (config.epochs, 1),
-        "max-steps": (config.max_steps, 0),
-        "seed": (config.seed, 0),
-        "eval-every": (config.eval_every, 1),
-        "eval-overlap": (config.eval_overlap, 0),
-        "log-every": (config.log_every, 1),
-        "pictures": (config.pictures, 0),
-        "data.batch": (data.batch, 1),
-        "data.workers": (data.workers, 0),
-        "data.limit": (data.limit, 0),
-        "optim.accumulate": (optim.accumulate, 1),
-        "optim.warmup": (optim.warmup, 0),
-        "optim.clip-grad": (optim.clip_grad, 0),
-        "checkpoint.every": (config.checkpoint.every, 0),
-        "checkpoint.keep": (config.checkpoint.keep, 1),
+    data = config.data
+    optim = config.optim
+
+    lower_bounds = {
+        "--epochs": (config.epochs, 1),
+        "--max-steps": (config.max_steps, 0),
+        "--seed": (config.seed, 0),
+        "--eval-every": (config.eval_every, 1),
+        "--log-every": (config.log_every, 1),
+        "--pictures": (config.pictures, 0),
+        "--data.batch-size": (data.batch_size, 1),
+        "--data.workers": (data.workers, 0),
+        "--data.limit": (data.limit, 0),
+        "--optim.accumulate": (optim.accumulate, 1),
+        "--optim.warmup": (optim.warmup, 0),
+        "--optim.clip-grad": (optim.clip_grad, 0),
+        "--checkpoint.every": (config.checkpoint.every, 0),
+        "--checkpoint.keep": (config.checkpoint.keep, 1),
     }
-    for flag, (value, bound) in least.items():
+    for flag, (value, bound) in lower_bounds.items():
         if value < bound:
-            raise ValueError(f"--{flag} must be at least {bound}, got {value}")
-    for flag, value in {"optim.lr": optim.lr, "timeout": config.timeout}.items():
+            raise ValueError(f"{flag}: expected at least {bound}, got {value}")
+
+    positive = {"--optim.lr": optim.lr, "--timeout": config.timeout}
+    for flag, value in positive.items():
         if not value > 0:
-            raise ValueError(f"--{flag} must be above 0, got {value}")
-    for flag, value in {
+            raise ValueError(f"{flag}: expected more than 0, got {value}")
+
+    shares = {
         "data.flip": data.flip,
-        "optim.ema": optim.ema,
-        "optim.momentum": optim.momentum,
-        "optim.offset-lr": optim.offset_lr,
-    }.items():
+        "--optim.ema": optim.ema,
+        "--optim.momentum": optim.momentum,
+        "optim.offset_lr": optim.offset_lr,
+    }
+    for flag, value in shares.items():
         if not 0 <= value <= 1:
-            raise ValueError(f"--{flag} must lie in 0..1, got {value}")
+            raise ValueError(f"{flag}: expected 0 to 1, got {value}")
+
     if any(side < 32 for side in data.short_sides):
-        raise ValueError(f"--data.short-sides must be at least 32, got {data.short_sides}")
+        raise ValueError(f"--data.short-sides: expected at least 32, got {data.short_sides}")
 
 
 def _check_norm(config: Config, gpu: bool, processes: int) -> None:
-    """Raise ValueError where --model.norm syncbn has nothing to synchronize or no GPU to do it, or bn would need it."""
-    if config.model.norm == "gn" or config.eval_only:
+    """Raise ValueError where --model.norm syncbn cannot synchronize anything, or where bn would have to."""
+    model = config.model
+    if config.eval_only or model.norm == "gn":
         return
-    if config.model.norm == "bn":
-        if processes > 1 and not config.model.norm_eval:
+
+    if model.norm == "bn":
+        if processes > 1 and not model.norm_eval:
             raise ValueError(
-                f"--model.no-norm-eval with --model.norm bn gives each of {processes} processes statistics of its own; "
-                "take --model.norm syncbn (GPUs) or gn"
+                f"--model.no-norm-eval: expected --model.norm syncbn (on GPUs) or gn with {processes} processes, "
+                "got bn: each process would have statistics of its own"
             )
         return
-    flag = "--model.norm syncbn needs"
-    if config.model.norm_eval:
-        raise ValueError(f"{flag} --model.no-norm-eval: statistics that are kept need no synchronizing")
-    if config.model.frozen_stages == 4:
-        raise ValueError(f"{flag} --model.frozen-stages below 4: all stages are frozen, and their statistics kept")
+
+    if model.norm_eval:
+        raise ValueError(
+            "--model.norm syncbn: expected --model.no-norm-eval, got --model.norm-eval: "
+            "statistics that are kept need no synchronizing"
+        )
+    if model.frozen_stages == 4:
+        raise ValueError(
+            "--model.norm syncbn: expected --model.frozen-stages below 4, got 4: "
+            "all stages are frozen and keep their statistics"
+        )
     if processes > 1 and (config.device == "cpu" or not gpu):
-        raise ValueError(f"{flag} GPUs for {processes} processes; without, --model.norm gn trains from scratch")
+        raise ValueError(
+            f"--model.norm syncbn: expected GPUs for {processes} processes, got CPUs: "
+            "--model.norm gn trains from scratch without a GPU"
+        )

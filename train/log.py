@@ -1,191 +1,257 @@
-"""What a run tells while it works: a progress line, metrics.jsonl, TensorBoard; the alarm for bad losses and images."""
+"""What a run records while it trains: losses on the progress line, in metrics.jsonl and in TensorBoard.
+
+Training stops here when a loss is not finite, or when too many images cannot be read.
+"""
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
+from train.config import MAX_BROKEN_SHARE
 from train.data.collate import LoadedBatch
 from train.distributed import World
+from train.progress import print_above_progress, training_progress
+from train.run_folder import RunFolder
 
-BROKEN_SHARE = 0.01  # of the images may be unreadable
+
+@dataclass(frozen=True)
+class StepLosses:
+    """The losses of one step on this process.
+
+    Attributes:
+        step: number of the step, from 1.
+        epoch: number of its epoch, from 1.
+        lr: learning rate of the step.
+        values: (losses,) float64 on the device.
+        image_ids: of the images of the step.
+    """
+
+    step: int
+    epoch: int
+    lr: float
+    values: Tensor
+    image_ids: list[int]
+
+
+class LossBuffer:
+    """Keeps losses on the device and reads them back together, because every reading waits for a GPU.
+
+    Attributes:
+        names: of the losses.
+        steps: since the last `clear`.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.steps: list[StepLosses] = []
+        self._values: Tensor | None = None
+        self._image_ids: list[int] = []
+
+    def add_batch(self, losses: dict[str, Tensor], share: float, image_ids: list[int]) -> None:
+        """Add the losses of a batch that makes up `share` of its step."""
+        self.names = list(losses)
+        values = torch.stack([loss.detach().double() for loss in losses.values()]) * share
+        self._values = values if self._values is None else self._values + values
+        self._image_ids += image_ids
+
+    def end_step(self, step: int, epoch: int, lr: float) -> None:
+        """Close a step, of which at least one batch was added."""
+        assert self._values is not None
+        self.steps.append(StepLosses(step, epoch, lr, self._values, self._image_ids))
+        self._values = None
+        self._image_ids = []
+
+    def read(self) -> Tensor:
+        """Return the losses of all steps, (steps, losses) float64 on the CPU.
+
+        Raises:
+            FloatingPointError: a loss is not finite; names it, the step and the images.
+        """
+        values = torch.stack([step.values for step in self.steps]).cpu()
+        positions = (~values.isfinite()).nonzero()
+        if len(positions):
+            row, column = positions[0].tolist()
+            step = self.steps[row]
+            raise FloatingPointError(
+                f"{self.names[column]} is {values[row, column].item()} at step {step.step} "
+                f"(epoch {step.epoch}), images {', '.join(map(str, step.image_ids))}; "
+                "the last checkpoint is from before. Try a lower --optim.lr, or --optim.clip-grad"
+            )
+        return values
+
+    def count_images(self) -> int:
+        """Return how many images the steps had on this process."""
+        return sum(len(step.image_ids) for step in self.steps)
+
+    def clear(self) -> None:
+        """Forget the steps."""
+        self.steps.clear()
 
 
 class TrainLog:
-    """Collects every step's losses on the device and reads them back together, once every few steps.
+    """Writes what happens in a run. Losses are means over the processes, and rank 0 writes.
 
     Args:
-        path: metrics.jsonl to append to.
-        events: folder of the TensorBoard events.
-        world: the processes; losses are means over them, and the first one writes.
-        every: steps between readings.
-        steps: of the whole run, for the time that is left; step: where it starts.
-        images: in the training split.
+        run: folder with metrics.jsonl and the TensorBoard events; it must exist.
+        world: the processes.
+        interval: steps between readings of the losses.
+        total_steps: of the whole run, for the time that is left.
+        first_step: steps that are finished already.
+        num_images: in the training split.
     """
 
-    def __init__(self, path: Path, events: Path, world: World, every: int, steps: int, step: int, images: int):
-        self.world, self.every, self.images = world, every, images
-        self._file = path.open("a") if world.first else None
-        self._events = SummaryWriter(str(events), purge_step=step + 1) if world.first else None
-        self._bar = tqdm(
-            desc="starting", total=steps, initial=step, disable=not world.first, mininterval=pause(),
-            ncols=80, dynamic_ncols=sys.stderr.isatty(),
-            bar_format="{desc} {n_fmt}/{total_fmt} {elapsed}<{remaining} |{bar}|",
-        )  # fmt: skip
-        self._names: list[str] = []
-        self._steps: list[dict[str, Any]] = []
-        self._sum: Tensor | None = None
-        self._ids: list[int] = []
-        self._broken: set[int] = set()
+    def __init__(
+        self, run: RunFolder, world: World, *, interval: int, total_steps: int, first_step: int, num_images: int
+    ):
+        self.run = run
+        self.world = world
+        self.interval = interval
+        self.num_images = num_images
+        self._losses = LossBuffer()
+        self._unreadable: set[int] = set()  # image ids of this epoch
+        self._events: SummaryWriter | None = None
+        if world.is_main:
+            run.metrics.touch()
+            # Events after first_step are from steps that will be taken again: TensorBoard hides them.
+            self._events = SummaryWriter(str(run.path), purge_step=first_step + 1)
+        self._progress = training_progress(total_steps, first_step, enabled=world.is_main)
         self._restart_clock()
 
-    def say(self, text: str) -> None:
-        """Print a line without disturbing the progress line; the first process only."""
-        if self.world.first:
-            self._bar.write(text, file=sys.stderr)
+    def print(self, text: str) -> None:
+        """Print a line above the progress line; rank 0 only."""
+        if self.world.is_main:
+            print_above_progress(text)
 
-    def watch(self, batches: Iterable[LoadedBatch]) -> Iterator[LoadedBatch]:
-        """Pass batches on; measure the time spent waiting for them and name what could not be read."""
+    def start_epoch(self) -> None:
+        """Count unreadable images from zero again."""
+        self._unreadable.clear()
+
+    def watch_loading(self, batches: Iterable[LoadedBatch]) -> Iterator[LoadedBatch]:
+        """Pass batches on; measure the time spent waiting for them and print which images could not be read."""
         self._restart_clock()
         iterator = iter(batches)
         while True:
-            begin = time.perf_counter()
+            wait_start = time.perf_counter()
             loaded = next(iterator, None)
-            self._waited += time.perf_counter() - begin
+            self._wait_seconds += time.perf_counter() - wait_start
             if loaded is None:
                 return
             for image_id, reason in loaded.unreadable.items():
-                if image_id not in self._broken:
-                    self._bar.write(f"skipped image {image_id}: {reason}", file=sys.stderr)
-                self._broken.add(image_id)
+                if image_id not in self._unreadable:
+                    print_above_progress(f"skipped image {image_id}: {reason}")
+                self._unreadable.add(image_id)
             yield loaded
 
     def add_batch(self, losses: dict[str, Tensor], share: float, image_ids: list[int]) -> None:
         """Add the losses of a batch that makes up `share` of its step."""
-        self._names = list(losses)
-        values = torch.stack([loss.detach().double() for loss in losses.values()]) * share
-        self._sum = values if self._sum is None else self._sum + values
-        self._ids += image_ids
+        self._losses.add_batch(losses, share, image_ids)
 
-    def end_step(self, step: int, epoch: int, rate: float) -> None:
+    def end_step(self, step: int, epoch: int, lr: float) -> None:
         """Close step number `step` (from 1) of epoch number `epoch` (from 1)."""
-        about = {"step": step, "epoch": epoch, "lr": rate}
-        self._steps.append({"about": about, "losses": self._sum, "image_ids": self._ids})
-        self._sum, self._ids = None, []
-        if len(self._steps) == self.every:
+        self._losses.end_step(step, epoch, lr)
+        if len(self._losses.steps) == self.interval:
             self.flush()
 
     def flush(self) -> None:
-        """Read the losses of the steps since the last reading, check them and write them down.
+        """Read the losses of the steps since the last reading, check them and write them.
 
         Raises:
             FloatingPointError: a loss is not finite; names it, the step and the images.
             ValueError: more than one percent of the images of this epoch could not be read.
         """
-        if not self._steps:
+        steps = self._losses.steps
+        if not steps:
             return
-        values = torch.stack([step["losses"] for step in self._steps]).cpu()
-        self._check_losses(values)
-        self._check_images()
+        values = self._losses.read()
+        self._check_unreadable_images()
         values = self.world.mean(values)
-        elapsed = time.perf_counter() - self._begin
-        seconds = elapsed / len(self._steps)
-        images = self.world.sum(sum(len(step["image_ids"]) for step in self._steps))
-        speed = {
-            "seconds": seconds,
-            "images_per_second": images / elapsed,
-            "data_wait": self._waited / elapsed,
-            "memory_mib": _memory_mib(),
-        }
-        if self._file:
-            for step, row in zip(self._steps, values.tolist(), strict=True):
-                losses = dict(zip(self._names, row, strict=True))
-                self._write({**step["about"], **losses, "loss": sum(row), **speed})
-            self._show(values.mean(0).tolist(), speed)
-        self._bar.update(len(self._steps))
-        self._steps.clear()
+        speed = self._measure_speed()
+
+        if self.world.is_main:
+            lines = []
+            for step, row in zip(steps, values.tolist(), strict=True):
+                losses = dict(zip(self._losses.names, row, strict=True))
+                position = {"step": step.step, "epoch": step.epoch, "lr": step.lr}
+                lines.append({**position, **losses, "loss": sum(row), **speed})
+            self.run.append_metrics(*lines)
+            self._show(steps[-1], values.mean(0).tolist(), speed)
+
+        self._progress.update(len(steps))
+        self._losses.clear()
         self._restart_clock()
 
-    def evaluation(self, step: int, line: dict[str, Any]) -> None:
+    def add_evaluation(self, step: int, line: dict[str, Any]) -> None:
         """Show the numbers of an evaluation in TensorBoard."""
-        if self._events:
-            for name, value in line.items():
-                if isinstance(value, float):
-                    self._events.add_scalar(f"evaluation/{name}", value, step)
+        if self._events is None:
+            return
+        for name, value in line.items():
+            if isinstance(value, float):
+                self._events.add_scalar(f"evaluation/{name}", value, step)
 
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+    def add_picture(self, name: str, image: np.ndarray, step: int) -> None:
         """Show an RGB image (H, W, 3) uint8 in TensorBoard."""
-        if self._events:
+        if self._events is not None:
             self._events.add_image(name, image, step, dataformats="HWC")
 
-    def new_epoch(self) -> None:
-        """Begin to count unreadable images anew."""
-        self._broken.clear()
-
     def close(self) -> None:
-        """Finish the files and the progress line."""
-        self._bar.close()
-        if self._file:
-            self._file.close()
+        """Finish the TensorBoard events and the progress line."""
+        self._progress.close()
+        if self._events is not None:
             self._events.close()
 
-    def _check_losses(self, values: Tensor) -> None:
-        bad = (~values.isfinite()).nonzero()
-        if len(bad):
-            row, column = bad[0].tolist()
-            step = self._steps[row]
-            raise FloatingPointError(
-                f"{self._names[column]} is {values[row, column].item()} at step {step['about']['step']} "
-                f"(epoch {step['about']['epoch']}), images {', '.join(map(str, step['image_ids']))}; "
-                "the last checkpoint is from before. Try a lower --optim.lr, or --optim.clip-grad"
-            )
-
-    def _check_images(self) -> None:
-        broken = self.world.sum(len(self._broken))
-        if broken > BROKEN_SHARE * self.images:
+    def _check_unreadable_images(self) -> None:
+        count = self.world.sum(len(self._unreadable))
+        if count > MAX_BROKEN_SHARE * self.num_images:
             raise ValueError(
-                f"{broken} of {self.images} training images could not be read, more than {BROKEN_SHARE:.0%}: "
+                f"{count} of {self.num_images} training images could not be read, more than {MAX_BROKEN_SHARE:.0%}: "
                 "see the lines 'skipped image' above"
             )
 
-    def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+    def _measure_speed(self) -> dict[str, float]:
+        """Return speed and memory of the steps since the last reading."""
+        seconds = time.perf_counter() - self._start
+        images = self.world.sum(self._losses.count_images())
+        return {
+            "seconds": seconds / len(self._losses.steps),
+            "images_per_second": images / seconds,
+            "data_wait": self._wait_seconds / seconds,
+            "memory_mib": _peak_memory_mib(),
+        }
 
-    def _show(self, losses: list[float], speed: dict[str, float]) -> None:
-        about = self._steps[-1]["about"]
-        for name, value in {**dict(zip(self._names, losses, strict=True)), "loss": sum(losses)}.items():
-            self._events.add_scalar(f"loss/{name}", value, about["step"])
-        for name, value in {"lr": about["lr"], **speed}.items():
-            self._events.add_scalar(f"run/{name}", value, about["step"])
-        self._bar.set_description_str(
-            f"epoch {about['epoch']} loss {sum(losses):.3f} lr {about['lr']:.2g} "
-            f"{speed['images_per_second']:.1f} img/s data {speed['data_wait']:.0%}",
-            refresh=False,
+    def _show(self, last_step: StepLosses, mean_losses: list[float], speed: dict[str, float]) -> None:
+        """Write TensorBoard events and the progress line; rank 0 only."""
+        assert self._events is not None
+        total = sum(mean_losses)
+        for name, value in zip(self._losses.names, mean_losses, strict=True):
+            self._events.add_scalar(f"loss/{name}", value, last_step.step)
+        self._events.add_scalar("loss/loss", total, last_step.step)
+        for name, value in {"lr": last_step.lr, **speed}.items():
+            self._events.add_scalar(f"run/{name}", value, last_step.step)
+
+        text = (
+            f"epoch {last_step.epoch} loss {total:.3f} lr {last_step.lr:.2g} "
+            f"{speed['images_per_second']:.1f} img/s data {speed['data_wait']:.0%}"
         )
+        self._progress.set_description_str(text, refresh=False)
 
     def _restart_clock(self) -> None:
-        self._begin, self._waited = time.perf_counter(), 0.0
+        self._start = time.perf_counter()
+        self._wait_seconds = 0.0
 
 
-def pause() -> float:
-    """Return the seconds between two refreshes of a progress line; a log file gets a line now and then."""
-    return 0.2 if sys.stderr.isatty() else 30.0
-
-
-def _memory_mib() -> float:
+def _peak_memory_mib() -> float:
     """Return the largest memory so far: of the GPU if there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10)
+    units_per_mib = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_mib

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -72,7 +73,7 @@ def train_one_epoch(
         torch.manual_seed(_combine_seeds(seed, state.step, rank))
         with _gradient_exchange(network, enabled=is_last_of_step), autocast(device, amp):
             losses = network(loaded.batch)
-            total_loss = sum(losses.values(), start=torch.zeros((), device=device))
+            total_loss = functools.reduce(torch.add, losses.values())
             state.scaler.scale(total_loss * share).backward()
         log.add_batch(losses, share, loaded.image_ids)
         state.batch += 1

@@ -1,10 +1,12 @@
 """Train Faster R-CNN with deformable convolutions: `python train/main.py`, or the same file under torchrun.
 
-Reads from top to bottom: parse, join the other processes, data, model, resume, then train, save and evaluate.
+`train` reads from top to bottom: data, model, resume, then for each epoch train, save, evaluate. From Python, `run`
+takes a `Config`.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -12,185 +14,270 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # find the packages from any folder; this one's files must not pass for top-level modules
+if __name__ == "__main__":
+    # Find the packages from any folder. The files of this folder must not be found as top-level modules.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+    from triton_dcn.extras import require_extra
+
+    require_extra("train")  # before the imports below stop at the first package that is missing
 
 import torch
 
 import detector
 from detector.weights.checkpoint import read_checkpoint
-from train import errors, report
-from train.build import build, check_weights, open_split, resume
-from train.checkpoint import TrainState, find, mark, newest, pack, save
-from train.config import Config, as_dict, parse
-from train.counting import Counting
+from train import report
+from train.build import build, check_weights_exist, open_split, resume
+from train.checkpoint import TrainState, list_checkpoints, mark_best, newest_checkpoint, save_checkpoint, to_checkpoint
+from train.command_line import parse
+from train.config import Config, as_dict, complete
 from train.data.coco_dataset import CocoDetection
 from train.data.loader import training_loader
 from train.data.samplers import AspectRatioBatchSampler
-from train.distributed import Interrupted, StopRequest, World, announced, join, leave
-from train.evaluation.coco_metrics import evaluator_classes
-from train.evaluation.validation import count, detect
+from train.distributed import World, join_processes, leave_processes, world_size_from_environment
+from train.errors import report_error
+from train.evaluation.evaluate import evaluate
 from train.log import TrainLog
 from train.loop import train_one_epoch
 from train.run_folder import RunFolder, provenance
 from train.schedule import Schedule
+from train.signals import Interrupted, StopRequest
 
 
 def main() -> int:
     """Run the command line and return the exit status."""
-    world = out = None
+    config = None
+    world = None
     try:
-        quiet = os.environ.get("LOCAL_RANK", "0") != "0"
-        config = parse(sys.argv[1:], gpu=torch.cuda.is_available(), processes=announced(), quiet=quiet)
-        out = config.out
-        evaluator_classes(config.evaluator)  # what is missing is told before the others are waited for
-        world = join(config.device, config.timeout)
-        torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
-        (evaluate_only if config.eval_only else train)(config, world)
-        leave(world)
+        is_quiet = os.environ.get("LOCAL_RANK", "0") != "0"
+        gpu = torch.cuda.is_available()
+        config = parse(sys.argv[1:], gpu=gpu, processes=world_size_from_environment(), quiet=is_quiet)
+        world = join_processes(config.device, config.timeout)
+        run(config, world)
         status = 0
     except (Exception, KeyboardInterrupt) as error:
-        status = errors.report(error, world, out)
+        status = report_error(error, world, config.out if config else None)
     if world is not None and world.size > 1:
-        # Without Python's farewells: they wait for processes that are gone, and a thread of gloo that still has to let
-        # go of a tensor aborts in them.
+        # End without Python's cleanup. It would wait for processes that are gone, and a thread of gloo that still has
+        # to release a tensor aborts the process during it.
         sys.stdout.flush()
         os._exit(status)
     return status
 
 
+def run(config: Config, world: World | None = None) -> RunFolder:
+    """Train, or evaluate only, as the configuration says: what the command line does, for Python.
+
+        small = PRESETS["small"]
+        config = replace(small, out=Path("runs/birds"), data=replace(small.data, root=Path("birds")))
+        best = run(config).checkpoints / "best.pt"
+
+    Args:
+        config: of the run; `train.config.PRESETS` has some to start from.
+        world: the processes; None joins those that a launcher started, or runs alone.
+
+    Returns:
+        The folder of the run.
+
+    Raises:
+        Interrupted: a signal asked the run to stop. The same configuration goes on from there.
+        OSError, ValueError, FloatingPointError: what stops the run; the message says what to change.
+    """
+    if world is None:
+        world = join_processes(config.device, config.timeout)
+    config = complete(config, gpu=torch.cuda.is_available(), processes=world.size)
+    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+    if config.eval_only:
+        evaluate_only(config, world)
+    else:
+        train(config, world)
+    leave_processes(world)
+    return RunFolder(config.folder)
+
+
 def train(config: Config, world: World) -> None:
     """Train until the run has its epochs or steps; save and evaluate on the way."""
-    begin, stop = time.monotonic(), StopRequest(world)
-    scale, masks = config.model.image_scale, config.model.mask
-    train_set = open_split(config, world, "train", scale, masks=masks)
-    val_set = open_split(config, world, "val", scale, train_set.classes, masks=masks)
-    config = replace(config, model=replace(config.model, num_classes=len(train_set.classes)))
-    run = RunFolder(config.out)
-    notes = world.broadcast(run.claim(config, world.size) if world.first else None)
+    start = time.monotonic()
+    with StopRequest(world) as stop:
+        # Data. The training split decides how many classes the model has.
+        train_set = open_split(config, world, "train")
+        val_set = open_split(config, world, "val", train_set.classes)
+        config = replace(config, model=replace(config.model, num_classes=len(train_set.classes)))
+        is_portrait = train_set.heights > train_set.widths
+        sampler = AspectRatioBatchSampler(is_portrait, config.data.batch_size, config.seed, world.rank, world.size)
+        loader = training_loader(train_set, sampler, config.data.workers, world.device.type == "cuda")
 
-    state, network = build(config, world)
-    upright = train_set.heights > train_set.widths
-    batches = AspectRatioBatchSampler(upright, config.data.batch, config.seed, world.rank, world.size)
-    loader = training_loader(train_set, batches, config.data.workers, world.device.type == "cuda")
-    schedule = Schedule(config.optim, config.data.batch * world.size * config.optim.accumulate, config.epochs)
-    notes += resume(state, run, config, world, train_set.classes, len(batches))
-    if world.first:
-        print(report.before(config, world, state.model, train_set, val_set, schedule, len(batches), notes), flush=True)
+        # The folder of the run.
+        folder = RunFolder(config.folder)
+        notes = world.broadcast(folder.claim(config, world.size) if world.is_main else [])
 
-    steps_per_epoch = -(-len(batches) // config.optim.accumulate)
-    steps = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
-    log = TrainLog(run.metrics, run.path, world, config.log_every, steps, state.step, len(train_set))
-    about = {"config": as_dict(config.model), "run": as_dict(config), "classes": list(train_set.classes)}
-    about |= {"images_per_batch": config.data.batch * world.size, **provenance()}
-    counting = Counting(run, val_set, config.evaluator)
-    try:
-        if world.first:
-            counting.take_up(state.step)
-        while True:
-            if _evaluation_is_due(state, config, run, world, counting):
-                _record_counted(counting.wait(stop.check), counting, run, log)
-                _evaluate(state, val_set, config, world, run, log, stop, counting)
-            if _is_finished(state, config):
-                _record_counted(counting.wait(stop.check), counting, run, log)
-                break
-            batches.set_epoch(state.epoch, state.batch)
-            for step in train_one_epoch(
-                state, network, loader, schedule, log, batches_per_epoch=len(batches), seed=config.seed,
-                rank=world.rank, accumulate=config.optim.accumulate, clip_grad=config.optim.clip_grad, amp=config.amp,
-            ):  # fmt: skip
-                signal = stop.agreed()
-                regular = config.checkpoint.every and step % config.checkpoint.every == 0
-                if signal or regular or state.batch == 0 or _is_finished(state, config):
-                    log.flush()
-                    if world.first:
-                        save(run.checkpoints, pack(state, about), config.checkpoint.keep)
-                if signal:
-                    world.barrier()
-                    raise Interrupted(signal, f"after step {step}; its checkpoint is in {run.checkpoints}")
-                if _is_finished(state, config):
-                    break
-                if not stop.received:
-                    _record_counted(counting.collect(), counting, run, log)
-    finally:
-        counting.stop()
-        log.close()
-    if world.first:
-        print(report.after(run, time.monotonic() - begin), flush=True)
+        # Model, optimizer and learning rate; then the newest checkpoint, if there is one.
+        state, network = build(config, world)
+        images_per_step = config.data.batch_size * world.size * config.optim.accumulate
+        schedule = Schedule(config.optim, images_per_step, config.epochs)
+        notes += resume(state, folder, config, world, train_set.classes, len(sampler))
+        if world.is_main:
+            table = report.run_table(config, world, state.model, train_set, val_set, schedule, len(sampler), notes)
+            print(table, flush=True)
+
+        metadata = _checkpoint_metadata(config, world, train_set)
+        log = TrainLog(
+            folder,
+            world,
+            interval=config.log_every,
+            total_steps=_total_steps(config, len(sampler)),
+            first_step=state.step,
+            num_images=len(train_set),
+        )
+        try:
+            # An interruption may have left out the evaluation of the epoch that is finished.
+            _evaluate_if_due(state, val_set, config, world, folder, log, stop)
+            while not _is_finished(state, config):
+                sampler.set_epoch(state.epoch, state.batch)
+                for step in train_one_epoch(
+                    state,
+                    network,
+                    loader,
+                    schedule,
+                    log,
+                    batches_per_epoch=len(sampler),
+                    seed=config.seed,
+                    rank=world.rank,
+                    accumulate=config.optim.accumulate,
+                    clip_grad=config.optim.clip_grad,
+                    amp=config.amp,
+                ):
+                    stop_signal = stop.agreed()
+                    if stop_signal or _is_checkpoint_due(state, config):
+                        log.flush()
+                        if world.is_main:
+                            content = to_checkpoint(state, metadata)
+                            save_checkpoint(folder.checkpoints, content, config.checkpoint.keep)
+                    if stop_signal:
+                        world.barrier()
+                        position = f"after step {step}; its checkpoint is in {folder.checkpoints}"
+                        raise Interrupted(stop_signal, position)
+                    if _is_finished(state, config):
+                        break
+                _evaluate_if_due(state, val_set, config, world, folder, log, stop)
+        finally:
+            log.close()
+
+    if world.is_main:
+        print(report.summary(folder, time.monotonic() - start), flush=True)
 
 
 def evaluate_only(config: Config, world: World) -> None:
     """Evaluate --weights, or the newest checkpoint of --out."""
-    begin, run = time.monotonic(), RunFolder(config.out)
-    if config.weights:
-        check_weights(config.weights)
-    path = config.weights or world.broadcast(newest(run.checkpoints, print) if world.first else None)
-    if path is None:
-        raise ValueError(f"--eval-only needs --weights, or a checkpoint in {run.checkpoints}")
-    model, names = detector.load(path, world.device)
-    classes = names if read_checkpoint(path).classes else None
-    dataset = open_split(config, world, "val", model.config.image_scale, classes, masks=model.config.mask)
+    start = time.monotonic()
+    folder = RunFolder(config.folder)
+    path = _find_weights(config, world, folder)
+    model, class_names = detector.load(path, world.device)
+    config = replace(config, model=model.config)
+
+    has_class_names = bool(read_checkpoint(path).classes)
+    dataset = open_split(config, world, "val", class_names if has_class_names else None)
     if len(dataset.classes) != model.config.num_classes:
-        known = f"{path} knows {model.config.num_classes} classes"
-        raise ValueError(f"{known}, {dataset.annotation_file} has {len(dataset.classes)}")
-    run.path.mkdir(parents=True, exist_ok=True)
-    found = detect(model, dataset, config, world, run, lambda *_: None, lambda: None)
-    if world.first:
-        line = count(*found, dataset, run, config.evaluator)
-        run.append({"weights": str(path), **line})
-        print(report.evaluation(line), report.places(run), sep="\n\n")
-        print(f"took {report.duration(time.monotonic() - begin)}")
+        raise ValueError(
+            f"{path}: expected {len(dataset.classes)} classes, as in {dataset.annotation_file}, "
+            f"got {model.config.num_classes}"
+        )
+
+    folder.path.mkdir(parents=True, exist_ok=True)
+    metrics = evaluate(model, dataset, config, world, folder)
+    if metrics is None:
+        return  # not rank 0
+    folder.append_metrics({"weights": str(path), **metrics})
+    print(report.evaluation_tables(metrics), report.output_files(folder), sep="\n\n")
+    print(f"took {report.format_duration(time.monotonic() - start)}")
+
+
+def _find_weights(config: Config, world: World, folder: RunFolder) -> Path:
+    """Return the checkpoint that `evaluate_only` evaluates."""
+    if config.weights:
+        check_weights_exist(config.weights)
+        return config.weights
+    path = world.broadcast(newest_checkpoint(folder.checkpoints, print) if world.is_main else None)
+    if path is None:
+        raise ValueError(f"--eval-only: expected --weights, or a checkpoint in {folder.checkpoints}, got neither")
+    return path
+
+
+def _checkpoint_metadata(config: Config, world: World, train_set: CocoDetection) -> dict[str, Any]:
+    """Return what a checkpoint holds besides the state of the run."""
+    return {
+        "config": as_dict(config.model),
+        "run": as_dict(config),
+        "classes": list(train_set.classes),
+        "images_per_batch": config.data.batch_size * world.size,
+        **provenance(),
+    }
+
+
+def _total_steps(config: Config, batches_per_epoch: int) -> int:
+    """Return the steps of the whole run."""
+    steps_per_epoch = math.ceil(batches_per_epoch / config.optim.accumulate)
+    steps = config.epochs * steps_per_epoch
+    if config.max_steps:
+        steps = min(steps, config.max_steps)
+    return steps
 
 
 def _is_finished(state: TrainState, config: Config) -> bool:
-    return state.epoch >= config.epochs or 0 < config.max_steps <= state.step
+    if state.epoch >= config.epochs:
+        return True
+    return 0 < config.max_steps <= state.step
 
 
-def _evaluation_is_due(state: TrainState, config: Config, run: RunFolder, world: World, counting: Counting) -> bool:
-    """Tell whether this is a place for an evaluation, and it has not been made before an interruption."""
-    at_end_of_epoch = state.batch == 0 and state.epoch > 0 and state.epoch % config.eval_every == 0
-    steps = [counting.step, *(line["step"] for line in run.evaluations())] if world.first else []
-    known = world.broadcast(state.step in steps)
-    return (at_end_of_epoch or _is_finished(state, config)) and not known
+def _is_checkpoint_due(state: TrainState, config: Config) -> bool:
+    """Tell whether a checkpoint belongs here: at regular steps, at the end of an epoch and of the run."""
+    is_regular = config.checkpoint.every > 0 and state.step % config.checkpoint.every == 0
+    is_end_of_epoch = state.batch == 0
+    return is_regular or is_end_of_epoch or _is_finished(state, config)
 
 
-def _evaluate(
-    state: TrainState, dataset: CocoDetection, config: Config, world: World, run: RunFolder, log: TrainLog,
-    stop: StopRequest, counting: Counting,
-) -> None:  # fmt: skip
-    """Let the model as it is now detect, and count: at once, or beside the next epoch where that takes long."""
-    epoch = state.epoch + bool(state.batch)
-    found = detect(
-        state.evaluated, dataset, config, world, run, lambda name, picture: log.picture(name, picture, state.step),
-        stop.check,
-    )  # fmt: skip
-    if not world.first:
+def _is_evaluation_due(state: TrainState, config: Config, world: World, folder: RunFolder) -> bool:
+    """Tell whether an evaluation belongs here, and was not made before an interruption."""
+    is_end_of_epoch = state.batch == 0 and state.epoch > 0
+    belongs_here = (is_end_of_epoch and state.epoch % config.eval_every == 0) or _is_finished(state, config)
+    is_known = False
+    if world.is_main:
+        is_known = any(line["step"] == state.step for line in folder.evaluations())
+    return belongs_here and not world.broadcast(is_known)
+
+
+def _evaluate_if_due(
+    state: TrainState,
+    val_set: CocoDetection,
+    config: Config,
+    world: World,
+    folder: RunFolder,
+    log: TrainLog,
+    stop: StopRequest,
+) -> None:
+    """Evaluate the model as it is now, write the numbers, and keep its checkpoint if it is the best so far."""
+    if not _is_evaluation_due(state, config, world, folder):
         return
-    if 0 < config.eval_overlap <= len(dataset) and not _is_finished(state, config):
-        counting.begin(state.step, epoch, *found)
-        return
-    line = count(*found, dataset, run, config.evaluator)
-    _record({"step": state.step, "epoch": epoch, **line}, find(run.checkpoints)[0], run, log)
+    metrics = evaluate(
+        state.evaluated_model,
+        val_set,
+        config,
+        world,
+        folder,
+        show_picture=lambda name, picture: log.add_picture(name, picture, state.step),
+        check_stop=stop.check,
+    )
+    if metrics is None:
+        return  # not rank 0
 
-
-def _record_counted(line: dict[str, Any] | None, counting: Counting, run: RunFolder, log: TrainLog) -> None:
-    """Keep the numbers that were counted beside training, if they are there."""
-    if line is not None:
-        _record(line, counting.candidate, run, log)
-        counting.close_books()
-
-
-def _record(line: dict[str, Any], weights: Path, run: RunFolder, log: TrainLog) -> None:
-    """Keep the numbers of an evaluation, and the checkpoint they belong to if it is the best so far."""
-    best = max((before["AP"] for before in run.evaluations() if "AP" in before), default=-2.0)
-    if line.get("AP", -2.0) > best:
-        mark(weights)
-    run.append(line)
+    line = {"step": state.step, "epoch": state.epoch_number, **metrics}
+    best_ap_before = max((earlier["AP"] for earlier in folder.evaluations() if "AP" in earlier), default=-2.0)
+    if line.get("AP", -2.0) > best_ap_before:
+        mark_best(list_checkpoints(folder.checkpoints)[0])
+    folder.append_metrics(line)
     if "AP" in line:
-        log.evaluation(line["step"], line)
-        ap, ap50 = report.score(line["AP"]), report.score(line["AP50"])
-        masks = f"  masks AP {report.score(line['segm_AP'])}" if "segm_AP" in line else ""
-        log.say(f"epoch {line['epoch']}: AP {ap}  AP50 {ap50}{masks}  ({line['evaluation_seconds']:.0f} s)")
+        log.add_evaluation(state.step, line)
+        log.print(report.evaluation_message(line))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-if __name__ == "__main__":  # find the packages from any folder; this one's files must not pass for top-level modules
+if __name__ == "__main__":
+    # Find the packages from any folder. The files of this folder must not be found as top-level modules.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import matplotlib as mpl
@@ -16,7 +19,8 @@ from matplotlib import pyplot
 
 from train.run_folder import RunFolder, read_lines
 
-MOST_POINTS = 300  # of a loss curve: more are averaged
+MAX_POINTS = 300  # of a curve; neighbors are averaged where there are more
+PANEL_SIZE = (4.0, 3.5)  # inches
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,35 +49,56 @@ def draw(runs: Sequence[Path], out: Path) -> None:
         OSError: the picture cannot be written.
         ValueError: a run has no numbers, or the format is unknown.
     """
-    histories = {run: read_lines(RunFolder(run).metrics) for run in runs}
-    for run, lines in histories.items():
+    lines_of_runs = {}
+    for run in runs:
+        metrics = RunFolder(run).metrics
+        lines = read_lines(metrics)
         if not any("loss" in line for line in lines):
-            raise ValueError(f"{run} is not the folder of a run: no losses in {RunFolder(run).metrics}")
-    parts = list(dict.fromkeys(key for lines in histories.values() for line in lines for key in line if "loss_" in key))
-    masks = ["segm_AP"] if any("segm_AP" in line for lines in histories.values() for line in lines) else []
-    keys = ["loss", "AP", "AP50", *masks, "lr", *parts]
+            raise ValueError(f"{run}: expected the folder of a run, got no losses in {metrics}")
+        lines_of_runs[run] = lines
+
+    keys = _curve_keys([line for lines in lines_of_runs.values() for line in lines])
+    columns = math.ceil(len(keys) / 2)
+    width, height = PANEL_SIZE
     mpl.use("Agg")
-    figure, panels = pyplot.subplots(2, -(-len(keys) // 2), figsize=(4 * -(-len(keys) // 2), 7), layout="constrained")
+    figure, panels = pyplot.subplots(2, columns, figsize=(columns * width, 2 * height), layout="constrained")
     for panel, key in zip(panels.flat, keys, strict=False):
-        for run, lines in histories.items():
-            chosen = [line for line in lines if key in line and "step" in line]
-            steps, values = _thin([line["step"] for line in chosen], [line[key] for line in chosen])
+        for run, lines in lines_of_runs.items():
+            points = [(line["step"], line[key]) for line in lines if key in line and "step" in line]
+            steps, values = _average_neighbors(points)
             panel.plot(steps, values, marker="o" if "AP" in key else None, label=str(run))
         panel.set(title=key, xlabel="step")
         panel.grid(alpha=0.3)
     for panel in panels.flat[len(keys) :]:
         panel.set_visible(False)
-    figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center")
+
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center")
     figure.savefig(out, dpi=120)
     pyplot.close(figure)
 
 
-def _thin(steps: Sequence[int], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Average neighbors until few enough points are left to see the course."""
-    width = -(-len(steps) // MOST_POINTS) or 1
-    groups = [slice(start, start + width) for start in range(0, len(steps), width)]
-    columns = (np.array([np.mean(column[group]) for group in groups]) for column in (steps, values))
-    return tuple(columns)
+def _curve_keys(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the names of the curves: losses and masks only where a line has them."""
+    all_keys = dict.fromkeys(key for line in lines for key in line)  # in order, each once
+    keys = ["loss", "AP", "AP50"]
+    if "segm_AP" in all_keys:
+        keys.append("segm_AP")
+    keys.append("lr")
+    keys += [key for key in all_keys if "loss_" in key]
+    return keys
+
+
+def _average_neighbors(points: Sequence[tuple[int, float]]) -> tuple[list[float], list[float]]:
+    """Return steps and values of at most `MAX_POINTS` points: groups of neighbors are averaged."""
+    group_size = max(1, math.ceil(len(points) / MAX_POINTS))
+    steps = []
+    values = []
+    for start in range(0, len(points), group_size):
+        group = np.array(points[start : start + group_size])
+        steps.append(float(group[:, 0].mean()))
+        values.append(float(group[:, 1].mean()))
+    return steps, values
 
 
 if __name__ == "__main__":

@@ -1,29 +1,31 @@
-"""What a run says before it starts and after it ends."""
+"""What a run prints before it starts and after it ends: tables as text."""
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from train.config import BASE_BATCH, Config
+from train.config import BASE_BATCH_SIZE, Config, OptimConfig
 from train.data.coco_dataset import CocoDetection
 from train.distributed import World
-from train.evaluation.coco_metrics import NAMES
+from train.evaluation.coco_metrics import DEFAULT_EVALUATOR, NAMES
 from train.run_folder import RunFolder
 from train.schedule import Schedule
 
 WIDTH = 80  # columns
+LABEL_WIDTH = 14  # of the first column of the table
 
 
-def before(
+def run_table(
     config: Config,
     world: World,
     model: nn.Module,
-    train: CocoDetection,
-    val: CocoDetection,
+    train_set: CocoDetection,
+    val_set: CocoDetection,
     schedule: Schedule,
     batches_per_epoch: int,
     notes: Sequence[str],
@@ -31,80 +33,80 @@ def before(
     """Return a table of what will happen.
 
     Args:
-        config, world: of the run.
+        config: of the run.
+        world: its processes.
         model: to count its parameters.
-        train, val: the splits.
+        train_set: images to train on.
+        val_set: images to evaluate on.
         schedule: learning rate.
         batches_per_epoch: per process.
         notes: what else to know: where weights come from, what changed since the last start.
     """
-    parts = list(model.parameters())
-    trained = sum(part.numel() for part in parts if part.requires_grad)
-    frozen = sum(part.numel() for part in parts) - trained
-    optim, images = config.optim, schedule.images
-    steps = -(-batches_per_epoch // optim.accumulate)
-    dcn = f"DCN{config.model.dcn} in {_stages(config)}" if config.model.dcn else "plain convolutions"
-    processes = "process" if world.size == 1 else "processes"
-    shape = "cosine to 0"
-    if optim.schedule == "steps":
-        shape = f"x{optim.gamma:g} after epoch {', '.join(map(str, optim.milestones))}"
-    rows = {
-        "run": f"{config.out} (preset {config.preset}, seed {config.seed})",
-        "training": f"{len(train)} images, {len(train.boxes)} boxes ({train.annotation_file}: {train.counts})",
-        "validation": f"{len(val)} images, {len(val.boxes)} boxes ({val.annotation_file}: {val.counts})",
-        "classes": f"{len(train.classes)} in the data: {_shorten(train.classes)}",
-        "model": f"{'Mask' if config.model.mask else 'Faster'} R-CNN R{config.model.depth}-FPN, {dcn}, "
-        f"norm {config.model.norm}, "
-        f"images within {config.model.image_scale[0]} x {config.model.image_scale[1]}",
-        "parameters": f"{trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen",
-        "device": f"{world.size} x {world.device.type}, amp {config.amp}",
-        "batch": f"{images} = {config.data.batch} images x {world.size} {processes} x {optim.accumulate} accumulated",
-        "learning rate": f"{schedule.peak:g} = {optim.lr:g} x {images} / {BASE_BATCH} (linear in the batch), "
-        f"{optim.name}, warm-up {optim.warmup} steps, {shape}",
-        "length": f"{config.epochs} epochs of {steps} steps"
-        + (f", at most {config.max_steps} steps" if config.max_steps else "")
-        + "; the progress line tells the time left",
-    }
-    return "\n".join(_row(name, text) for name, text in [*rows.items(), *(("note", note) for note in notes)])
+    rows = [
+        ("run", f"{config.out} (preset {config.preset}, seed {config.seed})"),
+        ("training", _describe_split(train_set)),
+        ("validation", _describe_split(val_set)),
+        ("evaluation", f"with {DEFAULT_EVALUATOR}"),
+        ("classes", f"{len(train_set.classes)} in the data: {_shorten(train_set.classes)}"),
+        ("model", _describe_model(config)),
+        ("parameters", _describe_parameters(model)),
+        ("device", f"{world.size} x {world.device.type}, amp {config.amp}"),
+        ("batch", _describe_batch(config, world, schedule)),
+        ("learning rate", _describe_learning_rate(config.optim, schedule)),
+        ("length", _describe_length(config, batches_per_epoch)),
+    ]
+    rows += [("note", note) for note in notes]
+    return "\n".join(_table_row(label, text) for label, text in rows)
 
 
-def after(run: RunFolder, seconds: float) -> str:
-    """Return the last evaluation as tables, the best checkpoint, the time, and where everything is."""
+def summary(run: RunFolder, seconds: float) -> str:
+    """Return the last evaluation as tables, the best checkpoint, the time, and where the files are."""
+    lines = []
     evaluations = run.evaluations()
-    lines = [evaluation(evaluations[-1]), ""] if evaluations else []
-    best = max((line for line in evaluations if "AP" in line), key=lambda line: line["AP"], default=None)
-    if best:
+    if evaluations:
+        lines += [evaluation_tables(evaluations[-1]), ""]
+
+    scored = [line for line in evaluations if "AP" in line]
+    if scored:
+        best = max(scored, key=lambda line: line["AP"])
+        ap = format_score(best["AP"])
+        ap50 = format_score(best["AP50"])
         lines.append(f"best checkpoint  {run.checkpoints / 'best.pt'}")
-        lines.append(f"                 (epoch {best['epoch']}: AP {score(best['AP'])}, AP50 {score(best['AP50'])})")
-    return "\n".join([*lines, f"this start took  {duration(seconds)}", places(run)])
+        lines.append(f"                 (epoch {best['epoch']}: AP {ap}, AP50 {ap50})")
 
-
-def evaluation(line: dict[str, Any]) -> str:
-    """Return an evaluation line of metrics.jsonl as two small tables: COCO's numbers, then the classes."""
-    if "AP" not in line:
-        return "no annotations to compare with: detections only"
-    masks = "segm_AP" in line
-    lines = ["  ".join(f"{name:>6}" for name in NAMES), "  ".join(f"{score(line[name]):>6}" for name in NAMES)]
-    if masks:
-        lines.append("  ".join(f"{score(line[f'segm_{name}']):>6}" for name in NAMES))
-        lines = [start + text for start, text in zip(("       ", "boxes  ", "masks  "), lines, strict=True)]
-    width = max([len(name) for name in line["classes"]] + [5])
-    lines += ["", f"{'class':<{width}}      AP    AP50   boxes" + ("  masks AP    AP50" if masks else "")]
-    for name, (ap, ap50, count) in line["classes"].items():
-        row = f"{name:<{width}}  {score(ap):>6}  {score(ap50):>6}  {count:6d}"
-        if masks:
-            ap, ap50, _ = line["segm_classes"][name]
-            row += f"  {score(ap):>8}  {score(ap50):>6}"
-        lines.append(row)
+    lines.append(f"this start took  {format_duration(seconds)}")
+    lines.append(output_files(run))
     return "\n".join(lines)
 
 
-def score(value: float) -> str:
+def evaluation_message(line: dict[str, Any]) -> str:
+    """Return one short line about an evaluation of an epoch."""
+    ap = format_score(line["AP"])
+    ap50 = format_score(line["AP50"])
+    masks = f"  masks AP {format_score(line['segm_AP'])}" if "segm_AP" in line else ""
+    return f"epoch {line['epoch']}: AP {ap}  AP50 {ap50}{masks}  ({line['evaluation_seconds']:.0f} s)"
+
+
+def evaluation_tables(line: dict[str, Any]) -> str:
+    """Return an evaluation line of metrics.jsonl as two small tables: COCO's numbers, then the classes."""
+    if "AP" not in line:
+        return "no annotations to compare with: detections only"
+    has_masks = "segm_AP" in line
+    return "\n".join([*_numbers_table(line, has_masks), "", *_class_table(line, has_masks)])
+
+
+def format_score(value: float) -> str:
     """Return an AP or AR with three digits, a dash where there was no ground truth to count (-1)."""
     return "-" if value < 0 else f"{value:.3f}"
 
 
-def places(run: RunFolder) -> str:
+def format_duration(seconds: float) -> str:
+    """Return seconds as h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def output_files(run: RunFolder) -> str:
     """Return where the files of a run are."""
     return "\n".join(
         [
@@ -117,23 +119,97 @@ def places(run: RunFolder) -> str:
     )
 
 
-def duration(seconds: float) -> str:
-    """Return seconds as h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+def _describe_split(dataset: CocoDetection) -> str:
+    return f"{len(dataset)} images, {len(dataset.boxes)} boxes ({dataset.annotation_file}: {dataset.counts})"
 
 
-def _row(name: str, text: str) -> str:
-    """Return a row of the table in lines of at most `WIDTH` columns; paths stay whole."""
-    return textwrap.fill(
-        f"{name:<14} {text}", WIDTH, subsequent_indent=" " * 15, break_long_words=False, break_on_hyphens=False
+def _describe_model(config: Config) -> str:
+    model = config.model
+    family = "Mask" if model.mask else "Faster"
+    convolutions = "plain convolutions"
+    if model.dcn:
+        stages = [f"c{stage}" for stage, has_dcn in enumerate(model.dcn_stages, start=2) if has_dcn]
+        convolutions = f"DCN{model.dcn} in {', '.join(stages)}"
+    long_side, short_side = model.image_scale
+    return (
+        f"{family} R-CNN R{model.depth}-FPN, {convolutions}, norm {model.norm}, "
+        f"images within {long_side} x {short_side}"
     )
 
 
-def _stages(config: Config) -> str:
-    return ", ".join(f"c{stage + 2}" for stage, used in enumerate(config.model.dcn_stages) if used)
+def _describe_parameters(model: nn.Module) -> str:
+    trained = 0
+    frozen = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            trained += parameter.numel()
+        else:
+            frozen += parameter.numel()
+    return f"{trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen"
+
+
+def _describe_batch(config: Config, world: World, schedule: Schedule) -> str:
+    processes = "process" if world.size == 1 else "processes"
+    return (
+        f"{schedule.images_per_step} = {config.data.batch_size} images x {world.size} {processes} "
+        f"x {config.optim.accumulate} accumulated"
+    )
+
+
+def _describe_learning_rate(optim: OptimConfig, schedule: Schedule) -> str:
+    fall = "cosine to 0"
+    if optim.schedule == "steps":
+        fall = f"x{optim.gamma:g} after epoch {', '.join(map(str, optim.milestones))}"
+    return (
+        f"{schedule.peak_lr:g} = {optim.lr:g} x {schedule.images_per_step} / {BASE_BATCH_SIZE} (linear in the batch), "
+        f"{optim.name}, warm-up {optim.warmup} steps, {fall}"
+    )
+
+
+def _describe_length(config: Config, batches_per_epoch: int) -> str:
+    steps = math.ceil(batches_per_epoch / config.optim.accumulate)
+    limit = f", at most {config.max_steps} steps" if config.max_steps else ""
+    return f"{config.epochs} epochs of {steps} steps{limit}; the progress line tells the time left"
+
+
+def _numbers_table(line: dict[str, Any], has_masks: bool) -> list[str]:
+    header = "  ".join(f"{name:>6}" for name in NAMES)
+    boxes = "  ".join(f"{format_score(line[name]):>6}" for name in NAMES)
+    if not has_masks:
+        return [header, boxes]
+    masks = "  ".join(f"{format_score(line[f'segm_{name}']):>6}" for name in NAMES)
+    return [f"       {header}", f"boxes  {boxes}", f"masks  {masks}"]
+
+
+def _class_table(line: dict[str, Any], has_masks: bool) -> list[str]:
+    width = max(len(name) for name in ["class", *line["classes"]])
+    header = f"{'class':<{width}}      AP    AP50   boxes"
+    if has_masks:
+        header += "  masks AP    AP50"
+
+    rows = [header]
+    for name, (ap, ap50, box_count) in line["classes"].items():
+        row = f"{name:<{width}}  {format_score(ap):>6}  {format_score(ap50):>6}  {box_count:6d}"
+        if has_masks:
+            mask_ap, mask_ap50, _ = line["segm_classes"][name]
+            row += f"  {format_score(mask_ap):>8}  {format_score(mask_ap50):>6}"
+        rows.append(row)
+    return rows
+
+
+def _table_row(label: str, text: str) -> str:
+    """Return a row of the table in lines of at most `WIDTH` columns; paths stay whole."""
+    return textwrap.fill(
+        f"{label:<{LABEL_WIDTH}} {text}",
+        WIDTH,
+        subsequent_indent=" " * (LABEL_WIDTH + 1),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _shorten(names: Sequence[str], limit: int = 10) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    shown = ", ".join(names[:limit])
+    if len(names) <= limit:
+        return shown
+    return f"{shown} and {len(names) - limit} more"

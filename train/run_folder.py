@@ -1,10 +1,9 @@
-"""The folder of a run: whose it is, what it was started with, and its numbers so far."""
+"""The folder of a run: which run it belongs to, what it was started with, and its numbers so far."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -13,15 +12,29 @@ import time
 from pathlib import Path
 from typing import Any
 
-from train.config import Config, as_dict
+from detector.files import replacing, write_json
+from train.config import RENAMED, Config, as_dict
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # These may differ between two starts of one run: they do not change what it computes.
-FREE = {
-    "out", "epochs", "max_steps", "eval_only", "eval_every", "eval_overlap", "evaluator", "log_every", "pictures",
-    "timeout", "device", "data.workers", "data.batch", "optim.accumulate", "checkpoint.every", "checkpoint.keep",
-}  # fmt: skip
+MAY_CHANGE = {
+    "out",
+    "epochs",
+    "max_steps",
+    "eval_only",
+    "eval_every",
+    "log_every",
+    "pictures",
+    "timeout",
+    "device",
+    "data.workers",
+    "data.batch_size",
+    "optim.accumulate",
+    "checkpoint.every",
+    "checkpoint.keep",
+}
 _PACKAGES = ("torch", "triton", "numpy", "opencv-python-headless", "pycocotools", "faster-coco-eval")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def provenance() -> dict[str, Any]:
@@ -36,13 +49,18 @@ def provenance() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    git = ["git", "-C", str(ROOT)]
+    """Return the commit of this repository, with "+changes" if files differ from it."""
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        commit = _git("rev-parse", "HEAD")
+        changes = _git("status", "--porcelain", "-uno")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit + ("+changes" if changed.stdout.strip() else "")
+    return f"{commit}+changes" if changes else commit
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 class RunFolder:
@@ -52,18 +70,22 @@ class RunFolder:
         path: the folder; it need not exist yet.
 
     Attributes:
-        checkpoints, pictures, metrics, detections: where things are.
-        uncounted: detections whose evaluation is not finished, see `train.counting`.
+        checkpoints: folder of the checkpoints.
+        pictures: folder of the validation images with detections.
+        metrics: metrics.jsonl, a line for each step and each evaluation.
+        detections: detections.json of the last evaluation.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self.checkpoints, self.pictures = path / "checkpoints", path / "pictures"
-        self.metrics, self.detections = path / "metrics.jsonl", path / "detections.json"
-        self.uncounted = path / "uncounted.json"
+        self.checkpoints = path / "checkpoints"
+        self.pictures = path / "pictures"
+        self.metrics = path / "metrics.jsonl"
+        self.detections = path / "detections.json"
+        self._config = path / "config.json"
 
     def claim(self, config: Config, world_size: int) -> list[str]:
-        """Make the folder this run's, or check that it already is.
+        """Make the folder this run's, or check that it already is; write config.json.
 
         Args:
             config: of this start.
@@ -76,55 +98,76 @@ class RunFolder:
             OSError: the folder cannot be written.
             ValueError: the folder holds another run that got as far as a step, or something that is no run.
         """
-        record = self.path / "config.json"
         start = {"world_size": world_size, "time": time.strftime("%Y-%m-%d %H:%M:%S"), **provenance()}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if not record.exists():
-                foreign = sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith("."))
-                if foreign:
-                    raise ValueError(f"--out {self.path} holds {foreign[0]}, which is no run; choose another folder")
-                write_json(record, {**as_dict(config), "starts": [start]})
-                return []
-            before = json.loads(record.read_text())
-            begun = any(self.checkpoints.glob("*.pt")) or bool(read_lines(self.metrics))
-            notes = self._compare(before, config, world_size) if begun else []  # a start that failed claims nothing
-            write_json(record, {**as_dict(config), "starts": [*before["starts"], start]})
+            notes = []
+            earlier_starts = []
+            if self._config.exists():
+                record = json.loads(self._config.read_text())
+                earlier_starts = record["starts"]
+                if self._has_progress():  # a start that failed before its first step claims nothing
+                    notes = self._compare(record, config, world_size)
+            else:
+                self._check_empty()
+            write_json(self._config, {**as_dict(config), "starts": [*earlier_starts, start]}, indent=2)
         except OSError as error:
             raise OSError(f"cannot write into --out {self.path}: {error.strerror or error}") from error
         return notes
 
-    def _compare(self, before: dict[str, Any], config: Config, world_size: int) -> list[str]:
-        now = _flat(as_dict(config))
-        then = _flat(as_dict(Config())) | _flat(before)  # a field that is younger than the run had its default
-        changed = {key: (then.get(key), value) for key, value in now.items() if then.get(key) != value}
-        free = FREE - {"epochs"} if config.optim.schedule == "cosine" else FREE
-        other = [f"{key} was {old}, is {new}" for key, (old, new) in changed.items() if key not in free]
-        if other:
+    def _has_progress(self) -> bool:
+        has_checkpoint = any(self.checkpoints.glob("[!.]*.pt"))
+        return has_checkpoint or bool(read_lines(self.metrics))
+
+    def _check_empty(self) -> None:
+        names = sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith("."))
+        if names:
+            raise ValueError(f"--out {self.path}: expected a new folder or one of a run, got a folder with {names[0]}")
+
+    def _compare(self, record: dict[str, Any], config: Config, world_size: int) -> list[str]:
+        """Return what differs from the start before; raise ValueError where it must not differ."""
+        values = _flatten(as_dict(config))
+        values_before = _flatten(as_dict(Config()))  # a field that is newer than the run had its default
+        for name, value in _flatten(record).items():
+            values_before[RENAMED.get(name, name)] = value
+
+        may_change = MAY_CHANGE
+        if config.optim.schedule == "cosine":
+            may_change = MAY_CHANGE - {"epochs"}  # the learning rate depends on the length of the run
+        differences = []
+        for name, value in values.items():
+            value_before = values_before.get(name)
+            if value != value_before and name not in may_change:
+                differences.append(f"{name} was {value_before}, is {value}")
+        if differences:
             raise ValueError(
-                f"--out {self.path} holds another run: {'; '.join(other[:4])}. "
+                f"--out {self.path} holds another run: {'; '.join(differences[:4])}. "
                 "Choose another folder, delete this one, or repeat its command"
             )
-        processes = before["starts"][-1]["world_size"]
-        return [f"number of processes: {processes} before, {world_size} now"] if processes != world_size else []
 
-    def append(self, line: dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl."""
+        world_size_before = record["starts"][-1]["world_size"]
+        if world_size_before == world_size:
+            return []
+        return [f"number of processes: {world_size_before} before, {world_size} now"]
+
+    def append_metrics(self, *lines: dict[str, Any]) -> None:
+        """Add lines to metrics.jsonl."""
+        text = "".join(json.dumps(line) + "\n" for line in lines)
         with self.metrics.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(text)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl with the evaluations of this run's training; AP needs annotations."""
         return [line for line in read_lines(self.metrics) if "step" in line and "loss" not in line]
 
-    def rewind(self, step: int) -> None:
+    def drop_metrics_after(self, step: int) -> None:
         """Drop the lines of metrics.jsonl that lie after a step, because they will be written again."""
         lines = read_lines(self.metrics)
-        kept = [line for line in lines if line.get("step", 0) <= step]
-        if lines:
-            partial = self.metrics.with_name(".metrics.partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            partial.replace(self.metrics)
+        if not lines:
+            return
+        kept_lines = [line for line in lines if line.get("step", 0) <= step]
+        with replacing(self.metrics) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept_lines))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -140,19 +183,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file; it appears under its name only when it is complete."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested dicts as one, with dotted keys."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
     return flat

@@ -1,4 +1,4 @@
-"""The learning rate as a function of where the run is, and the optimizer that uses it."""
+"""The learning rate as a function of the position of the run, and the optimizer that uses it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn, optim
 
-from train.config import BASE_BATCH, OptimConfig
+from train.config import BASE_BATCH_SIZE, OptimConfig
 
 
 @dataclass(frozen=True)
@@ -18,50 +18,63 @@ class Schedule:
 
     Attributes:
         config: rates and milestones.
-        images: images per step of the run, all processes together.
+        images_per_step: of the run, all processes together.
         epochs: length of the run.
     """
 
     config: OptimConfig
-    images: int
+    images_per_step: int
     epochs: int
 
     @property
-    def peak(self) -> float:
+    def peak_lr(self) -> float:
         """The configured rate, scaled linearly from 16 images per step to those of the run.
 
         Source:
             Goyal et al., Accurate, Large Minibatch SGD, 2017, section 2.1.
         """
-        return self.config.lr * self.images / BASE_BATCH
+        return self.config.lr * self.images_per_step / BASE_BATCH_SIZE
 
-    def at(self, step: int, epoch: float) -> float:
+    def learning_rate(self, step: int, epoch: float) -> float:
         """Return the learning rate of step number `step` (from 0) that begins after `epoch` passes over the data.
 
         Source:
             MMEngine's LinearLR (the last warm-up step, number warmup - 1, has the full rate) and MultiStepLR.
         """
         config = self.config
-        rise = min(1.0, step / max(1, config.warmup - 1)) if config.warmup else 1.0
-        rate = self.peak * (config.warmup_factor + (1 - config.warmup_factor) * rise)
+        progress = 1.0
+        if config.warmup:
+            progress = min(1.0, step / max(1, config.warmup - 1))
+        rate = self.peak_lr * (config.warmup_factor + (1 - config.warmup_factor) * progress)
+
         if config.schedule == "cosine":
             return rate * (1 + math.cos(math.pi * min(1.0, epoch / self.epochs))) / 2
-        return rate * config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
+        milestones_passed = sum(epoch >= milestone for milestone in config.milestones)
+        return float(rate * config.gamma**milestones_passed)
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> optim.Optimizer:
     """Make the optimizer of every parameter that is trained; weight decay applies to all of them."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [{"params": [parameter for name, parameter in trained if "conv_offset" not in name], "share": 1.0}]
-    offsets = [parameter for name, parameter in trained if "conv_offset" in name]
-    if offsets:
-        groups.append({"params": offsets, "share": config.offset_lr})
+    offset_parameters = []
+    other_parameters = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if "conv_offset" in name:
+            offset_parameters.append(parameter)
+        else:
+            other_parameters.append(parameter)
+
+    groups = [{"params": other_parameters, "share": 1.0}]
+    if offset_parameters:
+        groups.append({"params": offset_parameters, "share": config.offset_lr})
+
     if config.name == "adamw":
         return optim.AdamW(groups, config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay)
     return optim.SGD(groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
-def set_rate(optimizer: optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: optim.Optimizer, rate: float) -> None:
     """Give every parameter group its share of the learning rate `rate`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["share"]

@@ -6,7 +6,7 @@ from torch import nn
 
 import train.build
 from detector import Batch
-from train.build import build, synchronizes
+from train.build import build, uses_sync_batch_norm
 from train.config import PRESETS
 from train.distributed import World
 
@@ -29,7 +29,7 @@ def with_norm(norm):
     ],
 )
 def test_which_runs_synchronize(norm, size, device, expected):
-    assert synchronizes(with_norm(norm), World(0, size, 0, torch.device(device))) == expected
+    assert uses_sync_batch_norm(with_norm(norm), World(0, size, 0, torch.device(device))) == expected
 
 
 def test_one_process_has_plain_batch_norm():
@@ -40,7 +40,7 @@ def test_one_process_has_plain_batch_norm():
 
 def test_synchronized_model_has_the_names_and_values_of_bn(monkeypatch):
     plain = build(with_norm("bn"), CPU)[0]
-    monkeypatch.setattr(train.build, "synchronizes", lambda config, world: True)
+    monkeypatch.setattr(train.build, "uses_sync_batch_norm", lambda config, world: True)
     state, network = build(with_norm("syncbn"), CPU)
     assert network is state.model
     for one, two in ((plain.model, state.model), (plain.average, state.average)):

@@ -4,8 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-import train.checkpoint
-from train.checkpoint import TrainState, find, load, load_newest, mark, newest, pack, restore, save
+from train.checkpoint import (
+    TrainState,
+    from_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    load_newest_checkpoint,
+    mark_best,
+    newest_checkpoint,
+    save_checkpoint,
+    to_checkpoint,
+)
 from train.config import OptimConfig
 from train.schedule import make_optimizer
 
@@ -26,23 +35,25 @@ def take_step(state):
     state.optimizer.step()
     if state.average is not None:
         state.average.update_parameters(state.model)
-    state.step, state.batch = state.step + 1, state.batch + 1
+    state.step += 1
+    state.batch += 1
 
 
 @pytest.mark.parametrize("average", [False, True])
 def test_restored_state_goes_on_as_the_saved_one(tmp_path, average):
-    state, other = make_state(0, average), make_state(1, average)
+    state = make_state(0, average)
+    other = make_state(1, average)
     take_step(state)
-    path = save(tmp_path, pack(state, {"classes": ["a"]}), keep=2)
-    content = load(path)
-    restore(other, content)
+    path = save_checkpoint(tmp_path, to_checkpoint(state, {"classes": ["a"]}), keep=2)
+    content = load_checkpoint(path)
+    from_checkpoint(other, content)
     assert content["classes"] == ["a"]
     assert (other.step, other.batch, other.epoch) == (1, 1, 0)
     for one in (state, other):
         take_step(one)
     for one, two in zip(state.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(one, two)
-    for one, two in zip(state.evaluated.parameters(), other.evaluated.parameters(), strict=True):
+    for one, two in zip(state.evaluated_model.parameters(), other.evaluated_model.parameters(), strict=True):
         assert torch.equal(one, two)
 
 
@@ -50,7 +61,7 @@ def test_model_of_the_file_is_what_is_evaluated(tmp_path):
     state = make_state(0, average=True)
     take_step(state)
     take_step(state)
-    content = load(save(tmp_path, pack(state, {}), keep=1))
+    content = load_checkpoint(save_checkpoint(tmp_path, to_checkpoint(state, {}), keep=1))
     assert torch.equal(content["model"]["weight"], state.average.module.weight)
     assert torch.equal(content["raw_model"]["weight"], state.model.weight)
 
@@ -59,8 +70,8 @@ def test_keeps_the_newest(tmp_path):
     state = make_state()
     for _ in range(4):
         take_step(state)
-        save(tmp_path, pack(state, {}), keep=2)
-    assert [load(path)["step"] for path in find(tmp_path)] == [4, 3]
+        save_checkpoint(tmp_path, to_checkpoint(state, {}), keep=2)
+    assert [load_checkpoint(path)["step"] for path in list_checkpoints(tmp_path)] == [4, 3]
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -77,51 +88,52 @@ def damage(path, how):
 
 @pytest.mark.parametrize("how", ["cut", "empty", "bit"])
 def test_damaged_newest_falls_back(tmp_path, how):
-    state, said = make_state(), []
+    state = make_state()
+    said = []
     for _ in range(2):
         take_step(state)
-        save(tmp_path, pack(state, {}), keep=2)
-    damage(find(tmp_path)[0], how)
-    assert load(newest(tmp_path, said.append))["step"] == 1
+        save_checkpoint(tmp_path, to_checkpoint(state, {}), keep=2)
+    damage(list_checkpoints(tmp_path)[0], how)
+    assert load_checkpoint(newest_checkpoint(tmp_path, said.append))["step"] == 1
     (text,) = said
     assert "step-00000002" in text
     assert "damaged" in text
-    damage(find(tmp_path)[1], how)
+    damage(list_checkpoints(tmp_path)[1], how)
     with pytest.raises(ValueError, match="all 2 checkpoints"):
-        newest(tmp_path, said.append)
+        newest_checkpoint(tmp_path, said.append)
 
 
 def test_damaged_newer_ones_are_set_aside(tmp_path):
     state = make_state()
     for _ in range(3):
         take_step(state)
-        save(tmp_path, pack(state, {}), keep=3)
-    for path in find(tmp_path)[:2]:
+        save_checkpoint(tmp_path, to_checkpoint(state, {}), keep=3)
+    for path in list_checkpoints(tmp_path)[:2]:
         damage(path, "cut")
-    assert load_newest(tmp_path, lambda _: None)["step"] == 1
-    assert len(find(tmp_path)) == 1
+    assert load_newest_checkpoint(tmp_path, lambda _: None)["step"] == 1
+    assert len(list_checkpoints(tmp_path)) == 1
     assert len(list(tmp_path.glob("*.damaged"))) == 2
 
 
 def test_no_checkpoint_is_none(tmp_path):
-    assert newest(tmp_path / "absent", print) is None
+    assert newest_checkpoint(tmp_path / "absent", print) is None
     (tmp_path / ".partial-1").write_bytes(b"half")
     (tmp_path / "best.pt").write_bytes(b"other")
-    assert newest(tmp_path, print) is None
+    assert newest_checkpoint(tmp_path, print) is None
 
 
 def test_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     state = make_state()
     take_step(state)
-    before = save(tmp_path, pack(state, {}), keep=1)
+    before = save_checkpoint(tmp_path, to_checkpoint(state, {}), keep=1)
 
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train.checkpoint.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     take_step(state)
     with pytest.raises(OSError, match="No space left on device") as caught:
-        save(tmp_path, pack(state, {}), keep=1)
+        save_checkpoint(tmp_path, to_checkpoint(state, {}), keep=1)
     assert str(tmp_path) in str(caught.value)
     assert list(tmp_path.iterdir()) == [before]
 
@@ -129,9 +141,9 @@ def test_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
 def test_best_stays_when_its_source_goes(tmp_path):
     state = make_state()
     take_step(state)
-    mark(save(tmp_path, pack(state, {}), keep=1))
+    mark_best(save_checkpoint(tmp_path, to_checkpoint(state, {}), keep=1))
     take_step(state)
-    save(tmp_path, pack(state, {}), keep=1)
-    assert load(tmp_path / "best.pt")["step"] == 1
-    mark(find(tmp_path)[0])
-    assert load(tmp_path / "best.pt")["step"] == 2
+    save_checkpoint(tmp_path, to_checkpoint(state, {}), keep=1)
+    assert load_checkpoint(tmp_path / "best.pt")["step"] == 1
+    mark_best(list_checkpoints(tmp_path)[0])
+    assert load_checkpoint(tmp_path / "best.pt")["step"] == 2

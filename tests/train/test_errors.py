@@ -3,8 +3,9 @@ import signal
 import pytest
 import torch
 
-from train.distributed import Interrupted, World
-from train.errors import explain, report
+from train.distributed import World
+from train.errors import explain, report_error
+from train.signals import Interrupted
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -16,7 +17,7 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
         (FileNotFoundError("x.json"), "x.json"),
         (RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer"), "lost the connection"),
         (RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. "), "loads images: DataLoader worker"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "Try a lower --data.batch"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "Try a lower --data.batch-size"),
     ],
 )
 def test_what_users_can_mend_is_one_line(error, text):
@@ -29,20 +30,20 @@ def test_a_fault_of_the_program_shows_its_trace(capsys):
     assert explain(TypeError("x")) is None
     with pytest.raises(TypeError) as caught:
         len(5)
-    assert report(caught.value, ALONE, None) == 1
+    assert report_error(caught.value, ALONE, None) == 1
     text = capsys.readouterr().err
     assert "Traceback" in text
     assert "this is a fault of the program" in text
 
 
 def test_trace_of_a_user_error_goes_into_the_folder(tmp_path, capsys):
-    assert report(ValueError("wrong"), None, tmp_path) == 1
+    assert report_error(ValueError("wrong"), None, tmp_path) == 1
     assert capsys.readouterr().err == "error: wrong\n"
     assert "ValueError: wrong" in (tmp_path / "error-rank0.txt").read_text()
-    assert report(ValueError("wrong"), None, tmp_path / "absent") == 1
+    assert report_error(ValueError("wrong"), None, tmp_path / "absent") == 1
 
 
 def test_signals_have_their_status(capsys):
-    assert report(Interrupted(signal.SIGUSR1, "after step 3"), ALONE, None) == 128 + signal.SIGUSR1
+    assert report_error(Interrupted(signal.SIGUSR1, "after step 3"), ALONE, None) == 128 + signal.SIGUSR1
     assert "stopped by SIGUSR1 after step 3. The same command goes on" in capsys.readouterr().err
-    assert report(KeyboardInterrupt(), ALONE, None) == 130
+    assert report_error(KeyboardInterrupt(), ALONE, None) == 130

@@ -6,8 +6,13 @@ import torch
 from train.data.collate import LoadedBatch
 from train.distributed import World
 from train.log import TrainLog
+from train.run_folder import RunFolder
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
+
+
+def make_train_log(folder, every, images):
+    return TrainLog(RunFolder(folder), WORLD, interval=every, total_steps=10, first_step=0, num_images=images)
 
 
 @pytest.fixture
@@ -15,7 +20,7 @@ def make_log(tmp_path):
     logs = []
 
     def make(every=1, images=100):
-        logs.append(TrainLog(tmp_path / "metrics.jsonl", tmp_path, WORLD, every, 10, 0, images))
+        logs.append(make_train_log(tmp_path, every, images))
         return logs[-1]
 
     yield make
@@ -71,13 +76,13 @@ def broken(*ids):
 
 def test_broken_images_are_named_once_and_counted(make_log, capsys):
     log = make_log(images=200)
-    list(log.watch([broken(5), broken(5, 6)]))
+    list(log.watch_loading([broken(5), broken(5, 6)]))
     take_step(log, 1)
     text = capsys.readouterr().err
     assert text.count("cannot read 5.jpg") == 1
     assert text.count("cannot read 6.jpg") == 1
-    log.new_epoch()
-    list(log.watch([broken(7)]))
+    log.start_epoch()
+    list(log.watch_loading([broken(7)]))
     take_step(log, 2)
 
 
@@ -93,6 +98,6 @@ def test_progress_line_fits_a_terminal(make_log, capsys):
 
 def test_more_than_one_percent_broken_stops(make_log):
     log = make_log(images=199)
-    list(log.watch([broken(5, 6)]))
+    list(log.watch_loading([broken(5, 6)]))
     with pytest.raises(ValueError, match="2 of 199 training images could not be read"):
         take_step(log, 1)

@@ -11,13 +11,13 @@ import torch
 import detector
 import train.loop
 from tests.train.conftest import lines
-from tests.train.data.test_coco_dataset import edit
-from train.checkpoint import find, load
+from tests.train.data.datasets import edit
+from train.checkpoint import list_checkpoints, load_checkpoint
 from train.config import PRESETS
 
 
 def weights(out: Path) -> dict:
-    return load(find(out / "checkpoints")[0])["model"]
+    return load_checkpoint(list_checkpoints(out / "checkpoints")[0])["model"]
 
 
 def assert_same_run(one: Path, two: Path) -> None:
@@ -73,7 +73,7 @@ def test_interrupted_run_equals_a_whole_one(start, coco, tmp_path):
     common += ("--pictures", 0, "--checkpoint.every", 1)
     assert start(*common, "--out", tmp_path / "whole", "--max-steps", 3)[0] == 0
     assert start(*common, "--out", tmp_path / "parts", "--max-steps", 1)[0] == 0
-    newest = find(tmp_path / "parts" / "checkpoints")[0]
+    newest = list_checkpoints(tmp_path / "parts" / "checkpoints")[0]
     status, stdout, _ = start(*common, "--out", tmp_path / "parts", "--max-steps", 3)
     assert status == 0
     assert "going on after step 1, epoch 1, batch 2 of 4" in " ".join(stdout.split())
@@ -85,7 +85,7 @@ def test_damaged_checkpoint_falls_back(start, coco, tmp_path):
     common = ("--data.root", coco, "--pictures", 0, "--checkpoint.every", 1, "--eval-every", 9)
     assert start(*common, "--out", tmp_path / "a", "--max-steps", 3)[0] == 0
     assert start(*common, "--out", tmp_path / "b", "--max-steps", 2)[0] == 0
-    newest = find(tmp_path / "b" / "checkpoints")[0]
+    newest = list_checkpoints(tmp_path / "b" / "checkpoints")[0]
     newest.write_bytes(newest.read_bytes()[:1000])
     status, stdout, _ = start(*common, "--out", tmp_path / "b", "--max-steps", 3)
     assert status == 0
@@ -102,7 +102,7 @@ def test_nan_stops_and_spares_the_checkpoint(start, coco, tmp_path):
     assert "images 10" in message
     assert "Traceback" not in stderr
     step = int(message.split("at step ")[1].split()[0])
-    assert load(find(tmp_path / "run" / "checkpoints")[0])["step"] == step - 1
+    assert load_checkpoint(list_checkpoints(tmp_path / "run" / "checkpoints")[0])["step"] == step - 1
     assert "FloatingPointError" in (tmp_path / "run" / "error-rank0.txt").read_text()
 
 
@@ -145,11 +145,12 @@ def test_test_set_without_annotations_gives_detections(start, coco, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(["--data.root", "/nowhere"], "--data.root /nowhere is not a folder", id="no-data"),
+        pytest.param(["--data.root", "/nowhere"], "--data.root: expected a folder, got /nowhere", id="no-data"),
         pytest.param(["--out", "/proc/nowhere"], "cannot write into --out /proc/nowhere", id="read-only"),
-        pytest.param(["--weights", "/nowhere.pt"], "--weights /nowhere.pt is not a file", id="no-weights"),
-        pytest.param(["--eval-only"], "--eval-only needs --weights", id="nothing-to-evaluate"),
-        pytest.param(["--data.batch", "0"], "--data.batch must be at least 1", id="value"),
+        pytest.param(["--weights", "/nowhere.pt"], "--weights: expected a file, got /nowhere.pt", id="no-weights"),
+        pytest.param(["--eval-only"], "--eval-only: expected --weights, or a checkpoint in", id="nothing-to-evaluate"),
+        pytest.param(["--data.batch-size", "0"], "--data.batch-size: expected at least 1, got 0", id="value"),
+        pytest.param(["--model.nms-iou", "0.6"], "train.main.run(replace(config, model=", id="python-only"),
     ],
 )
 def test_user_errors_are_one_line(start, coco, tmp_path, arguments, message):
@@ -161,16 +162,16 @@ def test_user_errors_are_one_line(start, coco, tmp_path, arguments, message):
 
 
 def test_signal_writes_a_checkpoint_first(start, coco, tmp_path, monkeypatch):
-    update, sent = train.loop._update, []
+    update = train.loop._update_weights
 
     def update_and_signal(state, *rest):
         update(state, *rest)
-        if state.step == 2 and not sent:
-            sent.append(signal.raise_signal(signal.SIGTERM))
+        if state.step == 2:
+            signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(train.loop, "_update", update_and_signal)
+    monkeypatch.setattr(train.loop, "_update_weights", update_and_signal)
     common = ("--data.root", coco, "--checkpoint.every", 0, "--pictures", 0)
     status, _, stderr = start(*common, "--out", tmp_path / "run")
     assert status == 128 + signal.SIGTERM
     assert "stopped by SIGTERM after step 2" in stderr
-    assert load(find(tmp_path / "run" / "checkpoints")[0])["step"] == 2
+    assert load_checkpoint(list_checkpoints(tmp_path / "run" / "checkpoints")[0])["step"] == 2

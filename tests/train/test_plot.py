@@ -9,8 +9,8 @@ def make_run(path, steps):
     path.mkdir()
     run = RunFolder(path)
     for step in range(1, steps + 1):
-        run.append({"step": step, "lr": 0.1, "loss": 1 / step, "loss_cls": 0.5 / step})
-    run.append({"step": steps, "AP": 0.3, "AP50": 0.5})
+        run.append_metrics({"step": step, "lr": 0.1, "loss": 1 / step, "loss_cls": 0.5 / step})
+    run.append_metrics({"step": steps, "AP": 0.3, "AP50": 0.5})
     return path
 
 

@@ -24,7 +24,7 @@ def test_claim_records_what_a_rerun_needs(tmp_path):
 def test_same_run_may_go_on_elsewhere(tmp_path):
     run = RunFolder(tmp_path)
     assert run.claim(CONFIG, 1) == []
-    run.append({"step": 1, "loss": 1.0})
+    run.append_metrics({"step": 1, "loss": 1.0})
     assert run.claim(replace(CONFIG, max_steps=9, epochs=5, eval_every=2), 1) == []
     assert run.claim(CONFIG, 4) == ["number of processes: 1 before, 4 now"]
     assert len(json.loads((tmp_path / "config.json").read_text())["starts"]) == 3
@@ -40,7 +40,7 @@ def test_same_run_may_go_on_elsewhere(tmp_path):
 )
 def test_other_run_is_refused(tmp_path, change, flag):
     RunFolder(tmp_path).claim(CONFIG, 1)
-    RunFolder(tmp_path).append({"step": 1, "loss": 1.0})
+    RunFolder(tmp_path).append_metrics({"step": 1, "loss": 1.0})
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(ValueError, match="another run") as caught:
         RunFolder(tmp_path).claim(replace(CONFIG, **change), 1)
@@ -61,7 +61,7 @@ def test_start_that_failed_claims_nothing(tmp_path):
 
 def test_field_younger_than_the_run_has_its_default(tmp_path):
     RunFolder(tmp_path).claim(CONFIG, 1)
-    RunFolder(tmp_path).append({"step": 1, "loss": 1.0})
+    RunFolder(tmp_path).append_metrics({"step": 1, "loss": 1.0})
     record = json.loads((tmp_path / "config.json").read_text())
     del record["amp"], record["model"]["mask"]
     (tmp_path / "config.json").write_text(json.dumps(record))
@@ -73,7 +73,7 @@ def test_field_younger_than_the_run_has_its_default(tmp_path):
 def test_length_belongs_to_a_cosine_run(tmp_path):
     config = replace(CONFIG, optim=replace(CONFIG.optim, schedule="cosine"))
     RunFolder(tmp_path).claim(config, 1)
-    RunFolder(tmp_path).append({"step": 1, "loss": 1.0})
+    RunFolder(tmp_path).append_metrics({"step": 1, "loss": 1.0})
     with pytest.raises(ValueError, match="epochs was 1, is 2"):
         RunFolder(tmp_path).claim(replace(config, epochs=2), 1)
 
@@ -93,13 +93,13 @@ def test_folder_that_cannot_be_made(tmp_path):
 def test_rewind_drops_what_will_be_written_again(tmp_path):
     run = RunFolder(tmp_path)
     for step in range(1, 5):
-        run.append({"step": step, "loss": 1.0})
-    run.append({"step": 4, "AP": 0.5})
-    run.append({"weights": "x.pt", "AP": 0.1})
+        run.append_metrics({"step": step, "loss": 1.0})
+    run.append_metrics({"step": 4, "AP": 0.5})
+    run.append_metrics({"weights": "x.pt", "AP": 0.1})
     with run.metrics.open("a") as file:
         file.write('{"step": 5, "lo')
     assert [line["AP"] for line in run.evaluations()] == [0.5]
-    run.rewind(3)
+    run.drop_metrics_after(3)
     assert [line.get("step") for line in read_lines(run.metrics)] == [1, 2, 3, None]
     assert run.metrics.read_text().endswith("}\n")
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl"]

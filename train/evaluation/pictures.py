@@ -1,9 +1,10 @@
-"""Detections beside the ground truth, for eyes."""
+"""Draws detections beside the ground truth: receives rows of COCO's results format, writes PNG files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,35 +14,55 @@ from detector.draw import draw_comparison
 from detector.image import read_image, write_image
 from detector.ops.rle import decode_mask
 from train.data.coco_dataset import CocoDetection
-from train.evaluation.coco_metrics import CocoDetections
 
-SCORE = 0.3  # detections below are not drawn
+MIN_SCORE = 0.3  # detections below it are not drawn
 
 
 def draw_pictures(
-    dataset: CocoDetection, found: CocoDetections, folder: Path, count: int
+    dataset: CocoDetection, rows: Sequence[dict[str, Any]], folder: Path, count: int
 ) -> Iterator[tuple[Path, np.ndarray]]:
     """Draw `count` images spread evenly over a data set, write them and yield path and picture.
 
     Args:
         dataset: images and ground truth, masks too if it has them.
-        found: detections in pixels of the files.
-        folder: for the PNG files, named by the images' files; made if missing.
+        rows: detections of all images, in COCO's results format.
+        folder: for the PNG files, named by the images' files; created if missing.
         count: images, or all there are if fewer.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for index in np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)):
+    for index in _spread_evenly(len(dataset), count):
         try:
             image = read_image(dataset.image_path(index))
         except (OSError, ValueError):
-            continue  # the evaluation has named it
-        mine = found.of_image(dataset.image_ids[index])
-        mine = mine.take(mine.scores >= SCORE)
-        detections = Detections(*(torch.from_numpy(column) for column in (mine.boxes, mine.scores, mine.labels)))
-        target = Target(*(torch.from_numpy(column) for column in dataset.ground_truth(index)))
-        masks = () if mine.masks is None else map(decode_mask, mine.masks)
+            continue  # the evaluation has printed a message about it
+
+        image_id = int(dataset.image_ids[index])
+        drawn_rows = [row for row in rows if row["image_id"] == image_id and row["score"] >= MIN_SCORE]
+        detections = _to_detections(drawn_rows, dataset)
+        masks = map(decode_mask, [row["segmentation"] for row in drawn_rows if "segmentation" in row])
+
+        boxes, labels = dataset.ground_truth(index)
+        target = Target(torch.from_numpy(boxes), torch.from_numpy(labels))
         true_masks = dataset.masks(index)
+
         picture = draw_comparison(image, detections, target, dataset.classes, masks=masks, true_masks=true_masks)
         path = folder / f"{Path(str(dataset.file_names[index])).stem}.png"
         write_image(path, picture)
         yield path, picture
+
+
+def _spread_evenly(total: int, count: int) -> list[int]:
+    """Return at most `count` of the numbers 0 to total - 1, the first and the last among them."""
+    positions = np.linspace(0, total - 1, min(count, total)).round().astype(int)
+    indices: list[int] = np.unique(positions).tolist()
+    return indices
+
+
+def _to_detections(rows: Sequence[dict[str, Any]], dataset: CocoDetection) -> Detections:
+    """Return rows of one image as boxes xyxy, scores and labels from 0."""
+    label_of_category = {category_id: label for label, category_id in enumerate(dataset.category_ids.tolist())}
+    boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    scores = torch.tensor([row["score"] for row in rows], dtype=torch.float32)
+    labels = torch.tensor([label_of_category[row["category_id"]] for row in rows], dtype=torch.int64)
+    return Detections(boxes.float(), scores, labels)

@@ -6,106 +6,133 @@ import numpy as np
 import pytest
 import torch
 from pycocotools import mask as coco_mask
+from torch import nn
 
 import detector
-from detector import Detections
+from detector import Batch, Detections
 from detector.ops.paste_masks import paste_masks
 from detector.ops.rle import decode_mask, encode_mask
 from detector.predict import main as predict
+from detector.results import coco_rows
 from tests.train.conftest import lines, run
-from tests.train.data.test_coco_dataset import edit, open_coco
-from tests.train.evaluation.test_coco_metrics import crowded
-from train.evaluation.coco_metrics import CocoDetections, measure, results
+from tests.train.data.datasets import edit, open_coco
+from tests.train.evaluation.test_coco_metrics import crowded, crowded_in_all_sizes, needs_both_evaluators
+from train.data.collate import LoadedBatch
+from train.evaluation.coco_metrics import NAMES, coco_metrics, run_coco_eval
+from train.evaluation.evaluate import detect
 from train.evaluation.pictures import draw_pictures
 from train.plot import main as plot
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools.mask")
 
 
-def found_with(dataset, change=lambda mask: mask):
-    """Return the ground truth of a data set as detections, their masks changed."""
-    masks = [encode_mask(change(mask.astype(bool))) for index in range(len(dataset)) for mask in dataset.masks(index)]
-    ids, column = np.repeat(dataset.image_ids, np.diff(dataset.box_starts)), np.empty(len(masks), object)
-    column[:] = masks
-    return CocoDetections(ids, dataset.boxes, np.linspace(1, 0.5, len(ids), dtype=np.float32), dataset.labels, column)
+def rows_with(dataset, change=lambda mask: mask):
+    """Return the ground truth of a data set as rows of COCO's results format, their masks changed."""
+    masks = []
+    for index in range(len(dataset)):
+        masks += [encode_mask(change(mask.astype(bool))) for mask in dataset.masks(index)]
+    image_ids = np.repeat(dataset.image_ids, np.diff(dataset.box_starts))
+    scores = np.linspace(1, 0.5, len(image_ids), dtype=np.float32)
+    return coco_rows(image_ids, dataset.category_ids[dataset.labels], dataset.boxes, scores, masks)
 
 
 def test_perfect_masks_score_one(coco):
     dataset = open_coco(coco, "val2017", masks=True)
-    rows = results(found_with(dataset), dataset.category_ids)
-    assert measure(rows, dataset, iou_type="segm").values["AP"] == pytest.approx(1)
-    assert measure(rows, dataset).values["AP"] == pytest.approx(1)
-    assert measure([], dataset, iou_type="segm").values["AP"] == 0
+    metrics = coco_metrics(rows_with(dataset), dataset)
+    assert metrics["segm_AP"] == pytest.approx(1)
+    assert metrics["AP"] == pytest.approx(1)
+    assert coco_metrics([], dataset)["segm_AP"] == 0
 
 
 def test_masks_count_not_boxes(coco):
     dataset = open_coco(coco, "val2017", masks=True)
 
     def upper_half(mask):
-        rows = np.flatnonzero(mask.any(1))
-        return mask & (np.arange(len(mask)) < rows.mean())[:, None]
+        lines_with_mask = np.flatnonzero(mask.any(1))
+        return mask & (np.arange(len(mask)) < lines_with_mask.mean())[:, None]
 
-    rows = results(found_with(dataset, upper_half), dataset.category_ids)
-    assert measure(rows, dataset).values["AP"] == pytest.approx(1)
-    assert measure(rows, dataset, iou_type="segm").values["AP75"] == 0
+    rows = rows_with(dataset, upper_half)
+    metrics = coco_metrics(rows, dataset)
+    assert metrics["AP"] == pytest.approx(1)
+    assert metrics["segm_AP75"] == 0
     boxes = [row.pop("bbox") for row in rows]
-    assert measure(rows, dataset, iou_type="segm").values["AP75"] == 0
+    assert run_coco_eval(rows, dataset, "segm").stats[NAMES.index("AP75")] == 0
     assert len(boxes) == len(rows)
 
 
-def test_faster_evaluator_agrees_on_masks(coco):
-    pytest.importorskip("faster_coco_eval", reason="the extra fast-eval is not installed")
-    edit(coco, crowded, "val2017")
+@needs_both_evaluators
+@pytest.mark.parametrize("change", [crowded, crowded_in_all_sizes])
+def test_evaluators_agree_on_masks(coco, change):
+    edit(coco, change, "val2017")
     dataset = open_coco(coco, "val2017", masks=True)
     random = np.random.default_rng(0)
 
     def shift(mask):
         return np.roll(mask, random.integers(-6, 7, 2), (0, 1))
 
-    rows = results(found_with(dataset, shift), dataset.category_ids)
-    one, two = (measure(rows, dataset, name, "segm") for name in ("pycocotools", "faster"))
-    assert 0 < one.values["AP"] < 1
-    assert two.stats == pytest.approx(one.stats, rel=0, abs=1e-15)
+    rows = rows_with(dataset, shift)
+    slow = run_coco_eval(rows, dataset, "segm", "pycocotools")
+    fast = run_coco_eval(rows, dataset, "segm", "faster-coco-eval")
+    assert 0 < slow.stats[0] < 1
+    assert fast.stats.tolist() == pytest.approx(slow.stats.tolist(), rel=0, abs=1e-15)
+    nothing_slow = run_coco_eval([], dataset, "segm", "pycocotools")
+    nothing_fast = run_coco_eval([], dataset, "segm", "faster-coco-eval")
+    assert nothing_fast.stats.tolist() == nothing_slow.stats.tolist()
 
 
 def test_polygon_of_two_corners_is_no_box(coco):
     """pycocotools takes four numbers for a box, and then all other polygons too."""
     edit(coco, lambda c: [a["segmentation"].insert(0, [1, 1, 3, 3]) for a in c["annotations"]], "val2017")
     dataset = open_coco(coco, "val2017", masks=True)
-    rows = results(found_with(dataset), dataset.category_ids)
-    assert measure(rows, dataset, iou_type="segm").values["AP"] == pytest.approx(1)
+    assert coco_metrics(rows_with(dataset), dataset)["segm_AP"] == pytest.approx(1)
+
+
+class OneImage(nn.Module):
+    """A stand-in for the detector: returns given detections."""
+
+    def __init__(self, detections):
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.detections = detections
+
+    def forward(self, batch):
+        return [self.detections]
+
+
+def detect_one(detections, scale_factors, original_size):
+    """Return the rows of an image in which a model detects `detections`."""
+    batch = Batch(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.tensor([[32, 32]]))
+    loaded = LoadedBatch(batch, [42], [scale_factors], [original_size], {})
+    rows, _ = detect(OneImage(detections), [loaded], np.array([7, 3]))
+    return rows
 
 
 def test_masks_are_pasted_at_the_size_of_the_file():
     small = torch.rand(3, 28, 28)
     boxes = torch.tensor([[2.0, 4.0, 22.0, 30.0], [0.0, 0.0, 40.0, 32.0], [30.0, 10.0, 39.0, 31.0]])
     detections = Detections(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([1, 0, 1]), small)
-    found = CocoDetections.of(detections, 42, (0.5, 0.25), (128, 80))
+    rows = json.loads(json.dumps(detect_one(detections, (0.5, 0.25), (128, 80))))
     expected = paste_masks(small, boxes / torch.tensor([0.5, 0.25, 0.5, 0.25]), 128, 80)
-    rows = json.loads(json.dumps(results(found, np.array([7, 3]))))
     for row, mask in zip(rows, expected.numpy(), strict=True):
         assert row["segmentation"]["size"] == [128, 80]
         np.testing.assert_array_equal(coco_mask.decode(row["segmentation"]), mask)
 
 
-def test_join_with_processes_that_found_nothing(coco):
-    found = found_with(open_coco(coco, "val2017", masks=True))
+def test_no_detection_gives_no_row():
     empty = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long(), torch.zeros(0, 28, 28))
-    nothing = CocoDetections.of(empty, 3, (1.0, 1.0), (9, 9))
-    joined = CocoDetections.join([CocoDetections.join([]), nothing, found, CocoDetections.join([nothing])])
-    assert results(joined, np.array([7, 3])) == results(found, np.array([7, 3]))
-    assert results(CocoDetections.join([nothing]), np.array([7, 3])) == []
+    assert detect_one(empty, (1.0, 1.0), (9, 9)) == []
 
 
 def test_pictures_show_masks_of_both(coco, tmp_path):
     dataset = open_coco(coco, "val2017", masks=True, limit=1)
-    found = found_with(dataset)
-    plain = CocoDetections(*list(vars(found).values())[:4])
-    shown, without = (next(draw_pictures(dataset, one, tmp_path, 1))[1].astype(int) for one in (found, plain))
+    rows = rows_with(dataset)
+    rows_without = [{key: value for key, value in row.items() if key != "segmentation"} for row in rows]
+    shown = next(draw_pictures(dataset, rows, tmp_path, 1))[1].astype(int)
+    without = next(draw_pictures(dataset, rows_without, tmp_path, 1))[1].astype(int)
     half = shown.shape[1] // 2
     assert (shown[:, :half] != without[:, :half]).any()
     assert (shown[:, half + 9 :] == without[:, half + 9 :]).all()
-    boxes_only = next(draw_pictures(open_coco(coco, "val2017", limit=1), plain, tmp_path, 1))[1]
+    boxes_only = next(draw_pictures(open_coco(coco, "val2017", limit=1), rows_without, tmp_path, 1))[1]
     assert (without[:, half + 9 :] != boxes_only[:, half + 9 :]).any()
 
 

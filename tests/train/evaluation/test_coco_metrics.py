@@ -1,82 +1,88 @@
-import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from detector import Detections
-from tests.train.data.test_coco_dataset import edit, open_coco, open_golden
-from train.evaluation.coco_metrics import NAMES, CocoDetections, measure, results, write_results
+import train.evaluation.coco_metrics
+from detector.results import coco_rows
+from tests.train.data.datasets import edit, open_coco, open_golden
+from train.evaluation.coco_metrics import EVALUATORS, NAMES, coco_metrics, run_coco_eval
+
+needs_both_evaluators = pytest.mark.skipif(len(EVALUATORS) < 2, reason="the extra fast-eval is not installed")
 
 
-def golden_found(predictions):
-    parts = [
-        CocoDetections(
-            np.full(len(image["labels"]), image["img_id"]),
+def golden_rows(predictions, dataset):
+    """Return MMDetection's predictions as rows of COCO's results format."""
+    rows = []
+    for image in predictions:
+        labels = np.array(image["labels"], np.int64)
+        rows += coco_rows(
+            np.full(len(labels), image["img_id"]),
+            dataset.category_ids[labels],
             np.array(image["bboxes"], np.float32).reshape(-1, 4),
             np.array(image["scores"], np.float32),
-            np.array(image["labels"], np.int64),
         )
-        for image in predictions
-    ]
-    return CocoDetections.join(parts)
+    return rows
+
+
+def ground_truth_rows(dataset):
+    """Return the ground truth of a data set as detections with score 1."""
+    image_ids = np.repeat(dataset.image_ids, np.diff(dataset.box_starts))
+    scores = np.ones(len(image_ids), np.float32)
+    return coco_rows(image_ids, dataset.category_ids[dataset.labels], dataset.boxes, scores)
 
 
 def test_numbers_equal_mmdetection(golden, tmp_path):
     expected = golden("dataset")[1]
-    dataset = open_golden(golden, tmp_path, False)
-    metrics = measure(results(golden_found(expected["predictions"]), dataset.category_ids), dataset)
-    assert metrics.stats == pytest.approx(expected["coco_stats"], abs=1e-9)
+    dataset = open_golden(tmp_path, False)
+    rows = golden_rows(expected["predictions"], dataset)
+    metrics = coco_metrics(rows, dataset)
+    assert run_coco_eval(rows, dataset).stats == pytest.approx(expected["coco_stats"], abs=1e-9)
     keys = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
     for name, key in zip(NAMES, keys, strict=False):
-        assert round(metrics.values[name], 3) == expected["metrics"][f"coco/bbox_{key}"]
-    counted = [ap for ap, _, _ in metrics.per_class.values() if ap > -1]
-    assert np.mean(counted) == pytest.approx(metrics.values["AP"])
+        assert round(metrics[name], 3) == expected["metrics"][f"coco/bbox_{key}"]
+    counted = [ap for ap, _, _ in metrics["classes"].values() if ap > -1]
+    assert np.mean(counted) == pytest.approx(metrics["AP"])
 
 
 def test_order_of_images_changes_nothing(golden, tmp_path):
-    dataset = open_golden(golden, tmp_path, False)
+    dataset = open_golden(tmp_path, False)
     predictions = golden("dataset")[1]["predictions"]
-    numbers = {
-        measure(results(golden_found(order), dataset.category_ids), dataset).stats
-        for order in (predictions, predictions[::-1])
-    }
+    numbers = set()
+    for order in (predictions, predictions[::-1]):
+        evaluation = run_coco_eval(golden_rows(order, dataset), dataset)
+        numbers.add(tuple(evaluation.stats))
     assert len(numbers) == 1
-
-
-def truth_as_found(dataset):
-    ids = np.repeat(dataset.image_ids, np.diff(dataset.box_starts))
-    return CocoDetections(ids, dataset.boxes, np.ones(len(ids), np.float32), dataset.labels)
 
 
 def test_ground_truth_scores_one(coco):
     dataset = open_coco(coco, "val2017")
-    metrics = measure(results(truth_as_found(dataset), dataset.category_ids), dataset)
-    assert metrics.values["AP"] == pytest.approx(1)
-    assert sum(count for _, _, count in metrics.per_class.values()) == len(dataset.boxes)
+    metrics = coco_metrics(ground_truth_rows(dataset), dataset)
+    assert metrics["AP"] == pytest.approx(1)
+    assert sum(count for _, _, count in metrics["classes"].values()) == len(dataset.boxes)
 
 
 def test_nothing_found_is_zero(coco):
-    metrics = measure([], open_coco(coco, "val2017"))
-    assert metrics.values["AP"] == 0
-    assert metrics.values["AR100"] == 0
+    metrics = coco_metrics([], open_coco(coco, "val2017"))
+    assert metrics["AP"] == 0
+    assert metrics["AR100"] == 0
 
 
 def test_no_images_is_minus_one(coco):
     edit(coco, lambda content: (content["images"].clear(), content["annotations"].clear()), "val2017")
-    assert set(measure([], open_coco(coco, "val2017")).values.values()) == {-1.0}
+    metrics = coco_metrics([], open_coco(coco, "val2017"))
+    assert {metrics[name] for name in NAMES} == {-1.0}
 
 
-def test_no_annotations_is_none(coco):
+def test_no_annotations_gives_no_numbers(coco):
     edit(coco, lambda content: content.pop("annotations"), "val2017")
-    assert measure([], open_coco(coco, "val2017")) is None
+    assert coco_metrics([], open_coco(coco, "val2017")) == {}
 
 
 def test_limit_counts_only_those_images(coco):
     dataset = open_coco(coco, "val2017", limit=1)
-    metrics = measure(results(truth_as_found(dataset), dataset.category_ids), dataset)
-    assert metrics.values["AP"] == pytest.approx(1)
+    assert coco_metrics(ground_truth_rows(dataset), dataset)["AP"] == pytest.approx(1)
 
 
 def test_annotations_need_neither_flag_nor_id(coco):
@@ -86,7 +92,14 @@ def test_annotations_need_neither_flag_nor_id(coco):
 
     edit(coco, forget, "val2017")
     dataset = open_coco(coco, "val2017")
-    assert measure(results(truth_as_found(dataset), dataset.category_ids), dataset).values["AP"] == pytest.approx(1)
+    assert coco_metrics(ground_truth_rows(dataset), dataset)["AP"] == pytest.approx(1)
+
+
+def test_rows_stay_as_they_are(coco):
+    dataset = open_coco(coco, "val2017")
+    rows = ground_truth_rows(dataset)
+    coco_metrics(rows, dataset)
+    assert rows == ground_truth_rows(dataset)
 
 
 def crowded(content):
@@ -99,41 +112,94 @@ def crowded(content):
         content["annotations"].append({**annotation, **other, **flags, "id": len(content["annotations"]) + 1})
 
 
-def test_faster_evaluator_agrees(coco):
-    pytest.importorskip("faster_coco_eval", reason="the extra fast-eval is not installed")
+def crowded_in_all_sizes(content):
+    """Like `crowded`, with objects that COCO counts as small, medium and large."""
+    large_image = {"width": 400, "height": 300}
+    for image in content["images"]:
+        image |= large_image
+    for scale in (0.4, 1.0, 4.0):
+        for annotation in content["annotations"][: len(content["images"])]:
+            x, y, width, height = annotation["bbox"]
+            bbox = [x, y, scale * width, scale * height]
+            number = len(content["annotations"]) + 1
+            content["annotations"].append({**annotation, "id": number, "bbox": bbox, "area": bbox[2] * bbox[3]})
+    crowded(content)
+
+
+def noisy_rows(dataset, per_image):
+    """Return `per_image` shifted boxes of the ground truth for every image, with many equal scores."""
+    random = np.random.default_rng(1)
+    total = per_image * len(dataset)
+    chosen = random.integers(0, len(dataset.boxes), total)
+    boxes = dataset.boxes[chosen] + random.normal(0, 3, (total, 4)).astype(np.float32)
+    scores = random.integers(1, 50, total).astype(np.float32) / 50
+    image_ids = np.repeat(dataset.image_ids, per_image)
+    return coco_rows(image_ids, dataset.category_ids[dataset.labels[chosen]], boxes, scores)
+
+
+@needs_both_evaluators
+@pytest.mark.parametrize("change", [crowded, crowded_in_all_sizes])
+def test_evaluators_agree(coco, change):
+    edit(coco, change, "val2017")
+    dataset = open_coco(coco, "val2017")
+    rows = noisy_rows(dataset, per_image=400)  # more than AP counts
+    slow = run_coco_eval(rows, dataset, evaluator="pycocotools")
+    assert 0 < slow.stats[0] < 1
+    assert slow.stats[6] < slow.stats[7]  # the limits bind
+    if change is crowded_in_all_sizes:
+        assert min(slow.stats[3:6]) > 0  # small, medium and large objects
+
+    fast = run_coco_eval(rows, dataset, evaluator="faster-coco-eval")
+    assert fast.stats.tolist() == pytest.approx(slow.stats.tolist(), rel=0, abs=1e-15)
+    for field in ("scores", "recall"):
+        np.testing.assert_array_equal(fast.eval[field], slow.eval[field])
+    np.testing.assert_allclose(fast.eval["precision"], slow.eval["precision"], rtol=0, atol=1e-15)
+
+    classes = coco_metrics(rows, dataset, "pycocotools")["classes"]
+    for name, numbers in coco_metrics(rows, dataset, "faster-coco-eval")["classes"].items():
+        assert numbers == pytest.approx(classes[name], rel=0, abs=1e-15)
+
+
+@needs_both_evaluators
+def test_evaluators_agree_on_nothing(coco):
     edit(coco, crowded, "val2017")
     dataset = open_coco(coco, "val2017")
-    random, count = np.random.default_rng(1), 400  # an image: more than AP counts
-    ids, chosen = np.repeat(dataset.image_ids, count), random.integers(0, len(dataset.boxes), 3 * count)
-    boxes = dataset.boxes[chosen] + random.normal(0, 3, (3 * count, 4)).astype(np.float32)
-    scores = random.integers(1, 50, 3 * count).astype(np.float32) / 50  # with many ties
-    found = CocoDetections(ids, boxes, scores, dataset.labels[chosen])
-    one, two = (measure(results(found, dataset.category_ids), dataset, name) for name in ("pycocotools", "faster"))
-    assert 0 < one.values["AP"] < 1
-    assert one.stats[6] < one.stats[7]  # the limits bind
-    assert two.stats == pytest.approx(one.stats, rel=0, abs=1e-15)
-    for name, numbers in one.per_class.items():
-        assert two.per_class[name] == pytest.approx(numbers, rel=0, abs=1e-15)
-    assert measure([], dataset, "faster") == measure([], dataset)
+    slow = coco_metrics([], dataset, "pycocotools")
+    fast = coco_metrics([], dataset, "faster-coco-eval")
+    assert fast.pop("evaluator") == "faster-coco-eval"
+    assert slow.pop("evaluator") == "pycocotools"
+    assert fast == slow
 
 
-def test_missing_evaluator_names_the_cure(coco, monkeypatch):
-    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
-    with pytest.raises(ValueError, match="--evaluator faster needs faster-coco-eval: pip install faster-coco-eval"):
-        measure([], open_coco(coco, "val2017"), "faster")
+@needs_both_evaluators
+def test_faster_one_counts_where_it_is_installed(coco):
+    assert coco_metrics([], open_coco(coco, "val2017"))["evaluator"] == "faster-coco-eval"
 
 
-def test_results_are_in_coco_format(tmp_path):
-    detections = Detections(torch.tensor([[2.0, 4.0, 12.0, 10.0]]), torch.tensor([0.5]), torch.tensor([1]))
-    found = CocoDetections.of(detections, 42, (2.0, 0.5), (32, 8))
-    rows = results(found, np.array([7, 3]))
-    assert rows == [{"image_id": 42, "category_id": 3, "bbox": [1.0, 8.0, 5.0, 12.0], "score": 0.5}]
-    write_results(tmp_path / "detections.json", rows)
-    assert json.loads((tmp_path / "detections.json").read_text()) == rows
-    assert [path.name for path in tmp_path.iterdir()] == ["detections.json"]
+def load_without(monkeypatch, missing):
+    """Return the names of the module of the evaluators, executed where the module `missing` cannot be found."""
+
+    class Finder:
+        def find_spec(self, name, *_):
+            if name == missing:
+                raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    for name in list(sys.modules):
+        if name.split(".")[0] == "faster_coco_eval" or name == missing:
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    names = {"__name__": "copy"}
+    exec(Path(train.evaluation.coco_metrics.__file__).read_text(), names)
+    return names
 
 
-def test_join_of_nothing():
-    found = CocoDetections.join([])
-    assert found.boxes.shape == (0, 4)
-    assert results(found, np.array([7, 3])) == []
+def test_pycocotools_counts_elsewhere(coco, monkeypatch):
+    names = load_without(monkeypatch, "faster_coco_eval")
+    assert list(names["EVALUATORS"]) == ["pycocotools"]
+    assert names["coco_metrics"]([], open_coco(coco, "val2017"))["evaluator"] == "pycocotools"
+
+
+@needs_both_evaluators
+def test_broken_installation_is_not_hidden(monkeypatch):
+    with pytest.raises(ModuleNotFoundError, match="faster_eval_api_cpp"):
+        load_without(monkeypatch, "faster_coco_eval.faster_eval_api_cpp")

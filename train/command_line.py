@@ -1,0 +1,135 @@
+"""The command line of `train/main.py`: receives the arguments, hands on a `Config`.
+
+Most flags are the fields of `Config`. Of the model only the fields of `ModelFlags` are flags: what only research would
+change (anchors, thresholds, sampling sizes, ...) is set in Python, see `train.main.run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Literal
+
+import tyro
+
+from detector import FasterRCNNConfig
+from train.config import PRESETS, REMOVED, RENAMED, Config, complete
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """The network. All other fields of FasterRCNNConfig are set in Python."""
+
+    depth: Literal[18, 50, 101]
+    """Depth of the ResNet."""
+    dcn: Literal["v1", "v2"] | None
+    """Deformable convolutions in the backbone."""
+    dcn_stages: tuple[bool, bool, bool, bool]
+    """Which of the stages c2 to c5 have them."""
+    deform_groups: int
+    """Groups of channels that share offsets."""
+    mask: bool
+    """Predict masks too, with the head of Mask R-CNN."""
+    frozen_stages: int
+    """The stem and this many stages are not trained; 0 freezes the stem alone, -1 nothing."""
+    norm: Literal["bn", "gn", "syncbn"]
+    """Batch norm or, to train from scratch, group norm or batch norm with the statistics of all GPUs."""
+    norm_eval: bool
+    """Batch norms keep their running statistics in training."""
+    image_scale: tuple[int, int]
+    """Images are resized to fit (long side, short side); the ratio of the sides stays."""
+
+    @classmethod
+    def from_config(cls, model: FasterRCNNConfig) -> ModelFlags:
+        """Take the values of a model's configuration."""
+        return cls(**{flag.name: getattr(model, flag.name) for flag in fields(cls)})
+
+
+PYTHON_ONLY = {"data.flip", "optim.offset_lr", "optim.warmup_factor"} | {
+    f"model.{field.name}"
+    for field in fields(FasterRCNNConfig)
+    if field.name not in {flag.name for flag in fields(ModelFlags)}
+}
+"""Values of `Config` that have no flag."""
+
+
+def parse(argv: Sequence[str], *, gpu: bool, processes: int = 1, quiet: bool = False) -> Config:
+    """Turn a command line into a configuration.
+
+    The preset is read first, then every other flag overrides one of its values. A flag that does not exist ends the
+    program with exit status 2 and the names of the nearest ones.
+
+    Args:
+        argv: arguments without the program's name.
+        gpu: whether there is one; it decides the preset where none is named.
+        processes: of the run.
+        quiet: print nothing, for all but one of several processes.
+
+    Raises:
+        SystemExit: help was asked for, or the command line is wrong.
+        ValueError: a value is out of its range, or can only be set in Python; the message names the flag.
+    """
+    arguments, notes = _replace_former_flags(argv)
+    if not quiet:
+        for note in notes:
+            print(note, file=sys.stderr)
+
+    default_preset = "coco-1x" if gpu else "small"
+    preset_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    preset_parser.add_argument("--preset", default=default_preset, nargs="?")
+    preset_name = preset_parser.parse_known_args(arguments)[0].preset
+    preset = PRESETS.get(preset_name, PRESETS["small"])  # tyro refuses an unknown name below
+    preset_model = ModelFlags.from_config(preset.model)
+
+    def build_config(
+        config: Annotated[Config, tyro.conf.arg(name="")] = preset,
+        model: ModelFlags = preset_model,
+    ) -> Config:
+        """Train Faster R-CNN with deformable convolutions, evaluate it and leave pictures.
+
+        The same command with the same --out goes on where the run stopped.
+        """
+        return replace(config, model=replace(config.model, **vars(model)))
+
+    config = tyro.cli(build_config, args=arguments, prog="train/main.py", console_outputs=not quiet)
+    return complete(config, gpu=gpu, processes=processes)
+
+
+def _replace_former_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Give renamed flags their present names and leave removed ones out.
+
+    Returns:
+        The arguments, and a line about each flag that was left out.
+
+    Raises:
+        ValueError: a flag names a value that is set in Python only.
+    """
+    arguments: list[str] = []
+    notes: list[str] = []
+    remaining = iter(argv)
+    for argument in remaining:
+        if not argument.startswith("--"):
+            arguments.append(argument)
+            continue
+
+        flag, equals, value = argument.partition("=")
+        name = flag[2:].replace("-", "_")
+        if name in REMOVED:
+            if not equals:
+                next(remaining, None)  # its value
+            notes.append(f"{flag} has no effect any more: {REMOVED[name]}")
+            continue
+
+        if name in RENAMED:
+            name = RENAMED[name]
+            flag = "--" + name.replace("_", "-")
+        if name in PYTHON_ONLY:
+            section, field = name.split(".")
+            raise ValueError(
+                f"{argument.partition('=')[0]}: expected a flag of train/main.py, got a value that is set in Python: "
+                f"train.main.run(replace(config, {section}=replace(config.{section}, {field}=...)))"
+            )
+        arguments.append(flag + equals + value)
+    return arguments, notes

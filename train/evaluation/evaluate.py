@@ -1,0 +1,167 @@
+"""The evaluation of a model: receives model and data set, hands on one line for metrics.jsonl.
+
+All processes detect, each in its share of the images. Rank 0 gathers their detections as rows of COCO's results format,
+draws pictures, writes detections.json and compares the rows with the ground truth.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from detector.files import write_json
+from detector.results import coco_rows, encode_masks, undo_resize
+from detector.structures import Detections
+from train.amp import autocast
+from train.config import MAX_BROKEN_SHARE, Config
+from train.data.coco_dataset import CocoDetection
+from train.data.collate import LoadedBatch
+from train.data.loader import evaluation_loader
+from train.data.prefetch import prefetch_to_device
+from train.distributed import World
+from train.evaluation.coco_metrics import coco_metrics
+from train.evaluation.pictures import draw_pictures
+from train.progress import evaluation_progress, print_above_progress
+from train.run_folder import RunFolder
+
+Row = dict[str, Any]  # a detection in COCO's results format
+
+
+def _ignore_picture(name: str, picture: np.ndarray) -> None:
+    pass
+
+
+def _never_stop() -> None:
+    pass
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: CocoDetection,
+    config: Config,
+    world: World,
+    run: RunFolder,
+    *,
+    show_picture: Callable[[str, np.ndarray], None] = _ignore_picture,
+    check_stop: Callable[[], None] = _never_stop,
+) -> dict[str, Any] | None:
+    """Evaluate a model; write detections.json and pictures.
+
+    No image is seen twice, so nothing has to be removed, and the numbers are those of a single process.
+
+    Args:
+        model: returns `Detections` per image; is in evaluation mode afterwards.
+        dataset: the images.
+        config: of the run.
+        world: the processes.
+        run: folder for the results.
+        show_picture: is called with name and pixels of every picture.
+        check_stop: is called between images and may raise.
+
+    Returns:
+        On rank 0 COCO's numbers, see `coco_metrics`, and `evaluation_seconds`; None on the other processes.
+
+    Raises:
+        ValueError: more than one percent of the images could not be read.
+    """
+    start = time.perf_counter()
+    pin_memory = world.device.type == "cuda"
+    loader = evaluation_loader(dataset, config.data.workers, pin_memory, world.rank, world.size)
+    batches = evaluation_progress(loader, enabled=world.is_main)
+    rows, unreadable = detect(model, batches, dataset.category_ids, amp=config.amp, check_stop=check_stop)
+    _check_unreadable_images(unreadable, dataset, world)
+
+    rows_of_ranks = world.gather(rows)
+    if not world.is_main:
+        return None
+    rows = _sort_by_image(rows_of_ranks, dataset)
+
+    for path, picture in draw_pictures(dataset, rows, run.pictures, config.pictures):
+        show_picture(path.stem, picture)
+    write_json(run.detections, rows, durable=True)
+
+    metrics = coco_metrics(rows, dataset)
+    return {**metrics, "evaluation_seconds": time.perf_counter() - start}
+
+
+@torch.no_grad()
+def detect(
+    model: nn.Module,
+    batches: Iterable[LoadedBatch],
+    category_ids: np.ndarray,
+    *,
+    amp: str = "none",
+    check_stop: Callable[[], None] = _never_stop,
+) -> tuple[list[Row], dict[int, str]]:
+    """Detect in every image of `batches`.
+
+    Args:
+        model: returns `Detections` per image; is in evaluation mode afterwards.
+        batches: images of this process.
+        category_ids: (classes,) int64, by label.
+        amp: key of `train.amp.AMP_DTYPES`.
+        check_stop: is called before every batch and may raise.
+
+    Returns:
+        The detections in pixels of the image files, and image id -> reason of the images that could not be read.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    rows: list[Row] = []
+    unreadable: dict[int, str] = {}
+    for loaded in prefetch_to_device(batches, device):
+        check_stop()
+        unreadable |= loaded.unreadable
+        if loaded.batch is None:
+            continue
+        with autocast(device, amp):
+            detections_of_images = model(loaded.batch)
+
+        images = zip(
+            detections_of_images,
+            loaded.image_ids,
+            loaded.scale_factors,
+            loaded.original_sizes,
+            strict=True,
+        )
+        for detections, image_id, scale_factors, original_size in images:
+            detections = undo_resize(detections, scale_factors)
+            rows += _to_rows(detections, image_id, original_size, category_ids)
+    return rows, unreadable
+
+
+def _to_rows(
+    detections: Detections, image_id: int, original_size: tuple[int, int], category_ids: np.ndarray
+) -> list[Row]:
+    """Return the detections of one image, in pixels of its file, in COCO's results format."""
+    height, width = original_size
+    return coco_rows(
+        np.full(len(detections.boxes), image_id),
+        category_ids[detections.labels.numpy()],
+        detections.boxes.numpy(),
+        detections.scores.numpy(),
+        encode_masks(detections, height, width),
+    )
+
+
+def _check_unreadable_images(unreadable: dict[int, str], dataset: CocoDetection, world: World) -> None:
+    """Print which images could not be read; raise ValueError if they are too many."""
+    for image_id, reason in unreadable.items():
+        print_above_progress(f"skipped validation image {image_id}: {reason}")
+    count = world.sum(len(unreadable))
+    if count > MAX_BROKEN_SHARE * len(dataset):
+        raise ValueError(
+            f"{count} of {len(dataset)} validation images could not be read, more than {MAX_BROKEN_SHARE:.0%}"
+        )
+
+
+def _sort_by_image(rows_of_ranks: list[list[Row]], dataset: CocoDetection) -> list[Row]:
+    """Put the rows of all processes together, in the order of the images in the data set."""
+    position = {image_id: index for index, image_id in enumerate(dataset.image_ids.tolist())}
+    rows = [row for rows_of_rank in rows_of_ranks for row in rows_of_rank]
+    return sorted(rows, key=lambda row: position[row["image_id"]])

@@ -1,0 +1,48 @@
+"""The progress lines on the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+def training_progress(total_steps: int, first_step: int, enabled: bool) -> tqdm[None]:
+    """Return the progress line of a run."""
+    return tqdm(
+        desc="starting",
+        total=total_steps,
+        initial=first_step,
+        disable=not enabled,
+        mininterval=_refresh_seconds(),
+        ncols=80,
+        dynamic_ncols=sys.stderr.isatty(),
+        bar_format="{desc} {n_fmt}/{total_fmt} {elapsed}<{remaining} |{bar}|",
+    )
+
+
+def evaluation_progress(batches: Iterable[T], enabled: bool) -> Iterable[T]:
+    """Return `batches` with a progress line that disappears at the end."""
+    progress: Iterable[T] = tqdm(
+        batches,
+        "evaluating",
+        leave=False,
+        disable=not enabled,
+        mininterval=_refresh_seconds(),
+        dynamic_ncols=True,
+    )
+    return progress
+
+
+def print_above_progress(text: str) -> None:
+    """Print a line to stderr without disturbing a progress line."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def _refresh_seconds() -> float:
+    """Return the seconds between two refreshes; a log file gets a line only now and then."""
+    return 0.2 if sys.stderr.isatty() else 30.0
