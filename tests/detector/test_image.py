@@ -1,4 +1,4 @@
-"""Decoding and resizing: the reference's pixels bit for bit, and clear errors for what is no image."""
+"""Reading and resizing images: MMDetection's pixels bit for bit, and errors that name a file that is no image."""
 
 import io
 from pathlib import Path
@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.mark.parametrize("index", range(4))
-def test_decoded_pixels_are_the_reference_s(golden, index):
+def test_decoded_pixels_equal_the_reference(golden, index):
     arrays, parameters = golden("preprocess")
     image = read_image(GOLDEN / parameters[f"full.{index}"]["file"])
     np.testing.assert_array_equal(image[..., ::-1], arrays[f"decoded.{index}.bgr"])
@@ -23,13 +23,14 @@ def test_decoded_pixels_are_the_reference_s(golden, index):
 
 @pytest.mark.parametrize("group", ["full", "small"])
 @pytest.mark.parametrize("index", range(4))
-def test_resized_pixels_are_the_reference_s(golden, group, index):
+def test_resized_pixels_equal_the_reference(golden, group, index):
     arrays, parameters = golden("preprocess")
     case = parameters[f"{group}.{index}"]
     decoded = np.ascontiguousarray(arrays[f"decoded.{index}.bgr"][..., ::-1])
     image, factors = resize_keep_ratio(decoded, case["scale"])
     assert list(image.shape[:2]) == case["img_shape"]
     assert factors == tuple(case["scale_factor"])
+
     flipped = image[:, ::-1] if case["flip"] else image
     ours = summary(flipped[..., ::-1].transpose(2, 0, 1), 1024)
     name = f"{group}.{index}.resized_chw_uint8"
@@ -75,6 +76,7 @@ def test_orientation_gray_alpha_and_depth(tmp_path):
     assert turned.shape == (16, 8, 3)
     assert turned[:6].min() > 200
     assert turned[10:].max() < 50
+
     Image.fromarray(pixels[..., 0]).save(tmp_path / "gray.png")
     np.testing.assert_array_equal(read_image(tmp_path / "gray.png"), pixels)
     Image.fromarray(np.dstack([pixels, pixels[..., :1] // 2])).save(tmp_path / "alpha.png")
@@ -88,7 +90,8 @@ def test_orientation_gray_alpha_and_depth(tmp_path):
 def test_cut_off_image_is_named(tmp_path, name, keep):
     data = (GOLDEN / "images" / name).read_bytes()
     path = tmp_path / name
-    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    length = int(keep * len(data)) if isinstance(keep, float) else keep  # a share, or bytes
+    path.write_bytes(data[:length])
     with pytest.raises(ValueError, match="cannot read image") as error:
         read_image(path)
     assert str(path) in str(error.value)
@@ -97,10 +100,11 @@ def test_cut_off_image_is_named(tmp_path, name, keep):
 def test_jpeg_cut_off_after_its_thumbnail_is_named(tmp_path):
     thumbnail = io.BytesIO()
     Image.new("RGB", (8, 8)).save(thumbnail, "jpeg")
+
     picture = io.BytesIO()
-    Image.fromarray(np.random.randint(0, 256, (64, 64, 3), np.uint8)).save(
-        picture, "jpeg", comment=thumbnail.getvalue()
-    )
+    pixels = np.random.randint(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(pixels).save(picture, "jpeg", comment=thumbnail.getvalue())
+
     path = tmp_path / "thumbnail.jpg"
     path.write_bytes(picture.getvalue())
     assert read_image(path).shape == (64, 64, 3)

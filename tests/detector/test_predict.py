@@ -21,15 +21,27 @@ from detector.weights.checkpoint import save_weights
 CLASSES = ["disc", "ring", "star"]
 
 
+def small_config(mask=False):
+    return FasterRCNNConfig(
+        depth=18,
+        num_classes=3,
+        dcn=None,
+        mask=mask,
+        norm="gn",
+        fpn_channels=32,
+        fc_channels=16,
+        image_scale=(96, 64),
+        rpn_pre_nms_top_n=(50, 50),
+        rpn_post_nms_top_n=50,
+        max_detections=10,
+    )
+
+
 @pytest.fixture(scope="module")
 def model():
     """A small detector that finds something everywhere."""
     torch.manual_seed(3)
-    config = FasterRCNNConfig(
-        depth=18, num_classes=3, dcn=None, norm="gn", fpn_channels=32, fc_channels=16, image_scale=(96, 64),
-        rpn_pre_nms_top_n=(50, 50), rpn_post_nms_top_n=50, max_detections=10,
-    )  # fmt: skip
-    return FasterRCNN(config).eval()
+    return FasterRCNN(small_config()).eval()
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +53,28 @@ def weights(model, tmp_path_factory):
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder with images of several sizes; two share a name but for the suffix, one a name with another folder."""
+    """A folder with images of several sizes; two differ in the suffix alone, two in the folder alone."""
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
     random = np.random.default_rng(0)
-    for name, size in {"a.png": (50, 80), "a.bmp": (64, 64), "b.jpg": (120, 40), "more/b.jpg": (30, 30)}.items():
-        write_image(folder / name, random.integers(0, 256, (*size, 3), np.uint8))
+    sizes = {"a.png": (50, 80), "a.bmp": (64, 64), "b.jpg": (120, 40), "more/b.jpg": (30, 30)}
+    for name, (height, width) in sizes.items():
+        write_image(folder / name, random.integers(0, 256, (height, width, 3), np.uint8))
     (folder / "notes.txt").write_text("not an image")
     return folder
 
 
 def run(weights, out, *images, **options):
+    """Run the command on the CPU and return its exit status; `options` are more flags."""
+    arguments = [str(image) for image in images]
     flags = {"weights": weights, "out": out, "device": "cpu"} | options
-    return main([*map(str, images), *(str(word) for name, value in flags.items() for word in (f"--{name}", value))])
+    for name, value in flags.items():
+        arguments += [f"--{name}", str(value)]
+    return main(arguments)
+
+
+def read_results(out):
+    return json.loads((out / "detections.json").read_text())
 
 
 def test_boxes_are_in_original_pixels(model):
@@ -82,9 +103,11 @@ def test_score_threshold_and_order_of_results(model, photos):
 
 def test_batches_of_equal_images_give_what_single_images_give(model):
     images = list(np.random.default_rng(2).integers(0, 256, (3, 64, 96, 3), np.uint8))
-    for one, together in zip(predict_images(model, images), predict_images(model, images, batch_size=2), strict=True):
-        torch.testing.assert_close(one.boxes, together.boxes, rtol=1e-4, atol=1e-3)
-        torch.testing.assert_close(one.scores, together.scores, rtol=1e-4, atol=1e-5)
+    single = predict_images(model, images)
+    batched = predict_images(model, images, batch_size=2)
+    for alone, together in zip(single, batched, strict=True):
+        torch.testing.assert_close(alone.boxes, together.boxes, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(alone.scores, together.scores, rtol=1e-4, atol=1e-5)
 
 
 def test_wrong_arguments_are_named(model):
@@ -97,20 +120,19 @@ def test_wrong_arguments_are_named(model):
 
 
 def test_masks(tmp_path, photos):
-    config = FasterRCNNConfig(
-        depth=18, num_classes=3, dcn=None, mask=True, norm="gn", fpn_channels=32, fc_channels=16, image_scale=(96, 64),
-        rpn_pre_nms_top_n=(50, 50), rpn_post_nms_top_n=50, max_detections=10,
-    )  # fmt: skip
-    model = FasterRCNN(config).eval()
+    model = FasterRCNN(small_config(mask=True)).eval()
     (detections,) = predict_images(model, [photos / "b.jpg"])
     assert detections.masks.shape == (10, 28, 28)
     masks = list(full_masks(detections, 120, 40))
     expected = paste_masks(detections.masks, detections.boxes, 120, 40).numpy()
     np.testing.assert_array_equal(np.stack(masks), expected)
-    save_weights(tmp_path / "model.safetensors", model, CLASSES)
-    assert run(tmp_path / "model.safetensors", tmp_path / "out", photos / "b.jpg", score=0.0) == 0
-    results = json.loads((tmp_path / "out" / "detections.json").read_text())
-    assert [result["segmentation"] for result in results] == [encode_mask(mask) for mask in expected]
+
+    weights = tmp_path / "model.safetensors"
+    out = tmp_path / "out"
+    save_weights(weights, model, CLASSES)
+    assert run(weights, out, photos / "b.jpg", score=0.0) == 0
+    segmentations = [result["segmentation"] for result in read_results(out)]
+    assert segmentations == [encode_mask(mask) for mask in expected]
 
 
 def test_find_images(photos, monkeypatch):
@@ -129,19 +151,21 @@ def test_pictures_and_results(weights, photos, tmp_path, capsys):
     out = tmp_path / "new" / "out"
     assert run(weights, out, photos, photos / "more", score=0.0, batch_size=2) == 0
     assert sorted(file.name for file in out.iterdir()) == ["a-2.jpg", "a.jpg", "b-2.jpg", "b.jpg", "detections.json"]
-    results = json.loads((out / "detections.json").read_text())
+
+    results = read_results(out)
     assert len(results) == 40
-    sizes = {}
     for result in results:
         assert result["category_name"] == CLASSES[result["category_id"] - 1]
-        height, width = sizes.setdefault(result["file_name"], read_image(result["file_name"]).shape[:2])
+        height, width = read_image(result["file_name"]).shape[:2]
         x, y, w, h = result["bbox"]
         assert x >= 0
         assert y >= 0
         assert x + w <= width + 1e-3
         assert y + h <= height + 1e-3
+
     files = [photos / "a.bmp", photos / "a.png", photos / "b.jpg", photos / "more" / "b.jpg"]
-    assert {(r["image_id"], r["file_name"]) for r in results} == {(i, str(f)) for i, f in enumerate(files, 1)}
+    numbered_files = {(result["image_id"], result["file_name"]) for result in results}
+    assert numbered_files == {(number, str(file)) for number, file in enumerate(files, 1)}
     for name, file in zip(["a.jpg", "a-2.jpg", "b.jpg", "b-2.jpg"], files, strict=True):
         assert read_image(out / name).shape == read_image(file).shape
     assert "40 detections in 4 images" in capsys.readouterr().out
@@ -170,12 +194,14 @@ def test_broken_images_are_named_and_the_others_done(weights, photos, tmp_path, 
     out = tmp_path / "out"
     assert run(weights, out, photos, photos / "absent.jpg", score=0.0, batch_size=4) == 1
     assert {file.name for file in out.iterdir()} == {"a.jpg", "a-2.jpg", "b.jpg", "detections.json"}
+
     captured = capsys.readouterr()
     assert f"no file {photos / 'absent.jpg'}" in captured.err
     assert f"cannot read image {photos / 'broken.jpg'}" in captured.err
     assert "30 detections in 3 images" in captured.out
-    by_file = {result["file_name"]: result["image_id"] for result in json.loads((out / "detections.json").read_text())}
-    assert by_file == {str(photos / "a.bmp"): 1, str(photos / "a.png"): 2, str(photos / "b.jpg"): 3}
+
+    numbers = {result["file_name"]: result["image_id"] for result in read_results(out)}
+    assert numbers == {str(photos / "a.bmp"): 1, str(photos / "a.png"): 2, str(photos / "b.jpg"): 3}
 
 
 def test_nothing_to_do_is_an_error(weights, tmp_path, capsys):
