@@ -1,9 +1,9 @@
-"""Times the evaluation: seconds of `run_coco_eval` with pycocotools and with faster-coco-eval, by stage.
+"""Time an evaluation: seconds of `run_coco_eval` with pycocotools and with faster-coco-eval, by method.
 
     python -m bench.evaluation [--images 5000] [--boxes 36781] [--detections 100]
 
-Writes a JSON of the size of val2017 into a temporary folder and shifts its boxes to detections, half of them of another
-class. Time of the processor, in one process; the numbers of both agree to 15 digits.
+Writes a JSON of the size of val2017 into a temporary folder. The detections are its boxes, shifted, half of them with
+another class. Processor time, in one process; the numbers of both agree to 15 digits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from train.data.coco_dataset import CocoDetection
 from train.data.transforms import Transform
 from train.evaluation.coco_metrics import EVALUATORS, run_coco_eval
 
-STAGES = ("createIndex", "loadRes", "evaluate", "accumulate")  # methods; loadRes contains a createIndex of its own
+TIMED_METHODS = ("createIndex", "loadRes", "evaluate", "accumulate")
+"""Methods of the evaluators; loadRes calls createIndex, whose time counts for both."""
 
 
 def make_rows(dataset: CocoDetection, per_image: int) -> list[dict[str, Any]]:
@@ -60,14 +61,14 @@ def timed(method: Callable[..., Any], name: str, seconds: Counter[str]) -> Calla
 
 
 def time_evaluator(name: str, rows: list[dict[str, Any]], dataset: CocoDetection) -> tuple[np.ndarray, Counter[str]]:
-    """Return COCO's twelve numbers, and the seconds of each stage and in all."""
+    """Return COCO's twelve numbers, and the seconds of each method and in all."""
     seconds: Counter[str] = Counter()
     with ExitStack() as stack:
         for owner in EVALUATORS[name]:
-            for stage in STAGES:
-                if hasattr(owner, stage):
-                    method = timed(getattr(owner, stage), stage, seconds)
-                    stack.enter_context(mock.patch.object(owner, stage, method))
+            for method_name in TIMED_METHODS:
+                if hasattr(owner, method_name):
+                    method = timed(getattr(owner, method_name), method_name, seconds)
+                    stack.enter_context(mock.patch.object(owner, method_name, method))
         start = time.process_time()
         evaluation = run_coco_eval(rows, dataset, evaluator=name)
         seconds["all"] = time.process_time() - start
@@ -87,7 +88,7 @@ def main() -> None:
         rows = make_rows(dataset, options.detections)
         print(f"{len(dataset)} images, {len(dataset.boxes)} boxes, {len(rows)} detections")
 
-        columns = ("all", *STAGES)
+        columns = ("all", *TIMED_METHODS)
         print(f"{'seconds':<16} {'  '.join(f'{column:>11}' for column in columns)}")
         numbers = []
         for name in EVALUATORS:
