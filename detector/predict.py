@@ -206,31 +206,27 @@ def predict_files(options: PredictOptions) -> list[str]:
 
     rows = []
     unreadable = 0
+    numbered_files = enumerate(files, start=1)
     with tqdm(total=len(files), unit="image", disable=None) as progress:
-        for start in range(0, len(files), options.batch_size):
-            batch_files = files[start : start + options.batch_size]
-
-            images = []
-            numbers = []
-            for number, file in enumerate(batch_files, start + 1):
+        while batch := list(islice(numbered_files, options.batch_size)):
+            readable = []
+            for number, file in batch:
                 try:
-                    images.append(read_image(file))
+                    readable.append((number, file, read_image(file)))
                 except (OSError, ValueError) as error:
                     messages.append(str(error))
                     unreadable += 1
-                else:
-                    numbers.append(number)
 
+            images = [image for _, _, image in readable]
             results = predict_images(model, images, batch_size=options.batch_size, score=options.score)
-            for number, image, detections in zip(numbers, images, results, strict=True):
-                file = files[number - 1]
+            for (number, file, image), detections in zip(readable, results, strict=True):
                 height, width = image.shape[:2]
                 rows += image_rows(detections, class_names, number, str(file), (height, width))
 
                 masks = full_masks(detections, height, width)
                 picture = draw_boxes(image, detections.boxes, detections.labels, class_names, detections.scores, masks)
                 write_image(picture_paths.next_for(file), picture)
-            progress.update(len(batch_files))
+            progress.update(len(batch))
 
     results_path = options.out / RESULTS_FILE
     write_json(results_path, rows)
