@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn.parallel import DistributedDataParallel
 
@@ -169,12 +170,15 @@ def test_gradients_of_each_sample_by_the_reference():
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_the_reference(dynamic):
-    """Without a break, static and dynamic shapes, forward and backward."""
+    """Without a break, forward and backward; with dynamic shapes, once for images of every size."""
+    counter = CompileCounterWithBackend("aot_eager")
     function = convolution("reference")
-    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=counter)
     for size in ((7, 9), (8, 6)):
         case = make_case((2, 8, 6, size, *CASES["plain"][4:]), torch.float32)
         leaves = [tensor.clone().requires_grad_() for tensor in (*case.tensors, case.bias)]
+        for parameter in leaves[3:]:
+            torch._dynamo.mark_static(parameter)  # as torch does with the parameters of a module
         output = compiled(*leaves)
         expected = function(*leaves)
         torch.testing.assert_close(output, expected)
@@ -183,6 +187,7 @@ def test_compile_the_reference(dynamic):
         expected_grads = torch.autograd.grad(expected, leaves, case.grad_output)
         for found, expected_grad in zip(grads, expected_grads, strict=True):
             torch.testing.assert_close(found, expected_grad)
+    assert counter.frame_count == (1 if dynamic else 2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
