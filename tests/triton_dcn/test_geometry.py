@@ -1,12 +1,13 @@
-"""Every shape error names the argument, what was expected and what was found."""
+"""Sizes that follow from the tensors, and errors that name the argument, what was expected and what was given."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from triton_dcn.geometry import ConvGeometry
+from triton_dcn.geometry import ConvGeometry, conv_output_size, even_slices
 
 
-def make(
+def make_geometry(
     input=(2, 4, 7, 9),
     offset=(2, 18, 7, 9),
     weight=(6, 4, 3, 3),
@@ -20,7 +21,7 @@ def make(
 
 
 def test_derived_sizes():
-    geom = make(
+    geom = make_geometry(
         input=(3, 8, 11, 10),
         offset=(3, 60, 6, 6),
         weight=(6, 4, 3, 5),
@@ -31,6 +32,26 @@ def test_derived_sizes():
     )
     assert (geom.groups, geom.offset_groups, geom.taps, geom.positions) == (2, 2, 15, 36)
     assert geom.output_shape == (3, 6, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding", "dilation"),
+    [
+        ((7, 9), (3, 3), (1, 1), (1, 1), (1, 1)),
+        ((11, 10), (3, 5), (2, 1), (1, 2), (1, 2)),
+        ((8, 6), (2, 5), (2, 3), (0, 3), (3, 2)),
+    ],
+)
+def test_output_size_is_that_of_a_convolution(size, kernel, stride, padding, dilation):
+    output = F.conv2d(torch.empty(1, 1, *size), torch.empty(1, 1, *kernel), None, stride, padding, dilation)
+    assert conv_output_size(size, kernel, stride, padding, dilation) == output.shape[2:]
+
+
+def test_even_slices():
+    assert even_slices(0, 4) == []
+    assert even_slices(4, 4) == [slice(0, 4)]
+    assert even_slices(9, 4) == [slice(0, 3), slice(3, 6), slice(6, 9)]
+    assert even_slices(10, 4) == [slice(0, 4), slice(4, 8), slice(8, 10)]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +76,6 @@ def test_derived_sizes():
 )
 def test_errors(change, words):
     with pytest.raises(ValueError, match=".*") as error:
-        make(**change)
+        make_geometry(**change)
     for word in words:
         assert word in str(error.value)

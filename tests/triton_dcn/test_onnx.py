@@ -12,25 +12,32 @@ from triton_dcn.nn import fuse_batch_norm
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime", minversion="1.31", reason="older ones have no DeformConv")
 TRANSLATIONS = pytest.importorskip("triton_dcn.onnx").TRANSLATIONS
-pytestmark = pytest.mark.filterwarnings("ignore")  # torch's exporter speaks about itself
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings that torch's exporter gives about its own code
 
 
-def run_onnx(module, inputs, others=None, **options):
-    """Export `module` for `inputs`, run the graph on `others` (or again `inputs`), return the first output."""
-    file = io.BytesIO()
+def run_onnx(module, example_inputs, inputs, **options):
+    """Export `module` for `example_inputs`, run the graph on `inputs`, return its first output and its nodes."""
     program = torch.onnx.export(
-        module.eval(), inputs, dynamo=True, opset_version=20, custom_translation_table=TRANSLATIONS, verbose=False,
+        module.eval(),
+        example_inputs,
+        dynamo=True,
+        opset_version=20,
+        custom_translation_table=TRANSLATIONS,
+        verbose=False,
         **options,
-    )  # fmt: skip
+    )
+    file = io.BytesIO()
     program.save(file)
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
-    tensors = [tensor.numpy() for tensor in others or inputs if tensor is not None]
+
     names = [value.name for value in session.get_inputs()]
+    arrays = [tensor.numpy() for tensor in inputs if tensor is not None]
+    output, *_ = session.run(None, dict(zip(names, arrays, strict=True)))
     nodes = [node.op_type for node in program.model.graph]
-    return torch.from_numpy(session.run(None, dict(zip(names, tensors, strict=True)))[0]), nodes
+    return torch.from_numpy(output), nodes
 
 
-class Op(nn.Module):
+class FixedConvolution(nn.Module):
     """The functional interface with fixed geometry."""
 
     def forward(self, input, offset, weight, bias, mask):
@@ -58,9 +65,10 @@ def test_operator(groups, offset_groups, bias, mask):
         torch.randn(6) if bias else None,
         torch.rand(batch, offset_groups * taps, height, width) if mask else None,
     )
-    found, nodes = run_onnx(Op(), inputs)
+    module = FixedConvolution()
+    found, nodes = run_onnx(module, inputs, inputs)
     assert nodes == ["DeformConv"]
-    torch.testing.assert_close(found, Op()(*inputs), rtol=0, atol=2e-5)
+    torch.testing.assert_close(found, module(*inputs), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -70,9 +78,10 @@ def test_modules_with_open_batch_and_size(layer, fused):
     nn.init.normal_(module.conv_offset.weight, std=0.2)
     if fused:
         module = fuse_batch_norm(module, nn.BatchNorm2d(6).eval(), relu=True)
-    images, others = torch.randn(2, 4, 16, 20), torch.randn(3, 4, 9, 31)
+    example = torch.randn(2, 4, 16, 20)
+    images = torch.randn(3, 4, 9, 31)
     dynamic = torch.export.Dim.DYNAMIC
-    found, nodes = run_onnx(module, (images,), (others,), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
+    found, nodes = run_onnx(module, (example,), (images,), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
     assert nodes.count("DeformConv") == 1
     assert nodes.count("Relu") == fused
-    torch.testing.assert_close(found, module(others).detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, module(images).detach(), rtol=0, atol=1e-5)
