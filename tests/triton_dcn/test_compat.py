@@ -15,7 +15,8 @@ from triton_dcn.compat import mmcv as compat_mmcv
 from triton_dcn.compat import torchvision as compat_torchvision
 
 IMPORTS = [("torchvision.ops", compat_torchvision), ("mmcv.ops", compat_mmcv)]
-GROUPS, DEFORM_GROUPS = 2, 2
+GROUPS = 2
+DEFORM_GROUPS = 2
 
 
 def make_modules(monkeypatch, source, *names):
@@ -23,12 +24,15 @@ def make_modules(monkeypatch, source, *names):
     modules = [ModuleType(name) for name in names]
     for module in modules:
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(source, modules[-1].__dict__)
-    for module in modules[:-1]:
-        vars(module).update({k: v for k, v in vars(modules[-1]).items() if not k.startswith("__")})
-    return modules[-1]
+    *packages, innermost = modules
+    exec(source, innermost.__dict__)
+    public = {name: value for name, value in vars(innermost).items() if not name.startswith("__")}
+    for package in packages:
+        vars(package).update(public)
+    return innermost
 
 
+# the interfaces of the libraries, around this package's reference
 STUB = """
 import torch
 from torch import nn
@@ -121,12 +125,18 @@ def mmcv_stub(monkeypatch):
     ops = make_modules(monkeypatch, "", "mmcv", "mmcv.ops")
     v2.calls = v1.calls
     for module in (v1, v2):
-        vars(ops).update({name: value for name, value in vars(module).items() if "eform" in name or name == "calls"})
+        vars(ops).update(deformable(module))
+    ops.calls = v1.calls
     return ops
 
 
-class Given(nn.Module):
-    """A layer that is given offsets (and masks), and what predicts them; a model around a foreign layer."""
+def deformable(module):
+    """The functions and classes of a module that are about deformable convolution."""
+    return {name: value for name, value in vars(module).items() if "deform" in name.lower()}
+
+
+class WithPredictedOffsets(nn.Module):
+    """A layer that is given offsets (and masks), and a convolution that predicts them."""
 
     def __init__(self, layer, masks=True):
         super().__init__()
@@ -148,20 +158,20 @@ def run(model, x):
     return [output.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
 
 
-def assert_same(found, expected):
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-10 * float(b.abs().max()))
+def assert_same(results, expected_results):
+    for found, expected in zip(results, expected_results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
 
 
 def torchvision_model(ops):
-    return Given(ops.DeformConv2d(8, 6, 3, padding=1, groups=GROUPS)).double()
+    return WithPredictedOffsets(ops.DeformConv2d(8, 6, 3, padding=1, groups=GROUPS)).double()
 
 
 def mmcv_model(ops):
     shape = {"padding": 1, "groups": GROUPS, "deform_groups": DEFORM_GROUPS}
     return nn.Sequential(
-        Given(ops.ModulatedDeformConv2d(8, 8, 3, **shape)),
-        Given(ops.DeformConv2d(8, 8, 3, **shape), masks=False),
+        WithPredictedOffsets(ops.ModulatedDeformConv2d(8, 8, 3, **shape)),
+        WithPredictedOffsets(ops.DeformConv2d(8, 8, 3, **shape), masks=False),
         ops.ModulatedDeformConv2dPack(8, 8, 3, **shape),
         ops.DeformConv2dPack(8, 8, 3, **shape),
     ).double()
@@ -179,17 +189,21 @@ LIBRARIES = pytest.mark.parametrize(
 @LIBRARIES
 def test_patch_replaces_and_restores(stub, compat, make, names, request):
     ops = request.getfixturevalue(stub)
-    before = {name: value for name, value in vars(ops).items() if "eform" in name}
-    model, x = make(ops), torch.randn(2, 8, 7, 9, dtype=torch.float64)
-    expected, count = run(model, x), len(ops.calls)
+    originals = deformable(ops)
+    model = make(ops)
+    x = torch.randn(2, 8, 7, 9, dtype=torch.float64)
+    expected = run(model, x)
+    count = len(ops.calls)
     assert count == len(names)
+
     with compat.patch() as handle:
         assert_same(run(model, x), expected)
         assert len(ops.calls) == count, "the library's own function ran"
-    assert {name: value for name, value in vars(ops).items() if "eform" in name} == before
+    assert deformable(ops) == originals
     handle.undo()
     run(model, x)
     assert len(ops.calls) == 2 * count
+
     handle = compat.patch()
     run(model, x)
     handle.undo()
@@ -201,57 +215,60 @@ def test_patch_is_undone_on_an_error(stub, compat, make, names, request):
     ops = request.getfixturevalue(stub)
     original = ops.deform_conv2d
 
-    def use():
+    def fail_while_patched():
         with compat.patch():
             assert ops.deform_conv2d is not original
             raise KeyError
 
     with pytest.raises(KeyError):
-        use()
+        fail_while_patched()
     assert ops.deform_conv2d is original
 
 
 @LIBRARIES
 def test_convert_keeps_parameters_names_and_hooks(stub, compat, make, names, request):
     ops = request.getfixturevalue(stub)
-    model, x = make(ops), torch.randn(2, 8, 7, 9, dtype=torch.float64)
-    expected, count = run(model, x), len(ops.calls)
-    parameters, classes = dict(model.named_parameters()), {n: type(m) for n, m in model.named_modules()}
-    seen = []
-    model.get_submodule(names[0]).register_forward_hook(lambda *_: seen.append(1))
+    model = make(ops)
+    x = torch.randn(2, 8, 7, 9, dtype=torch.float64)
+    expected = run(model, x)
+    count = len(ops.calls)
+    parameters = dict(model.named_parameters())
+    classes = {name: type(module) for name, module in model.named_modules()}
+    hook_calls = []
+    model.get_submodule(names[0]).register_forward_hook(lambda *_: hook_calls.append(1))
 
     assert compat.convert(model) == names
     assert compat.convert(model) == []
     assert all(type(model.get_submodule(name)).__module__ == "triton_dcn.nn" for name in names)
-    after = dict(model.named_parameters())
-    assert list(after) == list(parameters)
-    assert all(after[name] is parameters[name] for name in parameters)
+    converted_parameters = dict(model.named_parameters())
+    assert list(converted_parameters) == list(parameters)
+    assert all(converted_parameters[name] is parameters[name] for name in parameters)
     assert_same(run(model, x), expected)
     assert_same(run(copy.deepcopy(model), x), expected)
     assert len(ops.calls) == count
-    assert seen
+    assert hook_calls
     repr(model)
 
     assert compat.revert(model) == names
     assert compat.revert(model) == []
-    assert {n: type(m) for n, m in model.named_modules()} == classes
-    assert not any("triton" in key for m in model.modules() for key in vars(m))
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+    assert not any("triton" in key for module in model.modules() for key in vars(module))
     run(model, x)
     assert len(ops.calls) == 2 * count
 
 
 def test_convert_leaves_subclasses_and_takes_the_model_itself(torchvision_stub):
-    class Own(torchvision_stub.DeformConv2d):
+    class Subclass(torchvision_stub.DeformConv2d):
         pass
 
     layer = torchvision_stub.DeformConv2d(4, 4, 3)
-    assert compat_torchvision.convert(nn.Sequential(Own(4, 4, 3))) == []
+    assert compat_torchvision.convert(nn.Sequential(Subclass(4, 4, 3))) == []
     assert compat_torchvision.convert(layer) == [""]
     assert isinstance(layer, triton_dcn.DeformConv2d)
 
 
-def test_revert_refuses_what_has_been_fused_with_a_rectifier(torchvision_stub):
-    """The original class would forget it without a word."""
+def test_revert_refuses_a_layer_fused_with_a_relu(torchvision_stub):
+    """The original class would silently ignore the ReLU."""
     layer = torchvision_stub.DeformConv2d(4, 4, 3)
     compat_torchvision.convert(layer)
     fused = triton_dcn.fuse_batch_norm(layer, nn.BatchNorm2d(4).eval(), relu=True)
@@ -271,7 +288,9 @@ def test_revert_refuses_a_bias_that_the_original_would_ignore(mmcv_stub):
 
 
 def test_mmcv_functions_check_their_arguments(mmcv_stub):
-    x, offset, weight = torch.randn(1, 4, 5, 5), torch.randn(1, 18, 5, 5), torch.randn(4, 4, 3, 3)
+    x = torch.randn(1, 4, 5, 5)
+    offset = torch.randn(1, 18, 5, 5)
+    weight = torch.randn(4, 4, 3, 3)
     with compat_mmcv.patch():
         with pytest.raises(ValueError, match="bias: expected False"):
             mmcv_stub.deform_conv2d(x, offset, weight, 1, 1, 1, 1, 1, True)
@@ -282,7 +301,9 @@ def test_mmcv_functions_check_their_arguments(mmcv_stub):
 
 
 def test_mmcv_computes_in_the_dtype_of_the_offset(mmcv_stub):
-    x, offset, weight = torch.randn(1, 4, 5, 5), torch.randn(1, 18, 5, 5), torch.randn(4, 4, 3, 3)
+    x = torch.randn(1, 4, 5, 5)
+    offset = torch.randn(1, 18, 5, 5)
+    weight = torch.randn(4, 4, 3, 3)
     with compat_mmcv.patch():
         assert mmcv_stub.deform_conv2d(x, offset.bfloat16(), weight, 1, 1).dtype == torch.bfloat16
 
@@ -290,11 +311,15 @@ def test_mmcv_computes_in_the_dtype_of_the_offset(mmcv_stub):
 @pytest.mark.parametrize(("library", "compat"), IMPORTS)
 @pytest.mark.parametrize("call", ["patch", "convert", "revert"])
 def test_a_missing_library_is_named(library, compat, call, monkeypatch):
-    for name in [name for name in sys.modules if name.split(".")[0] == library.split(".")[0]]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, library.split(".")[0], None)
+    package = library.split(".")[0]
+    for name in list(sys.modules):
+        if name.split(".")[0] == package:
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+
+    arguments = [] if call == "patch" else [nn.Identity()]
     with pytest.raises(ImportError, match=library):
-        getattr(compat, call)(*[nn.Identity()] * (call != "patch"))
+        getattr(compat, call)(*arguments)
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +333,8 @@ def torchvision():
 
 
 def test_with_the_real_torchvision(torchvision):
-    model, x = torchvision_model(torchvision.ops), torch.randn(2, 8, 7, 9, dtype=torch.float64)
+    model = torchvision_model(torchvision.ops)
+    x = torch.randn(2, 8, 7, 9, dtype=torch.float64)
     expected = run(model, x)
     with compat_torchvision.patch():
         assert torchvision.ops.deform_conv2d is triton_dcn.deform_conv2d
@@ -322,12 +348,15 @@ def test_with_the_real_torchvision(torchvision):
 
 def test_the_one_rule_that_differs_from_the_real_torchvision(torchvision):
     offset = torch.zeros(1, 18, 4, 4, requires_grad=True)
-    x, weight = torch.randn(1, 3, 4, 4), torch.randn(2, 3, 3, 3)
+    x = torch.randn(1, 3, 4, 4)
+    weight = torch.randn(2, 3, 3, 3)
     theirs = torchvision.ops.deform_conv2d(x, offset, weight, padding=1)
     ours = triton_dcn.deform_conv2d(x, offset, weight, padding=1)
     torch.testing.assert_close(ours, theirs)
-    theirs, ours = (torch.autograd.grad(output.sum(), offset)[0] for output in (theirs, ours))
-    differs = ((ours - theirs).abs() > 1e-4).reshape(3, 3, 2, 4, 4)
+
+    (their_grad,) = torch.autograd.grad(theirs.sum(), offset)
+    (our_grad,) = torch.autograd.grad(ours.sum(), offset)
+    differs = ((our_grad - their_grad).abs() > 1e-4).reshape(3, 3, 2, 4, 4)
     assert differs.any()
     assert not differs[1, 1].any(), "the middle tap never lies at -1"
     assert not differs[:, :, :, 1:-1, 1:-1].any(), "nor does a sample of an inner output"
