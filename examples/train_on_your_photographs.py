@@ -30,7 +30,7 @@ def make_config(photographs: Path, out: Path, epochs: int) -> Config:
     model = replace(
         preset.model,
         image_scale=(320, 320),  # larger than the preset's, for small objects
-        anchor_ratios=(0.5, 1.0, 2.0),  # height / width of the objects
+        anchor_ratios=(0.67, 1.0, 1.5),  # height / width: these objects are nearly round
     )
     data = replace(preset.data, root=photographs)
     return replace(preset, out=out, epochs=epochs, data=data, model=model)
