@@ -21,6 +21,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUANTITIES = ("output", "grad_input", "grad_offset", "grad_mask", "grad_weight")
 """What `run_backend` returns."""
 
+# of torch itself, where forward mode is first used
+QUIET = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
 # batch, in, out, (H, W), kernel, stride, padding, dilation, groups, offset groups, mask, bias
 CASES = {
     "plain": (2, 8, 6, (7, 9), (3, 3), (1, 1), (1, 1), (1, 1), 1, 1, True, True),

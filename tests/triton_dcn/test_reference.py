@@ -7,14 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.triton_dcn.cases import CASES, QUANTITIES, golden_case, make_case, relative, run_backend
+from tests.triton_dcn.cases import CASES, QUANTITIES, QUIET, golden_case, make_case, relative, run_backend
 from triton_dcn import reference
 from triton_dcn.geometry import ConvGeometry
 from triton_dcn.offset_mask import OffsetMask
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/deform_conv.json").read_text())
-# of torch itself, where forward mode is first used
-QUIET = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
 
 @pytest.mark.parametrize("name", [name for name in GOLDEN if name.startswith("c")])

@@ -8,13 +8,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.triton_dcn.cases import CASES, make_case
+from tests.triton_dcn.cases import CASES, QUIET, make_case
 from triton_dcn import ModulatedDeformConv2dPack, deform_conv2d
 
 NAMES = ("x", "offset", "mask", "weight", "bias")
 BACKENDS = ("torch", "reference")
-# of torch itself, where forward mode is first used
-QUIET = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
 
 def convolution(backend=None):
