@@ -15,6 +15,7 @@ import train.main
 
 MAIN = Path(__file__).parents[2] / "train" / "main.py"
 CATEGORIES = [{"id": 7, "name": "red"}, {"id": 3, "name": "blue"}]  # ids with holes, not in order
+COLORS = {"red": (200, 40, 40), "blue": (40, 40, 200)}
 
 
 def make_split(root: Path, split: str, count: int, first_id: int, size: tuple[int, int] = (96, 128)) -> dict:
@@ -29,13 +30,19 @@ def make_split(root: Path, split: str, count: int, first_id: int, size: tuple[in
         for _ in range(1 + image_id % 2):
             category = CATEGORIES[int(random.integers(2))]
             w, h = random.integers(24, 60, 2).tolist()
-            x, y = int(random.integers(0, width - w)), int(random.integers(0, height - h))
-            pixels[y : y + h, x : x + w] = (200, 40, 40) if category["name"] == "red" else (40, 40, 200)
-            number = len(content["annotations"]) + 1
-            content["annotations"].append(
-                {"id": number, "image_id": image_id, "category_id": category["id"], "bbox": [x, y, w, h],
-                 "area": w * h, "iscrowd": 0, "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]}
-            )  # fmt: skip
+            x = int(random.integers(0, width - w))
+            y = int(random.integers(0, height - h))
+            pixels[y : y + h, x : x + w] = COLORS[category["name"]]
+            annotation = {
+                "id": len(content["annotations"]) + 1,
+                "image_id": image_id,
+                "category_id": category["id"],
+                "bbox": [x, y, w, h],
+                "area": w * h,
+                "iscrowd": 0,
+                "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
+            }
+            content["annotations"].append(annotation)
         name = f"{image_id:06d}.png"
         cv2.imwrite(str(root / split / name), pixels[..., ::-1])
         content["images"].append({"id": image_id, "file_name": name, "width": width, "height": height})

@@ -70,6 +70,11 @@ def pid_of_rank(rank: int, out: Path) -> int:
     raise AssertionError(f"no process of rank {rank}")
 
 
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    """Return the weights in the newest checkpoint of a run."""
+    return load_checkpoint(list_checkpoints(out / "checkpoints")[0])["model"]
+
+
 def test_two_processes_equal_one_with_the_doubled_batch(coco, tmp_path):
     common = ("--data.root", coco, "--epochs", 2, "--checkpoint.every", 0, "--pictures", 0)
     one = run(*common, "--data.batch-size", 4, "--out", tmp_path / "one")
@@ -84,15 +89,14 @@ def test_two_processes_equal_one_with_the_doubled_batch(coco, tmp_path):
             assert line["lr"] == other["lr"]
             # Each process divides by the number of its own regions, as the reference does, and rounding may change
             # which regions there are; before the first update neither can happen.
-            values, others = ([row[name] for name in LOSSES] for row in (line, other))
-            np.testing.assert_allclose(values, others, rtol=1e-5 if line["step"] == 1 else 1e-3)
+            tolerance = 1e-5 if line["step"] == 1 else 1e-3
+            for name in LOSSES:
+                np.testing.assert_allclose(line[name], other[name], rtol=tolerance, err_msg=name)
         else:
             assert line["AP"] == pytest.approx(other["AP"], abs=1e-2)
-    weights = [
-        load_checkpoint(list_checkpoints(tmp_path / name / "checkpoints")[0])["model"] for name in ("one", "two")
-    ]
-    one, two = (torch.cat([value.flatten() for value in each.values()]) for each in weights)
-    assert (one - two).norm() <= 1e-4 * one.norm()
+    first_weights = torch.cat([value.flatten() for value in weights(tmp_path / "one").values()])
+    second_weights = torch.cat([value.flatten() for value in weights(tmp_path / "two").values()])
+    assert (first_weights - second_weights).norm() <= 1e-4 * first_weights.norm()
 
 
 def test_killed_rank_is_named_and_the_run_goes_on_elsewhere(coco, tmp_path, launch):
@@ -176,7 +180,8 @@ def start_rank(launch, port, rank, size, *arguments):
 def test_missing_rank_is_named(coco, tmp_path, launch):
     arguments = ("--data.root", coco, "--out", tmp_path / "run", "--timeout", 15)
     port = free_port()
-    first, second = (start_rank(launch, port, rank, 3, *arguments) for rank in (0, 1))
+    first = start_rank(launch, port, 0, 3, *arguments)
+    second = start_rank(launch, port, 1, 3, *arguments)
     text, _ = first.communicate(timeout=120)
     assert first.returncode == 1
     assert "rank 2 did not come within 15 s" in text
@@ -240,13 +245,13 @@ def test_kill_in_the_middle_of_an_epoch_changes_nothing(coco, tmp_path, launch):
     process.wait()
     texts = [run(*common, "--out", tmp_path / name) for name in ("killed", "whole")]
     assert [text.returncode for text in texts] == [0, 0], texts
-    losses = [[line["loss"] for line in lines(tmp_path / name) if "loss" in line] for name in ("killed", "whole")]
-    assert len(losses[0]) == 12
-    assert losses[0] == losses[1]
-    weights = [
-        load_checkpoint(list_checkpoints(tmp_path / name / "checkpoints")[0])["model"] for name in ("killed", "whole")
-    ]
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    killed_losses = [line["loss"] for line in lines(tmp_path / "killed") if "loss" in line]
+    whole_losses = [line["loss"] for line in lines(tmp_path / "whole") if "loss" in line]
+    assert len(killed_losses) == 12
+    assert killed_losses == whole_losses
+    killed_weights = weights(tmp_path / "killed")
+    whole_weights = weights(tmp_path / "whole")
+    assert all(torch.equal(value, whole_weights[name]) for name, value in killed_weights.items())
 
 
 def test_full_disk_is_one_line_and_spares_what_is_there(coco, tmp_path, launch):

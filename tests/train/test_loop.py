@@ -53,8 +53,8 @@ def golden_batches(arrays, parameters, count):
     for i in range(count):
         numbers = parameters["spec"]["batches"][i % 4]
         valid = [~arrays[f"img{number}.gt_ignore"] for number in numbers]
-        columns = [[arrays[f"img{number}.{key}"] for number in numbers] for key in ("gt_bboxes", "gt_labels")]
-        boxes, labels = ([part[keep] for part, keep in zip(column, valid, strict=True)] for column in columns)
+        boxes = [arrays[f"img{number}.gt_bboxes"][keep] for number, keep in zip(numbers, valid, strict=True)]
+        labels = [arrays[f"img{number}.gt_labels"][keep] for number, keep in zip(numbers, valid, strict=True)]
         images = [arrays[f"img{number}.image_bgr"] for number in numbers]
         batches.append(LoadedBatch(make_batch(images, boxes, labels, torch.float64), list(numbers), [], [], {}))
     return batches
@@ -82,8 +82,10 @@ def check_golden_training(golden, tmp_path, variant, count):
             got = [line[name] for line in lines]
             expected = arrays[f"{variant}.losses"][:count, column]
             np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6, err_msg=name)
-    start, end = f"{variant}.first_grad.", ".stats"
-    names = [key[len(start) : -len(end)] for key in arrays if key.startswith(start) and key.endswith(end)]
+    prefix = f"{variant}.first_grad."
+    suffix = ".stats"
+    keys = [key for key in arrays if key.startswith(prefix) and key.endswith(suffix)]
+    names = [key.removeprefix(prefix).removesuffix(suffix) for key in keys]
     assert names
     for name in names:
         assert_summary(arrays, f"{variant}.first_grad.{name}", first[name], 128, 1e-8)
@@ -200,7 +202,8 @@ def test_each_step_has_its_own_seed(tmp_path):
             return super().forward(batch)
 
     train_on(Random(), toy_batches(3, 1), tmp_path / "a", OPTIM, seed=1)
-    first, drawn[:] = drawn[:], []
+    first = drawn.copy()
+    drawn.clear()
     assert len(set(first)) == 3
     train_on(Random(), toy_batches(3, 1), tmp_path / "b", OPTIM, seed=1)
     assert drawn == first

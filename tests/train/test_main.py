@@ -23,10 +23,11 @@ def weights(out: Path) -> dict:
 def assert_same_run(one: Path, two: Path) -> None:
     """Compare the losses of every step, the last evaluation and every bit of the weights."""
     keys = ("step", "epoch", "lr", "loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss", "AP")
-    columns = [[[line.get(key) for key in keys] for line in lines(out) if "loss" in line] for out in (one, two)]
-    assert columns[0] == columns[1]
+    rows = {out: [[line.get(key) for key in keys] for line in lines(out) if "loss" in line] for out in (one, two)}
+    assert rows[one] == rows[two]
     assert lines(one)[-1]["AP"] == lines(two)[-1]["AP"]
-    first, second = weights(one), weights(two)
+    first = weights(one)
+    second = weights(two)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
