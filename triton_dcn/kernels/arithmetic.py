@@ -1,7 +1,7 @@
-"""Products and rounding that mean the same on a GPU and in the interpreter.
+"""Products and rounding that give the same on a GPU and in the interpreter.
 
-The interpreter multiplies bfloat16 tiles wrongly and truncates where hardware rounds. What is done about it compiles to
-nothing on a GPU.
+The interpreter multiplies bfloat16 tiles wrongly, and truncates where hardware rounds. The code that corrects this is
+left out when a kernel is compiled for a GPU.
 """
 
 import os
@@ -9,7 +9,7 @@ import os
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # triton.knobs knows it from triton 3.4 on only
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # triton.knobs has it, but only from 3.4 on
 
 
 @triton.jit
@@ -26,6 +26,6 @@ def round_to(x, dtype: tl.constexpr):
     """Return float32 `x` in `dtype`, rounded to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True).to(tl.int64)
-        bits = bits + 0x7FFF + (bits >> 16 & 1)
+        bits = bits + 0x7FFF + (bits >> 16 & 1)  # the middle of two neighbors goes to the even one
         x = (bits >> 16 << 16).to(tl.int32).to(tl.float32, bitcast=True)
     return x.to(dtype)

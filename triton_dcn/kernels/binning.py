@@ -1,14 +1,16 @@
 """Bins: for every tile of input pixels, the samples whose cells touch it.
 
-A bin is one (image, offset group, tile, tap), numbered in that order, and lists entries `tap * M + position`. A sample
-enters every tile that owns one of its corners, one to four, so that the gradient of a tile needs its own bins alone.
-Lists are allocated at the bound of four entries per sample: their lengths never travel to the host.
+Receives the cells of the samples. Hands the entries of all bins on to `grad_input`.
 
-Two ways to the same bins. Keys and a stable sort: the order inside a bin is that of the samples, and what is summed
-along a bin is bitwise reproducible. Counting with integer atomics, a cumulative sum, and filling by rank: less traffic,
-the order inside a bin left to the hardware.
+A bin is one (image, offset group, tile, tap), numbered in that order. It lists entries `tap * M + position`. A sample
+enters every tile that has one of its corners, one to four tiles, so that the gradient of a tile needs only its own
+bins. The lists are allocated for four entries of each sample: their lengths never travel to the host.
 
-Letters and sample arrays: see `sampling`.
+There are two ways to the same bins. With keys and a stable sort, the entries of a bin are in the order of the samples,
+and what is summed along a bin is reproducible bit by bit. Counting with integer atomics, a cumulative sum, and filling
+by rank moves fewer bytes, and leaves the order inside a bin to the hardware.
+
+Letters, names and sample arrays: see `sampling`.
 """
 
 import triton
@@ -18,16 +20,34 @@ from triton_dcn.kernels.jit import kernel
 
 
 @triton.jit
-def cell_origin(cell, place, width):
-    """Return y and x of the top left corner of each cell, -1 where it is outside; `place` is `pixel` in its image."""
-    row = place // width
-    column = place - row * width
+def cell_origin(cell, pixel, width):
+    """Return y and x of the top left corner of each cell, -1 where it is outside.
+
+    Args:
+        cell: of the samples.
+        pixel: index of each cell's pixel within its image.
+        width: of the image.
+    """
+    row = pixel // width
+    column = pixel - row * width
     return tl.where((cell & 8) != 0, row, -1), tl.where((cell & 2) != 0, column, -1)
 
 
 @triton.jit
-def entry_bin(cell, y, x, image_group, tap, tiles_y, tiles_x, DY: tl.constexpr, DX: tl.constexpr, TAPS: tl.constexpr,
-              TILE_H: tl.constexpr, TILE_W: tl.constexpr):  # fmt: skip
+def entry_bin(
+    cell,
+    y,
+    x,
+    image_group,
+    tap,
+    tiles_y,
+    tiles_x,
+    DY: tl.constexpr,
+    DX: tl.constexpr,
+    TAPS: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+):
     """Return bin and liveness of the entry for corner (DY, DX); a corner in the tile of an earlier one has none."""
     live_y = (cell & (4 if DY else 8)) != 0
     live_x = (cell & (1 if DX else 2)) != 0
@@ -75,10 +95,11 @@ def bin_kernel(
     image = (cell >> 4) // (height * width)
     y, x = cell_origin(cell, (cell >> 4) - image * (height * width), width)
     image_group = image * OFFSET_GROUPS + sample // (positions * TAPS)
+
     for corner in tl.static_range(4):
         bin, live = entry_bin(
             cell, y, x, image_group, tap, tiles_y, tiles_x, corner // 2, corner % 2, TAPS, TILE_H, TILE_W
-        )  # fmt: skip
+        )
         live = live & live_sample
         if PASS == "keys":
             tl.store(key_ptr + sample * 4 + corner, tl.where(live, bin, bins), mask=live_sample)
@@ -86,5 +107,5 @@ def bin_kernel(
             tl.atomic_add(count_ptr + bin, 1, mask=live, sem="relaxed")
         else:
             rank = tl.atomic_add(count_ptr + bin, 1, mask=live, sem="relaxed")
-            at = tl.load(start_ptr + bin, mask=live, other=0) + rank
-            tl.store(entry_ptr + at, sample % (positions * TAPS), mask=live)
+            slot = tl.load(start_ptr + bin, mask=live, other=0) + rank
+            tl.store(entry_ptr + slot, sample % (positions * TAPS), mask=live)

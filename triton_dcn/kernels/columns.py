@@ -1,6 +1,8 @@
 """The columns: every sample, blended and scaled, as the left operand of a library matrix product.
 
-Letters and sample arrays: see `sampling`.
+Receives the pixels of the input and the sample arrays. Hands on a column buffer (G, rows, K, C/G).
+
+Letters, names and sample arrays: see `sampling`.
 """
 
 import triton.language as tl
@@ -19,7 +21,7 @@ def columns_kernel(
     scale_ptr,
     column_ptr,
     positions,
-    first,
+    first_position,
     rows,
     width,
     CHANNELS: tl.constexpr,
@@ -29,32 +31,38 @@ def columns_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sample the input at positions [first, first + rows).
+    """Sample the input at the positions [first_position, first_position + rows).
 
-    Grid: (ceil(rows / BLOCK_P) * D*K,); a program owns BLOCK_P positions of one (offset group, tap).
+    Grid: (ceil(rows / BLOCK_P) * D*K,); a program owns BLOCK_P positions of one plane.
     Reads: input (B, H, W, C), or int32 (B, H, W, C/2), see `widen`; the sample arrays, (D*K, M).
     Writes: columns (G, rows, K, C/G), in full.
     """
     PACK: tl.constexpr = 2 if input_ptr.dtype.element_ty == tl.int32 else 1
     PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
-    pid_s = tl.program_id(0) % (OFFSET_GROUPS * TAPS)
+    plane = tl.program_id(0) % (OFFSET_GROUPS * TAPS)
     row = tl.program_id(0) // (OFFSET_GROUPS * TAPS) * BLOCK_P + tl.arange(0, BLOCK_P)
-    live = row < rows
-    at = pid_s * positions + first + tl.where(live, row, 0)
-    cell = tl.load(cell_ptr + at)[:, None]
+    live_row = row < rows
+    sample = plane * positions + first_position + tl.where(live_row, row, 0)
+
+    cell = tl.load(cell_ptr + sample)[:, None]
     row00, row01, row10, row11 = corner_rows(cell, width, CHANNELS // PACK)
     w00, w01, w10, w11 = corner_weights(
-        cell, tl.load(ly_ptr + at)[:, None], tl.load(lx_ptr + at)[:, None], tl.load(scale_ptr + at)[:, None]
+        cell,
+        tl.load(ly_ptr + sample)[:, None],
+        tl.load(lx_ptr + sample)[:, None],
+        tl.load(scale_ptr + sample)[:, None],
     )
-    base = input_ptr + pid_s // TAPS * (PER_OFFSET // PACK)
+
+    base_ptr = input_ptr + plane // TAPS * (PER_OFFSET // PACK)
     for start in range(0, PER_OFFSET, BLOCK_C):
         word = start // PACK + tl.arange(0, BLOCK_C // PACK)[None, :]
-        inside = word < PER_OFFSET // PACK
+        live_word = word < PER_OFFSET // PACK
         x00, x01, x10, x11 = load_corners(
-            base, row00, row01, row10, row11, word, inside, PER_OFFSET % BLOCK_C != 0
-        )  # fmt: skip
+            base_ptr, row00, row01, row10, row11, word, live_word, PER_OFFSET % BLOCK_C != 0
+        )
         value = round_to(blend(w00, w01, w10, w11, x00, x01, x10, x11), column_ptr.dtype.element_ty)
-        local = start + tl.arange(0, BLOCK_C)[None, :]
-        c = pid_s // TAPS * PER_OFFSET + local
-        to = column_offset(row[:, None], pid_s % TAPS, c, rows, CHANNELS, GROUPS, TAPS)
-        tl.store(column_ptr + to, value, mask=live[:, None] & (local < PER_OFFSET))
+
+        c_in_group = start + tl.arange(0, BLOCK_C)[None, :]
+        c = plane // TAPS * PER_OFFSET + c_in_group
+        store_at = column_offset(row[:, None], plane % TAPS, c, rows, CHANNELS, GROUPS, TAPS)
+        tl.store(column_ptr + store_at, value, mask=live_row[:, None] & (c_in_group < PER_OFFSET))

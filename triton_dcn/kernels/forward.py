@@ -1,12 +1,14 @@
-"""Gather and contract in one pass: output = sum over taps of sample(tap) @ weight(tap), the columns never in memory.
+"""Sample and multiply in one pass: output = sum over planes of sample(plane) @ weight(plane), no columns in memory.
 
-Two forms of the same product, chosen by the tile table. `prefetch` carries the raw corner pixels of the next step
-across the loop, so that their latency hides behind the blend and the product; it is portable. `transposed` computes the
-transposed product with the gathered tile as right operand, which on sm_90 saves the register-to-register layout change
-of every blended tile. Both leave `num_stages` at 1: a pipelined gather would bypass the L1 cache, where neighboring
-samples meet.
+Receives the pixels of the input, the sample arrays, weight and bias. Hands on the output (M, O).
 
-Letters and sample arrays: see `sampling`. One channel group (G = 1); C/D and O are multiples of the blocks.
+There are two forms of the same product, and the tile table chooses. `prefetch` loads the corner pixels of the next step
+before it blends and multiplies those of this step, so that the loads take place behind the computation; it runs well
+everywhere. `transposed` computes the transposed product with the blended tile as right operand, which on sm_90 saves
+the change of layout from register to register of every blended tile. Both leave `num_stages` at 1: a pipelined load
+would bypass the L1 cache, which serves the pixels that neighboring samples share.
+
+Letters, names and sample arrays: see `sampling`. One channel group (G = 1); C/D and O are multiples of the blocks.
 """
 
 import triton
@@ -19,15 +21,23 @@ from triton_dcn.kernels.sampling import blend, corner_rows, corner_weights, load
 
 @triton.jit
 def epilogue(
-    acc, bias_ptr, output_ptr, p, o, live, OUT_CHANNELS: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr
+    acc,
+    bias_ptr,
+    output_ptr,
+    position,
+    o,
+    live,
+    OUT_CHANNELS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
 ):
-    """Add the bias, rectify and store a (BLOCK_P, BLOCK_O) tile of the output (M, O)."""
+    """Add the bias, apply the ReLU and store a (BLOCK_P, BLOCK_O) tile of the output (M, O)."""
     if HAS_BIAS:
         acc += tl.load(bias_ptr + o).to(tl.float32)[None, :]
     if RELU:
         acc = tl.where(acc < 0, 0.0, acc)  # NaN stays, as in torch
-    to = p.to(tl.int64)[:, None] * OUT_CHANNELS + o[None, :]
-    tl.store(output_ptr + to, round_to(acc, output_ptr.dtype.element_ty), mask=live[:, None])
+    store_at = position.to(tl.int64)[:, None] * OUT_CHANNELS + o[None, :]
+    tl.store(output_ptr + store_at, round_to(acc, output_ptr.dtype.element_ty), mask=live[:, None])
 
 
 @kernel
@@ -56,7 +66,7 @@ def forward_prefetch_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Compute an output tile, gathering one channel block ahead of the product, across taps, too.
+    """Compute an output tile, loading one channel block ahead of the product, also from one plane to the next.
 
     Grid: (ceil(M / BLOCK_P) * O / BLOCK_O,); a program owns a (BLOCK_P, BLOCK_O) tile.
     Reads: input (B, H, W, C), weight (O, K, C), bias (O,), the sample arrays.
@@ -65,38 +75,38 @@ def forward_prefetch_kernel(
     """
     PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
     BLOCKS_O: tl.constexpr = OUT_CHANNELS // BLOCK_O
-    SAMPLES: tl.constexpr = OFFSET_GROUPS * TAPS
+    PLANES: tl.constexpr = OFFSET_GROUPS * TAPS
     index = tl.program_id(0) // BLOCKS_O * BLOCK_P + tl.arange(0, BLOCK_P)
     live = index < positions
-    p = swizzle(tl.where(live, index, 0), out_height, out_width, STRIP)
+    position = swizzle(tl.where(live, index, 0), out_height, out_width, STRIP)
     o = tl.program_id(0) % BLOCKS_O * BLOCK_O + tl.arange(0, BLOCK_O)
     c = tl.arange(0, BLOCK_C)
     weight_rows = o[None, :] * (TAPS * CHANNELS) + c[:, None]
 
-    cell = tl.load(cell_ptr + p)[:, None]
+    cell = tl.load(cell_ptr + position)[:, None]
     row00, row01, row10, row11 = corner_rows(cell, width, CHANNELS)
     x00, x01, x10, x11 = load_corners(input_ptr, row00, row01, row10, row11, c[None, :], True, False)
     acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
-    for sample in tl.range(0, SAMPLES, num_stages=1):
-        at = sample * positions + p
-        ly = tl.load(ly_ptr + at)[:, None]
-        lx = tl.load(lx_ptr + at)[:, None]
-        w00, w01, w10, w11 = corner_weights(cell, ly, lx, tl.load(scale_ptr + at)[:, None])
-        first = sample // TAPS * PER_OFFSET
-        weight_tap = weight_ptr + (sample % TAPS * CHANNELS + first) + weight_rows
-        ahead = tl.minimum(sample + 1, SAMPLES - 1)
-        cell = tl.load(cell_ptr + ahead * positions + p)[:, None]
+    for plane in tl.range(0, PLANES, num_stages=1):
+        sample = plane * positions + position
+        ly = tl.load(ly_ptr + sample)[:, None]
+        lx = tl.load(lx_ptr + sample)[:, None]
+        w00, w01, w10, w11 = corner_weights(cell, ly, lx, tl.load(scale_ptr + sample)[:, None])
+        first_c = plane // TAPS * PER_OFFSET
+        weight_tap_ptr = weight_ptr + (plane % TAPS * CHANNELS + first_c) + weight_rows
+        next_plane = tl.minimum(plane + 1, PLANES - 1)
+        cell = tl.load(cell_ptr + next_plane * positions + position)[:, None]
         for start in tl.static_range(0, PER_OFFSET, BLOCK_C):
             value = round_to(blend(w00, w01, w10, w11, x00, x01, x10, x11), weight_ptr.dtype.element_ty)
             if start + BLOCK_C < PER_OFFSET:
-                base = input_ptr + (first + start + BLOCK_C)
+                next_ptr = input_ptr + (first_c + start + BLOCK_C)
             else:
-                base = input_ptr + ahead // TAPS * PER_OFFSET
+                next_ptr = input_ptr + next_plane // TAPS * PER_OFFSET
                 row00, row01, row10, row11 = corner_rows(cell, width, CHANNELS)
-            x00, x01, x10, x11 = load_corners(base, row00, row01, row10, row11, c[None, :], True, False)
-            weight = tl.load(weight_tap + start)  # (BLOCK_C, BLOCK_O)
+            x00, x01, x10, x11 = load_corners(next_ptr, row00, row01, row10, row11, c[None, :], True, False)
+            weight = tl.load(weight_tap_ptr + start)  # (BLOCK_C, BLOCK_O)
             acc = contract(value, weight, acc, PRECISION)
-    epilogue(acc, bias_ptr, output_ptr, p, o, live, OUT_CHANNELS, HAS_BIAS, RELU)
+    epilogue(acc, bias_ptr, output_ptr, position, o, live, OUT_CHANNELS, HAS_BIAS, RELU)
 
 
 @kernel
@@ -125,7 +135,7 @@ def forward_transposed_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Compute the transposed output tile, weight on the left, channel blocks unrolled inside the loop over samples.
+    """Compute the transposed output tile, weight on the left, channel blocks unrolled inside the loop over planes.
 
     Grid, reads, writes, assumes: as `forward_prefetch_kernel`; or input int32 (B, H, W, C/2), see `widen`.
     """
@@ -134,25 +144,25 @@ def forward_transposed_kernel(
     BLOCKS_O: tl.constexpr = OUT_CHANNELS // BLOCK_O
     index = tl.program_id(0) // BLOCKS_O * BLOCK_P + tl.arange(0, BLOCK_P)
     live = index < positions
-    p = swizzle(tl.where(live, index, 0), out_height, out_width, STRIP)
+    position = swizzle(tl.where(live, index, 0), out_height, out_width, STRIP)
     o = tl.program_id(0) % BLOCKS_O * BLOCK_O + tl.arange(0, BLOCK_O)
     word = tl.arange(0, BLOCK_C // PACK)[None, :]
     weight_rows = o[:, None] * (TAPS * CHANNELS) + tl.arange(0, BLOCK_C)[None, :]
 
     acc = tl.zeros((BLOCK_O, BLOCK_P), tl.float32)
-    for sample in tl.range(0, OFFSET_GROUPS * TAPS, num_stages=1):
-        at = sample * positions + p
-        cell = tl.load(cell_ptr + at)[:, None]
-        ly = tl.load(ly_ptr + at)[:, None]
-        lx = tl.load(lx_ptr + at)[:, None]
-        w00, w01, w10, w11 = corner_weights(cell, ly, lx, tl.load(scale_ptr + at)[:, None])
+    for plane in tl.range(0, OFFSET_GROUPS * TAPS, num_stages=1):
+        sample = plane * positions + position
+        cell = tl.load(cell_ptr + sample)[:, None]
+        ly = tl.load(ly_ptr + sample)[:, None]
+        lx = tl.load(lx_ptr + sample)[:, None]
+        w00, w01, w10, w11 = corner_weights(cell, ly, lx, tl.load(scale_ptr + sample)[:, None])
         row00, row01, row10, row11 = corner_rows(cell, width, CHANNELS // PACK)
-        first = sample // TAPS * PER_OFFSET
-        weight_tap = weight_ptr + (sample % TAPS * CHANNELS + first) + weight_rows
+        first_c = plane // TAPS * PER_OFFSET
+        weight_tap_ptr = weight_ptr + (plane % TAPS * CHANNELS + first_c) + weight_rows
         for start in tl.static_range(0, PER_OFFSET, BLOCK_C):
-            base = input_ptr + (first + start) // PACK
-            x00, x01, x10, x11 = load_corners(base, row00, row01, row10, row11, word, True, False)
+            block_ptr = input_ptr + (first_c + start) // PACK
+            x00, x01, x10, x11 = load_corners(block_ptr, row00, row01, row10, row11, word, True, False)
             value = round_to(blend(w00, w01, w10, w11, x00, x01, x10, x11), weight_ptr.dtype.element_ty)
-            weight = tl.load(weight_tap + start)  # (BLOCK_O, BLOCK_C)
+            weight = tl.load(weight_tap_ptr + start)  # (BLOCK_O, BLOCK_C)
             acc = contract(weight, tl.trans(value), acc, PRECISION)
-    epilogue(tl.trans(acc), bias_ptr, output_ptr, p, o, live, OUT_CHANNELS, HAS_BIAS, RELU)
+    epilogue(tl.trans(acc), bias_ptr, output_ptr, position, o, live, OUT_CHANNELS, HAS_BIAS, RELU)

@@ -1,11 +1,15 @@
-"""The scatter of the input gradient as a matrix product, one program per tile of input pixels.
+"""The gradient of the input as a matrix product over the samples of a bin, one program per tile of input pixels.
+
+Receives grad_output or column gradients, the sample arrays and the bins. Hands on T, from which a library product makes
+the gradient, or the gradient itself.
 
 The gradient of pixel q is the sum over samples s of hat(q, s) * grad_column(s), with
 
     hat(q, s) = scale(s) * max(0, 1 - |p_y(s) - q_y|) * max(0, 1 - |p_x(s) - q_x|),
 
-non-zero at the four corners of s only. A tile of pixels times the entries of its bin is a small dense matrix, and the
-sum a tensor-core product. No atomics, nothing zeroed beforehand, results written once in their own dtype.
+non-zero at the four corners of s only. For a tile of pixels and the entries of its bin, hat is a small dense matrix,
+and the sum is a product for tensor cores. There are no atomics, nothing is set to zero before, and results are written
+once in their own dtype.
 
 T-columns put hat between grad_output and weight: with T(q, k) = sum_s hat(q, s) * grad_output(s) over the bin of tap k,
 
@@ -13,7 +17,7 @@ T-columns put hat between grad_output and weight: with T(q, k) = sum_s hat(q, s)
 
 two library products on one buffer, for one offset group. The G-form takes any number of them, from column gradients.
 
-Letters and sample arrays: see `sampling`; bins: see `binning`.
+Letters, names and sample arrays: see `sampling`; bins: see `binning`.
 """
 
 import triton
@@ -31,7 +35,7 @@ def hat_matrix(
     ly_ptr,
     lx_ptr,
     scale_ptr,
-    at,
+    sample,
     live,
     first_pixel,
     tile_y,
@@ -46,20 +50,20 @@ def hat_matrix(
     Its two factors are computed apart, for the rows and for the columns of the tile, and multiplied last.
 
     Args:
-        at: of the samples in the sample arrays, (samples,); all of them lie in the image that begins at `first_pixel`.
-        tile_y, tile_x: of the tile, in tiles.
+        sample: numbers in the sample arrays, (samples,); all lie in the image that begins at `first_pixel`.
+        tile_y, tile_x: position of the tile, in tiles.
     """
-    cell = tl.load(cell_ptr + at)
-    ly = tl.load(ly_ptr + at)
-    lx = tl.load(lx_ptr + at)
-    scale = tl.where(live, tl.load(scale_ptr + at), 0.0)
+    cell = tl.load(cell_ptr + sample)
+    ly = tl.load(ly_ptr + sample)
+    lx = tl.load(lx_ptr + sample)
+    scale = tl.where(live, tl.load(scale_ptr + sample), 0.0)
     y, x = cell_origin(cell, (cell >> 4) - first_pixel, width)
     dy = tile_y * TILE_H + tl.arange(0, TILE_H)[:, None] - y[None, :]
     dx = tile_x * TILE_W + tl.arange(0, TILE_W)[:, None] - x[None, :]
     hat_y = tl.where(dy == 0, 1 - ly, tl.where(dy == 1, ly, 0.0))
     hat_x = tl.where(dx == 0, 1 - lx, tl.where(dx == 1, lx, 0.0)) * scale
     hat = round_to(hat_y[:, None, :] * hat_x[None, :, :], dtype)
-    return tl.reshape(hat, (TILE_H * TILE_W, at.shape[0]))
+    return tl.reshape(hat, (TILE_H * TILE_W, sample.shape[0]))
 
 
 @kernel
@@ -77,9 +81,9 @@ def t_columns_kernel(
     width,
     tiles_y,
     tiles_x,
-    image,
-    tile_row,
-    chunk_rows,
+    first_image,
+    first_tile_row,
+    tile_rows,
     first_pixel,
     rows,
     OUT_CHANNELS: tl.constexpr,
@@ -91,9 +95,9 @@ def t_columns_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """Compute T for a chunk of the input: `chunk_rows` rows of tiles of each image from `image`, `tile_row` on.
+    """Compute T for a chunk of the input: `tile_rows` rows of tiles from `first_tile_row` on, of some images.
 
-    Grid: (images * chunk_rows * tiles_x * K * ceil(O / BLOCK_O),); a program owns a tile, a tap and BLOCK_O channels.
+    Grid: (images * tile_rows * tiles_x * K * ceil(O / BLOCK_O),); a program owns a tile, a tap and BLOCK_O channels.
     Reads: grad_output (M, O), the sample arrays, start (bins + 1,), entry.
     Writes: T (G, rows, K, O/G) for the `rows` pixels from `first_pixel` on, in full.
     """
@@ -103,32 +107,45 @@ def t_columns_kernel(
     tap = tl.program_id(0) // BLOCKS_O % TAPS
     tile = tl.program_id(0) // (BLOCKS_O * TAPS)
     tile_x = tile % tiles_x
-    tile_y = tile_row + tile // tiles_x % chunk_rows
-    b = image + tile // (tiles_x * chunk_rows)
+    tile_y = first_tile_row + tile // tiles_x % tile_rows
+    b = first_image + tile // (tiles_x * tile_rows)
     q = tl.arange(0, TILE_H * TILE_W)
     y = tile_y * TILE_H + q // TILE_W
     x = tile_x * TILE_W + q % TILE_W
     bin = ((b * tiles_y + tile_y) * tiles_x + tile_x) * TAPS + tap
     begin = tl.load(start_ptr + bin)
     end = tl.load(start_ptr + bin + 1)
-    first_entry = tl.load(entry_ptr + begin, mask=begin < end, other=0)  # in the place of those beyond the last
+    first_entry = tl.load(entry_ptr + begin, mask=begin < end, other=0)  # stands for those beyond the last
     live_o = (o < OUT_CHANNELS)[None, :]
     acc = tl.zeros((TILE_H * TILE_W, BLOCK_O), tl.float32)
     for first in tl.range(begin, end, BLOCK_S, num_stages=1):
-        e = first + tl.arange(0, BLOCK_S)
-        live = e < end
-        entry = tl.load(entry_ptr + e, mask=live, other=first_entry)
+        number = first + tl.arange(0, BLOCK_S)
+        live = number < end
+        entry = tl.load(entry_ptr + number, mask=live, other=first_entry)
         hat = hat_matrix(
-            cell_ptr, ly_ptr, lx_ptr, scale_ptr, entry, live, b * height * width, tile_y, tile_x, width,
-            grad_output_ptr.dtype.element_ty, TILE_H, TILE_W,
-        )  # fmt: skip
-        row = (entry - tap * positions).to(tl.int64)[:, None]
-        from_ptr = grad_output_ptr + row * OUT_CHANNELS + o[None, :]
-        grad = tl.load(from_ptr) if EVEN else tl.load(from_ptr, mask=live_o, other=0.0)  # (BLOCK_S, BLOCK_O)
+            cell_ptr,
+            ly_ptr,
+            lx_ptr,
+            scale_ptr,
+            entry,
+            live,
+            b * height * width,
+            tile_y,
+            tile_x,
+            width,
+            grad_output_ptr.dtype.element_ty,
+            TILE_H,
+            TILE_W,
+        )
+        position = (entry - tap * positions).to(tl.int64)[:, None]
+        grad_ptr = grad_output_ptr + position * OUT_CHANNELS + o[None, :]
+        grad = tl.load(grad_ptr) if EVEN else tl.load(grad_ptr, mask=live_o, other=0.0)  # (BLOCK_S, BLOCK_O)
         acc = contract(hat, grad, acc, PRECISION)
+
     row = (b * height + y) * width + x - first_pixel
-    to = column_offset(row[:, None], tap, o[None, :], rows, OUT_CHANNELS, GROUPS, TAPS)
-    tl.store(t_ptr + to, round_to(acc, t_ptr.dtype.element_ty), mask=((y < height) & (x < width))[:, None] & live_o)
+    store_at = column_offset(row[:, None], tap, o[None, :], rows, OUT_CHANNELS, GROUPS, TAPS)
+    inside = ((y < height) & (x < width))[:, None] & live_o
+    tl.store(t_ptr + store_at, round_to(acc, t_ptr.dtype.element_ty), mask=inside)
 
 
 @kernel
@@ -142,7 +159,7 @@ def g_form_kernel(
     entry_ptr,
     grad_input_ptr,
     positions,
-    from_position,
+    first_position,
     rows,
     height,
     width,
@@ -160,7 +177,7 @@ def g_form_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Compute grad_input from the column gradients of the positions [from_position, from_position + rows).
+    """Compute grad_input from the column gradients of the positions [first_position, first_position + rows).
 
     Grid: (B * D * tiles_y * tiles_x * ceil(C/D / BLOCK_C),); a program owns a tile and BLOCK_C channels of a group.
     Reads: grad_column (G, rows, K, C/G), the sample arrays, start (bins + 1,), entry.
@@ -169,44 +186,56 @@ def g_form_kernel(
     PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
     EVEN: tl.constexpr = PER_OFFSET % BLOCK_C == 0
     BLOCKS_C: tl.constexpr = (PER_OFFSET + BLOCK_C - 1) // BLOCK_C
-    local = tl.program_id(0) % BLOCKS_C * BLOCK_C + tl.arange(0, BLOCK_C)
-    bins = tl.program_id(0) // BLOCKS_C  # (image, offset group, tile); its taps follow each other
-    tile_x = bins % tiles_x
-    tile_y = bins // tiles_x % tiles_y
-    offset_group = bins // (tiles_x * tiles_y) % OFFSET_GROUPS
-    b = bins // (tiles_x * tiles_y * OFFSET_GROUPS)
-    c = offset_group * PER_OFFSET + local
+    c_in_group = tl.program_id(0) % BLOCKS_C * BLOCK_C + tl.arange(0, BLOCK_C)
+    tile = tl.program_id(0) // BLOCKS_C  # of (image, offset group, tile); the bins of its taps follow each other
+    tile_x = tile % tiles_x
+    tile_y = tile // tiles_x % tiles_y
+    offset_group = tile // (tiles_x * tiles_y) % OFFSET_GROUPS
+    b = tile // (tiles_x * tiles_y * OFFSET_GROUPS)
+    c = offset_group * PER_OFFSET + c_in_group
     q = tl.arange(0, TILE_H * TILE_W)
     y = tile_y * TILE_H + q // TILE_W
     x = tile_x * TILE_W + q % TILE_W
-    begin = tl.load(start_ptr + bins * TAPS)
-    end = tl.load(start_ptr + bins * TAPS + TAPS)
-    first_entry = tl.load(entry_ptr + begin, mask=begin < end, other=0)  # in the place of those beyond the last
-    sample_base = offset_group * TAPS * positions
-    live_c = (local < PER_OFFSET)[None, :]
+    begin = tl.load(start_ptr + tile * TAPS)
+    end = tl.load(start_ptr + tile * TAPS + TAPS)
+    first_entry = tl.load(entry_ptr + begin, mask=begin < end, other=0)  # stands for those beyond the last
+    first_sample = offset_group * TAPS * positions
+    live_c = (c_in_group < PER_OFFSET)[None, :]
     acc = tl.zeros((TILE_H * TILE_W, BLOCK_C), tl.float32)
     for first in tl.range(begin, end, BLOCK_S, num_stages=1):
-        e = first + tl.arange(0, BLOCK_S)
-        live = e < end
-        entry = tl.load(entry_ptr + e, mask=live, other=first_entry)
+        number = first + tl.arange(0, BLOCK_S)
+        live = number < end
+        entry = tl.load(entry_ptr + number, mask=live, other=first_entry)
         row = entry % positions
         if PART:
-            row -= from_position
+            row -= first_position
             live = live & (row >= 0) & (row < rows)
             row = tl.where(live, row, 0)
         hat = hat_matrix(
-            cell_ptr, ly_ptr, lx_ptr, scale_ptr, sample_base + entry, live, b * height * width, tile_y, tile_x, width,
-            grad_column_ptr.dtype.element_ty, TILE_H, TILE_W,
-        )  # fmt: skip
+            cell_ptr,
+            ly_ptr,
+            lx_ptr,
+            scale_ptr,
+            first_sample + entry,
+            live,
+            b * height * width,
+            tile_y,
+            tile_x,
+            width,
+            grad_column_ptr.dtype.element_ty,
+            TILE_H,
+            TILE_W,
+        )
         tap = (entry // positions)[:, None]
-        from_ptr = grad_column_ptr + column_offset(row[:, None], tap, c[None, :], rows, CHANNELS, GROUPS, TAPS)
+        grad_ptr = grad_column_ptr + column_offset(row[:, None], tap, c[None, :], rows, CHANNELS, GROUPS, TAPS)
         if PART:
-            grad = tl.load(from_ptr, mask=live[:, None] & live_c, other=0.0)  # (BLOCK_S, BLOCK_C)
+            grad = tl.load(grad_ptr, mask=live[:, None] & live_c, other=0.0)  # (BLOCK_S, BLOCK_C)
         else:
-            grad = tl.load(from_ptr) if EVEN else tl.load(from_ptr, mask=live_c, other=0.0)
+            grad = tl.load(grad_ptr) if EVEN else tl.load(grad_ptr, mask=live_c, other=0.0)
         acc = contract(hat, grad, acc, PRECISION)
-    to = grad_input_ptr + ((b * height + y) * width + x).to(tl.int64)[:, None] * CHANNELS + c[None, :]
+
+    store_ptr = grad_input_ptr + ((b * height + y) * width + x).to(tl.int64)[:, None] * CHANNELS + c[None, :]
     inside = ((y < height) & (x < width))[:, None] & live_c
     if ADD:
-        acc += tl.load(to, mask=inside, other=0.0).to(tl.float32)
-    tl.store(to, round_to(acc, grad_input_ptr.dtype.element_ty), mask=inside)
+        acc += tl.load(store_ptr, mask=inside, other=0.0).to(tl.float32)
+    tl.store(store_ptr, round_to(acc, grad_input_ptr.dtype.element_ty), mask=inside)

@@ -1,12 +1,15 @@
 """Gradients of offset and mask: four dot products per sample.
 
+Receives grad_output and the weight, or column gradients, with the pixels of the input and the sample arrays. Hands on
+grad_offset and grad_mask.
+
 With g the gradient of a column (a sample over its channels) and x_j the four corner pixels, d_j = <g, x_j> is all that
 the channels contribute. The rest are scalars of the sample, zero for corners outside the image:
 
     grad_mask = sum_j d_j * bilinear_j        grad_y = scale * ((1 - lx) * (d10 - d00) + lx * (d11 - d01))
                                               grad_x = scale * ((1 - ly) * (d01 - d00) + ly * (d11 - d10))
 
-Letters and sample arrays: see `sampling`.
+Letters, names and sample arrays: see `sampling`.
 """
 
 import triton
@@ -22,8 +25,8 @@ def runs(x, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """Return (BLOCK_P, BLOCK_C) in runs of eight channels, (BLOCK_P, BLOCK_C // 8, 8), in float32.
 
     A run is what one thread loads at once. Column gradients that a product has left in its own layout are brought to
-    that of the runs here, once and in their narrow dtype: were they multiplied first, the compiler would bring all four
-    corner tiles to the layout of the product and four tiles of float32 back.
+    the layout of the runs here, once and in their narrow dtype. If they were multiplied first, the compiler would bring
+    all four corner tiles to the layout of the product, and four tiles of float32 back.
     """
     return tl.reshape(widen(x), (BLOCK_P, BLOCK_C // 8, 8))
 
@@ -32,7 +35,7 @@ def runs(x, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
 def partial_dot(grad, x, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """Return <grad, x> summed over runs only, (BLOCK_P, BLOCK_C // 8); `grad` is in runs already.
 
-    Nothing is exchanged between threads inside the channel loop.
+    So no values are exchanged between threads inside the channel loop.
     """
     return tl.sum(grad * runs(x, BLOCK_P, BLOCK_C), 2)
 
@@ -51,33 +54,34 @@ def store_gradients(
     grad_mask_ptr,
     stride_ob,
     stride_mb,
-    p,
-    spatial,
-    pid_s,
+    position,
+    positions_per_image,
+    plane,
     live,
     WANT_OFFSET: tl.constexpr,
     WANT_MASK: tl.constexpr,
     MASK_LOGITS: tl.constexpr,
 ):
-    """Combine the four dot products of each sample and store its gradients at output position `p`."""
+    """Combine the four dot products of each sample and store its gradients at its output position."""
     d00 = tl.where((cell & 10) == 10, d00, 0.0)
     d01 = tl.where((cell & 9) == 9, d01, 0.0)
     d10 = tl.where((cell & 6) == 6, d10, 0.0)
     d11 = tl.where((cell & 5) == 5, d11, 0.0)
-    b = (p // spatial).to(tl.int64)
-    place = p % spatial
+
+    b = (position // positions_per_image).to(tl.int64)
+    position_in_image = position % positions_per_image
     if WANT_OFFSET:
-        to = grad_offset_ptr + b * stride_ob + (2 * pid_s).to(tl.int64) * spatial + place
+        grad_ptr = grad_offset_ptr + b * stride_ob + (2 * plane).to(tl.int64) * positions_per_image + position_in_image
         grad_y = scale * ((1 - lx) * (d10 - d00) + lx * (d11 - d01))
         grad_x = scale * ((1 - ly) * (d01 - d00) + ly * (d11 - d10))
-        tl.store(to, round_to(grad_y, grad_offset_ptr.dtype.element_ty), mask=live)
-        tl.store(to + spatial, round_to(grad_x, grad_offset_ptr.dtype.element_ty), mask=live)
+        tl.store(grad_ptr, round_to(grad_y, grad_offset_ptr.dtype.element_ty), mask=live)
+        tl.store(grad_ptr + positions_per_image, round_to(grad_x, grad_offset_ptr.dtype.element_ty), mask=live)
     if WANT_MASK:
         grad = (1 - ly) * ((1 - lx) * d00 + lx * d01) + ly * ((1 - lx) * d10 + lx * d11)
         if MASK_LOGITS:
             grad = grad * scale * (1 - scale)
-        to = grad_mask_ptr + b * stride_mb + pid_s.to(tl.int64) * spatial + place
-        tl.store(to, round_to(grad, grad_mask_ptr.dtype.element_ty), mask=live)
+        grad_ptr = grad_mask_ptr + b * stride_mb + plane.to(tl.int64) * positions_per_image + position_in_image
+        tl.store(grad_ptr, round_to(grad, grad_mask_ptr.dtype.element_ty), mask=live)
 
 
 @kernel
@@ -112,50 +116,66 @@ def grad_sample_fused_kernel(
 ):
     """Compute the column gradients tile by tile from grad_output and weight, and reduce them at once.
 
-    Grid: (ceil(M / BLOCK_P) * D*K,); a program owns BLOCK_P positions of one (offset group, tap).
+    Grid: (ceil(M / BLOCK_P) * D*K,); a program owns BLOCK_P positions of one plane.
     Reads: grad_output (M, O), input (B, H, W, C), or int32 (B, H, W, C/2), see `widen`; weight (O, K, C), the samples.
     Writes: grad_offset (B, 2*D*K, Ho, Wo) and grad_mask (B, D*K, Ho, Wo), in full; only batch strides may vary.
     Assumes: one channel group, BLOCK_C divides C/D, BLOCK_O divides O.
     """
     PACK: tl.constexpr = 2 if input_ptr.dtype.element_ty == tl.int32 else 1
     PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
-    pid_s = tl.program_id(0) % (OFFSET_GROUPS * TAPS)
+    plane = tl.program_id(0) % (OFFSET_GROUPS * TAPS)
     index = tl.program_id(0) // (OFFSET_GROUPS * TAPS) * BLOCK_P + tl.arange(0, BLOCK_P)
     live = index < positions
-    p = swizzle(tl.where(live, index, 0), out_height, out_width, STRIP)
-    at = pid_s * positions + p
-    cell = tl.load(cell_ptr + at)
+    position = swizzle(tl.where(live, index, 0), out_height, out_width, STRIP)
+    sample = plane * positions + position
+    cell = tl.load(cell_ptr + sample)
     row00, row01, row10, row11 = corner_rows(cell[:, None], width, CHANNELS // PACK)
     o = tl.arange(0, BLOCK_O)
     c = tl.arange(0, BLOCK_C)[None, :]
     word = tl.arange(0, BLOCK_C // PACK)[None, :]
-    grad_rows = grad_output_ptr + p.to(tl.int64)[:, None] * OUT_CHANNELS + o[None, :]
+    grad_row_ptr = grad_output_ptr + position.to(tl.int64)[:, None] * OUT_CHANNELS + o[None, :]
+
     d00 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
     d01 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
     d10 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
     d11 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
-    first = pid_s // TAPS * PER_OFFSET
+    first_c = plane // TAPS * PER_OFFSET
     for start in tl.range(0, PER_OFFSET, BLOCK_C, num_stages=1):
-        weight_block = weight_ptr + (pid_s % TAPS * CHANNELS + first + start) + o[:, None] * (TAPS * CHANNELS) + c
+        weight_block_ptr = weight_ptr + (plane % TAPS * CHANNELS + first_c + start) + o[:, None] * (TAPS * CHANNELS) + c
         grad = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        for from_o in tl.range(0, OUT_CHANNELS, BLOCK_O, num_stages=1):
-            grad_out = tl.load(grad_rows + from_o)  # (BLOCK_P, BLOCK_O)
-            weight = tl.load(weight_block + from_o * (TAPS * CHANNELS))  # (BLOCK_O, BLOCK_C)
+        for first_o in tl.range(0, OUT_CHANNELS, BLOCK_O, num_stages=1):
+            grad_out = tl.load(grad_row_ptr + first_o)  # (BLOCK_P, BLOCK_O)
+            weight = tl.load(weight_block_ptr + first_o * (TAPS * CHANNELS))  # (BLOCK_O, BLOCK_C)
             grad = contract(grad_out, weight, grad, PRECISION)
-        # narrow first: less shared memory on the way from the product's layout to that of the gathers
+        # rounded first: less shared memory on the way from the layout of the product to that of the loaded pixels
         grad = runs(round_to(grad, weight_ptr.dtype.element_ty), BLOCK_P, BLOCK_C)
-        base = input_ptr + (first + start) // PACK
-        x00, x01, x10, x11 = load_corners(base, row00, row01, row10, row11, word, True, False)
+        block_ptr = input_ptr + (first_c + start) // PACK
+        x00, x01, x10, x11 = load_corners(block_ptr, row00, row01, row10, row11, word, True, False)
         d00 += partial_dot(grad, x00, BLOCK_P, BLOCK_C)
         d01 += partial_dot(grad, x01, BLOCK_P, BLOCK_C)
         d10 += partial_dot(grad, x10, BLOCK_P, BLOCK_C)
         d11 += partial_dot(grad, x11, BLOCK_P, BLOCK_C)
     store_gradients(
-        tl.sum(d00, 1), tl.sum(d01, 1), tl.sum(d10, 1), tl.sum(d11, 1),
-        cell, tl.load(ly_ptr + at), tl.load(lx_ptr + at), tl.load(scale_ptr + at),
-        grad_offset_ptr, grad_mask_ptr, stride_ob, stride_mb, p, out_height * out_width, pid_s, live,
-        WANT_OFFSET, WANT_MASK, MASK_LOGITS,
-    )  # fmt: skip
+        tl.sum(d00, 1),
+        tl.sum(d01, 1),
+        tl.sum(d10, 1),
+        tl.sum(d11, 1),
+        cell,
+        tl.load(ly_ptr + sample),
+        tl.load(lx_ptr + sample),
+        tl.load(scale_ptr + sample),
+        grad_offset_ptr,
+        grad_mask_ptr,
+        stride_ob,
+        stride_mb,
+        position,
+        out_height * out_width,
+        plane,
+        live,
+        WANT_OFFSET,
+        WANT_MASK,
+        MASK_LOGITS,
+    )
 
 
 @kernel
@@ -169,9 +189,9 @@ def grad_sample_kernel(
     grad_offset_ptr,
     grad_mask_ptr,
     positions,
-    first,
+    first_position,
     rows,
-    spatial,
+    positions_per_image,
     width,
     stride_ob,
     stride_mb,
@@ -185,44 +205,59 @@ def grad_sample_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Reduce column gradients that a library product has computed for positions [first, first + rows); any sizes.
+    """Reduce column gradients from a library product, of positions [first_position, first_position + rows); any sizes.
 
-    Grid: (ceil(rows / BLOCK_P) * D*K,); a program owns BLOCK_P positions of one (offset group, tap).
+    Grid: (ceil(rows / BLOCK_P) * D*K,); a program owns BLOCK_P positions of one plane.
     Reads: grad_column (G, rows, K, C/G), input (B, H, W, C) or int32 (B, H, W, C/2), the sample arrays.
     Writes: as `grad_sample_fused_kernel`, for these positions.
     """
     PACK: tl.constexpr = 2 if input_ptr.dtype.element_ty == tl.int32 else 1
     PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
     MASKED: tl.constexpr = PER_OFFSET % BLOCK_C != 0
-    pid_s = tl.program_id(0) % (OFFSET_GROUPS * TAPS)
+    plane = tl.program_id(0) % (OFFSET_GROUPS * TAPS)
     row = tl.program_id(0) // (OFFSET_GROUPS * TAPS) * BLOCK_P + tl.arange(0, BLOCK_P)
     live = row < rows
     row = tl.where(live, row, 0)
-    at = pid_s * positions + first + row
-    cell = tl.load(cell_ptr + at)
+    sample = plane * positions + first_position + row
+    cell = tl.load(cell_ptr + sample)
     row00, row01, row10, row11 = corner_rows(cell[:, None], width, CHANNELS // PACK)
     d00 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
     d01 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
     d10 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
     d11 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
-    base = input_ptr + pid_s // TAPS * (PER_OFFSET // PACK)
+    base_ptr = input_ptr + plane // TAPS * (PER_OFFSET // PACK)
     for start in tl.range(0, PER_OFFSET, BLOCK_C, num_stages=1):
-        local = start + tl.arange(0, BLOCK_C)[None, :]
-        live_c = local < PER_OFFSET
-        c = pid_s // TAPS * PER_OFFSET + local
-        grad_at = grad_column_ptr + column_offset(row[:, None], pid_s % TAPS, c, rows, CHANNELS, GROUPS, TAPS)
-        grad = tl.load(grad_at, mask=live_c, other=0.0) if MASKED else tl.load(grad_at)  # (BLOCK_P, BLOCK_C)
+        c_in_group = start + tl.arange(0, BLOCK_C)[None, :]
+        live_c = c_in_group < PER_OFFSET
+        c = plane // TAPS * PER_OFFSET + c_in_group
+        grad_ptr = grad_column_ptr + column_offset(row[:, None], plane % TAPS, c, rows, CHANNELS, GROUPS, TAPS)
+        grad = tl.load(grad_ptr, mask=live_c, other=0.0) if MASKED else tl.load(grad_ptr)  # (BLOCK_P, BLOCK_C)
         grad = runs(grad, BLOCK_P, BLOCK_C)
         word = start // PACK + tl.arange(0, BLOCK_C // PACK)[None, :]
-        inside = word < PER_OFFSET // PACK
-        x00, x01, x10, x11 = load_corners(base, row00, row01, row10, row11, word, inside, MASKED)
+        live_word = word < PER_OFFSET // PACK
+        x00, x01, x10, x11 = load_corners(base_ptr, row00, row01, row10, row11, word, live_word, MASKED)
         d00 += partial_dot(grad, x00, BLOCK_P, BLOCK_C)
         d01 += partial_dot(grad, x01, BLOCK_P, BLOCK_C)
         d10 += partial_dot(grad, x10, BLOCK_P, BLOCK_C)
         d11 += partial_dot(grad, x11, BLOCK_P, BLOCK_C)
     store_gradients(
-        tl.sum(d00, 1), tl.sum(d01, 1), tl.sum(d10, 1), tl.sum(d11, 1),
-        cell, tl.load(ly_ptr + at), tl.load(lx_ptr + at), tl.load(scale_ptr + at),
-        grad_offset_ptr, grad_mask_ptr, stride_ob, stride_mb, first + row, spatial, pid_s, live,
-        WANT_OFFSET, WANT_MASK, MASK_LOGITS,
-    )  # fmt: skip
+        tl.sum(d00, 1),
+        tl.sum(d01, 1),
+        tl.sum(d10, 1),
+        tl.sum(d11, 1),
+        cell,
+        tl.load(ly_ptr + sample),
+        tl.load(lx_ptr + sample),
+        tl.load(scale_ptr + sample),
+        grad_offset_ptr,
+        grad_mask_ptr,
+        stride_ob,
+        stride_mb,
+        first_position + row,
+        positions_per_image,
+        plane,
+        live,
+        WANT_OFFSET,
+        WANT_MASK,
+        MASK_LOGITS,
+    )

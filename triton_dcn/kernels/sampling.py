@@ -1,16 +1,24 @@
-"""Where each sample lies: the metadata kernel, and the helpers by which every other kernel reads it.
+"""Where each sample lies: the kernel that turns offsets and mask into sample arrays, and the helpers that read these.
 
-Letters: B batch, C input channels, O output channels, H W input, K taps, G groups, D offset groups, M output positions
-of the images at hand (B * Ho * Wo). A sample is one (offset group, tap, position); sample arrays are (D*K, M):
+Receives offset and mask. Hands the sample arrays on to every other kernel; none of them reads an offset.
+
+Letters: B images, C input channels, O output channels, H W input, K taps, G groups, D offset groups, M output positions
+of the images at hand (B * Ho * Wo). PER_OFFSET is C/D, the channels that share an offset, and PER_GROUP is C/G.
+
+A plane is one (offset group, tap) of the D*K, and a sample is one position of a plane: number `plane * M + position` in
+the sample arrays, which are (D*K, M):
 
     cell   int32    pixel << 4 | top << 3 | bottom << 2 | left << 1 | right
-    ly, lx float32  p - floor(p), the place inside the cell
+    ly, lx float32  y - floor(y) and x - floor(x), where the sample lies inside its cell
     scale  float32  the mask, 1 without one, 0 for a sample outside the image
 
-The cell of a sample is the square of the four pixels around it. The flags say which of its rows and columns are inside
-the image; `pixel` = (b * H + y) * W + x is the first corner that is. A sample outside the image has no flags. Where one
-of two rows is missing both are read from the other, the missing one with weight zero: gathers need no mask. An infinite
-or NaN pixel of the input may reach samples that do not touch it, as may one of grad_output or a mask.
+The cell of a sample is the square of the four pixels around it, its corners. The flags say which of its rows and
+columns are inside the image; `pixel` = (b * H + y) * W + x is the first corner that is. A sample outside the image has
+no flags. Where one of two rows is missing, both are read from the other and the missing one has weight zero: loads of
+corners need no mask. An infinite or NaN pixel of the input may reach samples that do not touch it, as may one of
+grad_output or a mask.
+
+In names, 00, 01, 10 and 11 are the corners: top left, top right, bottom left, bottom right.
 """
 
 import triton
@@ -18,8 +26,11 @@ import triton.language as tl
 
 from triton_dcn.kernels.jit import kernel
 
-PAIRS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)  # before, words are loaded one by one; see `widen`
-LIMIT = tl.constexpr(1 << 30)  # offsets beyond it, and NaN, lie outside; float32 -> int32 is safe below
+TRITON_VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
+PAIRS = TRITON_VERSION >= (3, 4)
+"""Whether bfloat16 channels are read in pairs, see `widen`; older versions load the words one by one."""
+LIMIT = tl.constexpr(1 << 30)
+"""Offsets beyond it, and NaN, lie outside; below it, the conversion from float32 to int32 is safe."""
 
 
 @kernel
@@ -58,8 +69,8 @@ def sampling_kernel(
 ):
     """Compute the sample arrays from offset and mask.
 
-    The offset is split before the grid is added, p = (grid + floor(offset)) + (offset - floor(offset)): the cell is
-    exact and `ly`, `lx` have the rounding of the offset alone, however large the image.
+    An offset is split before the position of its tap is added: y = (tap_y + floor(dy)) + (dy - floor(dy)). So the cell
+    is exact, and `ly`, `lx` have the rounding of the offset alone, however large the image is.
 
     Grid: (ceil(D*K*M / BLOCK),); a program owns BLOCK samples.
     Reads: offset (B, 2*D*K, Ho, Wo) and mask (B, D*K, Ho, Wo), any strides. MASK_LOGITS: the sigmoid of mask counts.
@@ -68,18 +79,19 @@ def sampling_kernel(
     """
     sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = sample < samples
-    s = sample // positions  # (offset group, tap)
-    p = sample % positions
-    out_x = p % out_width
-    out_y = p // out_width % out_height
-    b = p // (out_width * out_height)
-    place = b.to(tl.int64) * stride_ob + out_y.to(tl.int64) * stride_oy + out_x.to(tl.int64) * stride_ox
-    channel = (2 * s).to(tl.int64) * stride_oc
-    offset_y = tl.load(offset_ptr + place + channel, mask=live, other=0.0).to(tl.float32)
-    offset_x = tl.load(offset_ptr + place + channel + stride_oc, mask=live, other=0.0).to(tl.float32)
+    plane = sample // positions
+    position = sample % positions
+    out_x = position % out_width
+    out_y = position // out_width % out_height
+    b = position // (out_width * out_height)
+
+    position_at = b.to(tl.int64) * stride_ob + out_y.to(tl.int64) * stride_oy + out_x.to(tl.int64) * stride_ox
+    channel_at = (2 * plane).to(tl.int64) * stride_oc
+    offset_y = tl.load(offset_ptr + position_at + channel_at, mask=live, other=0.0).to(tl.float32)
+    offset_x = tl.load(offset_ptr + position_at + channel_at + stride_oc, mask=live, other=0.0).to(tl.float32)
     if HAS_MASK:
-        place = b.to(tl.int64) * stride_mb + out_y.to(tl.int64) * stride_my + out_x.to(tl.int64) * stride_mx
-        scale = tl.load(mask_ptr + place + s.to(tl.int64) * stride_mc, mask=live, other=0.0).to(tl.float32)
+        position_at = b.to(tl.int64) * stride_mb + out_y.to(tl.int64) * stride_my + out_x.to(tl.int64) * stride_mx
+        scale = tl.load(mask_ptr + position_at + plane.to(tl.int64) * stride_mc, mask=live, other=0.0).to(tl.float32)
         if MASK_LOGITS:
             scale = tl.sigmoid(scale)
     else:
@@ -91,13 +103,15 @@ def sampling_kernel(
     offset_x = tl.where(finite, offset_x, 0.0)
     ly = offset_y - tl.floor(offset_y)
     lx = offset_x - tl.floor(offset_x)
-    tap = s % TAPS
+
+    tap = plane % TAPS
     y = out_y * stride_y - padding_y + tap // kernel_width * dilation_y + tl.floor(offset_y).to(tl.int32)
     x = out_x * stride_x - padding_x + tap % kernel_width * dilation_x + tl.floor(offset_x).to(tl.int32)
-    # open interval (-1, size): a position of exactly -1 is outside
+    # inside is the open interval (-1, size): y = -1 with ly = 0 is outside
     inside_y = (y < height) & ((y >= 0) | ((y == -1) & (ly > 0)))
     inside_x = (x < width) & ((x >= 0) | ((x == -1) & (lx > 0)))
     inside = finite & inside_y & inside_x
+
     top = (inside & (y >= 0)).to(tl.int32)
     bottom = (inside & (y + 1 < height)).to(tl.int32)
     left = (inside & (x >= 0)).to(tl.int32)
@@ -112,7 +126,7 @@ def sampling_kernel(
 
 @triton.jit
 def corner_rows(cell, width, CHANNELS: tl.constexpr):
-    """Return the element offsets, int64, of the four corner pixels in a channels-last input, row by row."""
+    """Return where the channels of the four corner pixels begin in a channels-last input, in elements, int64."""
     row = (cell >> 4).to(tl.int64) * CHANNELS
     right = (cell >> 1 & cell & 1) * CHANNELS
     # a product, not a choice: Triton 3.8 and 3.9 then see its alignment, and load the lower corners 128 bits at a time
@@ -132,7 +146,14 @@ def corner_weights(cell, ly, lx, scale):
 
 @triton.jit
 def load_corners(input_ptr, row00, row01, row10, row11, c, live_c, MASKED: tl.constexpr):
-    """Load channels `c` (1, BLOCK_C) of the corner rows (BLOCK_P, 1): four (BLOCK_P, BLOCK_C), zero if not `live_c`."""
+    """Load channels `c` (1, BLOCK_C) of the corners of BLOCK_P samples: four (BLOCK_P, BLOCK_C).
+
+    Args:
+        input_ptr: to the first channel of the offset group.
+        row00, row01, row10, row11: of `corner_rows`, (BLOCK_P, 1).
+        c: channels within the offset group, or words of two, see `widen`.
+        live_c: where it is false, and MASKED true, zero is returned in place of what is in memory.
+    """
     if MASKED:
         x00 = tl.load(input_ptr + row00 + c, mask=live_c, other=0.0)
         x01 = tl.load(input_ptr + row01 + c, mask=live_c, other=0.0)
@@ -150,9 +171,10 @@ def load_corners(input_ptr, row00, row01, row10, row11, c, live_c, MASKED: tl.co
 def widen(x):
     """Return the channels of a tile (BLOCK_P, BLOCK_C) in float32.
 
-    A tile of int32, (BLOCK_P, BLOCK_C // 2), holds two neighboring bfloat16 channels in each: a shift brings the lower
-    half to where the bits of a float32 are, a mask the higher one. From a tile of bfloat16 the compiler takes two
-    instructions for every higher half, as it moves it to the lower one first.
+    A tile of int32, (BLOCK_P, BLOCK_C // 2), holds two neighboring bfloat16 channels in each word. The bits of a
+    bfloat16 are the higher half of those of a float32: the lower channel is shifted there, and for the higher one the
+    lower half is cleared. From a tile of bfloat16, the compiler would first move every higher channel to the lower
+    half, which takes one instruction more.
     """
     if x.dtype == tl.int32:
         even = (x << 16).to(tl.float32, bitcast=True)
@@ -179,16 +201,16 @@ def swizzle(index, out_height, out_width, STRIP: tl.constexpr):
     if STRIP == 0:
         return index
     image = index // (out_height * out_width)
-    rest = index % (out_height * out_width)
-    first = rest // (out_height * STRIP) * STRIP
-    columns = tl.minimum(out_width - first, STRIP)
-    rest = rest - first * out_height
-    return (image * out_height + rest // columns) * out_width + first + rest % columns
+    index_in_image = index % (out_height * out_width)
+    strip_x = index_in_image // (out_height * STRIP) * STRIP
+    columns = tl.minimum(out_width - strip_x, STRIP)
+    index_in_strip = index_in_image - strip_x * out_height
+    return (image * out_height + index_in_strip // columns) * out_width + strip_x + index_in_strip % columns
 
 
 @triton.jit
 def column_offset(row, tap, channel, rows, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, TAPS: tl.constexpr):
-    """Return element offsets, int64, into a column buffer (G, rows, K, C/G); `channel` runs over all C."""
+    """Return where an element lies in a column buffer (G, rows, K, C/G), int64; `channel` runs over all C."""
     if GROUPS == 1:
         return (row.to(tl.int64) * TAPS + tap) * CHANNELS + channel
     PER_GROUP: tl.constexpr = CHANNELS // GROUPS
