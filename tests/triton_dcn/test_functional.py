@@ -1,4 +1,4 @@
-"""Argument errors of `deform_conv2d` and its layers."""
+"""`deform_conv2d`: argument errors, and what backend "reference" can do because it runs outside the operator."""
 
 import os
 import subprocess
@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.triton_dcn.cases import CASES, DEVICE, make_case
+from tests.triton_dcn.cases import CASES, DEVICE, QUIET, make_case
 from triton_dcn import DeformConv2d, deform_conv2d
+from triton_dcn.functional import convolve
 
 
 def call(dtype=torch.float32, device="cpu", **change):
@@ -90,3 +91,122 @@ def test_triton_on_cpu_tells_about_the_interpreter():
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode != 0
     assert "TRITON_INTERPRET=1" in done.stderr.splitlines()[-1]
+
+
+def reference_call(name="groups", mask_logits=False):
+    """Return float64 leaves that require gradients, and the function of them that runs backend "reference".
+
+    With `mask_logits` the second leaf is the map that a layer predicts, and there is no mask.
+    """
+    case = make_case(CASES[name], torch.float64)
+    input, offset, mask, weight = case.tensors
+    geom = case.geom
+    if mask_logits:
+        leaves = [input, torch.cat([offset, mask], 1), weight, case.bias]
+    else:
+        leaves = [input, offset, weight, case.bias, mask]
+
+    def function(input, offset, weight, bias, mask=None):
+        return convolve(
+            input, offset, weight, bias, geom.stride, geom.padding, geom.dilation, mask,
+            mask_logits=mask_logits, backend="reference",
+        )  # fmt: skip
+
+    return [leaf.requires_grad_() for leaf in leaves], function
+
+
+@pytest.mark.parametrize("mask_logits", [False, True])
+def test_reference_has_second_derivatives(mask_logits):
+    leaves, function = reference_call("groups", mask_logits)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+@QUIET
+@pytest.mark.parametrize("mask_logits", [False, True])
+def test_reference_has_forward_mode(mask_logits):
+    """jvp against the product of Jacobian and tangent by reverse mode, jacfwd against jacrev."""
+    leaves, function = reference_call("plain", mask_logits)
+    leaves = [leaf.detach() for leaf in leaves]
+    tangents = tuple(torch.randn_like(leaf) for leaf in leaves)
+    output, tangent = torch.func.jvp(function, tuple(leaves), tangents)
+    torch.testing.assert_close(output, function(*leaves))
+
+    def along_tangents(step):
+        return function(*(leaf + step * direction for leaf, direction in zip(leaves, tangents, strict=True)))
+
+    zero = torch.zeros((), dtype=torch.float64)
+    expected = torch.autograd.functional.jacobian(along_tangents, zero)
+    torch.testing.assert_close(tangent, expected)
+    torch.testing.assert_close(torch.func.jacfwd(along_tangents)(zero), expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_reference_under_vmap(layout):
+    """Over inputs and offsets with shared weights; gradients per element by torch.func."""
+    leaves, function = reference_call("groups")
+    input, offset, weight, bias, mask = (leaf.detach() for leaf in leaves)
+    inputs = torch.stack([input, 2 * input, -input])
+    offsets = torch.stack([offset, offset + 0.05, offset - 0.05])
+
+    if layout == torch.channels_last:
+        inputs = inputs.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+
+    def convolve_one(input, offset):
+        return function(input, offset, weight, bias, mask)
+
+    def loss(input, offset):
+        return convolve_one(input, offset).square().sum()
+
+    gradients = torch.func.grad(loss, argnums=(0, 1))
+    outputs = torch.func.vmap(convolve_one)(inputs, offsets)
+    input_grads, offset_grads = torch.func.vmap(gradients)(inputs, offsets)
+    for index in range(3):
+        one = inputs[index], offsets[index]
+        torch.testing.assert_close(outputs[index], convolve_one(*one))
+        torch.testing.assert_close((input_grads[index], offset_grads[index]), gradients(*one))
+
+
+@pytest.mark.parametrize("mask_logits", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_reference_compiles_without_a_break(dynamic, mask_logits):
+    leaves, function = reference_call("plain", mask_logits)
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    output = compiled(*leaves)
+    expected = function(*leaves)
+    torch.testing.assert_close(output, expected)
+    weights = torch.randn_like(expected)
+    grads = torch.autograd.grad(output, leaves, weights)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected, leaves, weights))
+
+
+class ByReference(torch.nn.Module):
+    """A call of backend "reference", for torch.export."""
+
+    def forward(self, input, offset, weight, mask):
+        return deform_conv2d(input, offset, weight, padding=1, mask=mask, backend="reference")
+
+
+def test_reference_is_exported():
+    """With an open batch; the program holds operators of PyTorch only."""
+    case = make_case(CASES["plain"], torch.float64)
+    input, offset, mask, weight = case.tensors
+    batch = torch.export.Dim("batch", min=1, max=8)
+    shapes = ({0: batch}, {0: batch}, None, {0: batch})
+    program = torch.export.export(ByReference(), (input, offset, weight, mask), dynamic_shapes=shapes)
+    assert "triton_dcn" not in str(program.graph)
+    larger = [torch.cat([tensor, tensor, tensor]) for tensor in (input, offset, mask)]
+    found = program.module()(larger[0], larger[1], weight, larger[2])
+    torch.testing.assert_close(found, ByReference()(larger[0], larger[1], weight, larger[2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_reference_under_autocast(dtype):
+    """Input and weight are computed in the autocast dtype, positions are not."""
+    case = make_case(CASES["plain"], torch.float32)
+    input, offset, _, weight = case.tensors
+    arguments = case.arguments | {"bias": None}
+    with torch.autocast("cpu", dtype):
+        output = deform_conv2d(input, offset, weight, backend="reference", **arguments)
+    assert output.dtype == dtype
+    rounded = deform_conv2d(input.to(dtype), offset, weight.to(dtype), backend="reference", **arguments)
+    assert torch.equal(output, rounded)

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
 
-from tests.triton_dcn.cases import CASES, device_of, golden_case, make_case, relative
+from tests.triton_dcn.cases import CASES, QUIET, device_of, golden_case, make_case, relative
 from triton_dcn import DeformConv2d, deform_conv2d
 from triton_dcn.functional import convolve
 from triton_dcn.operator import backward_op, forward_op
@@ -267,10 +267,6 @@ def test_double_backward_is_a_clear_error():
     (grad,) = torch.autograd.grad(output.sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivatives"):
         grad.sum().backward()
-
-
-# of torch itself, where forward mode is first used
-QUIET = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
 
 def dual(call, tensor):
