@@ -155,7 +155,7 @@ def select_cases(names: list[str], batch_size: int | None = None, offset_groups:
     chosen: dict[str, Case] = {}
     for name in names:
         if name not in known:
-            raise ValueError(f"--cases: expected of {', '.join(known)}, got unknown {name!r}")
+            raise ValueError(f"--cases: expected one of {', '.join(known)}, got {name!r}")
         chosen.update({case.name: case for case in known[name]})
 
     changes: dict[str, int] = {}

@@ -125,7 +125,7 @@ def load_providers(names: list[str] | None, device: torch.device) -> tuple[dict[
     """
     for name in names or []:
         if name not in FACTORIES:
-            raise ValueError(f"--providers: expected of {', '.join(FACTORIES)}, got unknown {name!r}")
+            raise ValueError(f"--providers: expected one of {', '.join(FACTORIES)}, got {name!r}")
 
     providers: dict[str, Provider] = {}
     missing: dict[str, str] = {}
