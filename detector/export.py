@@ -23,17 +23,17 @@ import tyro
 from torch import Tensor, nn
 
 from detector.files import replacing
-from detector.image import STRIDE, read_image, resize_keep_ratio, stack_images
+from detector.image import read_image, resize_keep_ratio, stack_images
 from detector.model.faster_rcnn import FasterRCNN
 from detector.onnx.runtime import HAS_ONNXRUNTIME, largest_difference, run_onnx
-from detector.structures import Batch
+from detector.structures import SIZE_DIVISOR, Batch, Detections, padded_side
 from detector.weights.load_detector import load
 
 INPUTS = ("images", "sizes")
 OUTPUTS = ("boxes", "scores", "labels", "valid", "masks")
 OPSET = 20
 MAX_OPEN_SIZE = 1 << 16
-"""Upper bound of the sizes that stay open, in images and in strides."""
+"""Upper bound of the sizes that stay open: of the images, and of a side divided by `SIZE_DIVISOR`."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class ExportOptions:
     """Picture to compare the file and the model on; without one it is noise, in which there may be nothing to find."""
 
 
-class Detector(nn.Module):
-    """A `FasterRCNN` with tensors for arguments.
+class TensorDetector(nn.Module):
+    """A `FasterRCNN` that takes tensors instead of a `Batch`, as `torch.export` needs it.
 
     Args:
         model: in evaluation mode.
@@ -88,7 +88,7 @@ def export_program(
         batch: number of images; None leaves it open.
 
     Returns:
-        The program of a `Detector`.
+        The program of a `TensorDetector`.
 
     Raises:
         ValueError: the model is in training mode, or a size is out of its range.
@@ -97,8 +97,8 @@ def export_program(
         raise ValueError("model: expected evaluation mode, got training mode; call model.eval() first")
     if batch is not None and batch < 1:
         raise ValueError(f"batch: expected at least 1, got {batch}")
-    if size is not None and (min(size) < 1 or any(side % STRIDE for side in size)):
-        raise ValueError(f"size: expected multiples of {STRIDE}, got {tuple(size)}")
+    if size is not None and (min(size) < 1 or any(side % SIZE_DIVISOR for side in size)):
+        raise ValueError(f"size: expected multiples of {SIZE_DIVISOR}, got {tuple(size)}")
 
     open_in_images: dict[int, torch.export.Dim] = {}  # dimension -> its name and range
     open_in_sizes: dict[int, torch.export.Dim] = {}
@@ -107,16 +107,18 @@ def export_program(
         open_in_images[0] = batch_dim
         open_in_sizes[0] = batch_dim
     if size is None:
-        open_in_images[2] = STRIDE * torch.export.Dim("rows", min=1, max=MAX_OPEN_SIZE)
-        open_in_images[3] = STRIDE * torch.export.Dim("columns", min=1, max=MAX_OPEN_SIZE)
+        open_in_images[2] = SIZE_DIVISOR * torch.export.Dim("rows", min=1, max=MAX_OPEN_SIZE)
+        open_in_images[3] = SIZE_DIVISOR * torch.export.Dim("columns", min=1, max=MAX_OPEN_SIZE)
 
-    height, width = size or map(_next_multiple, sorted(model.config.image_scale))
-    example_batch = batch or 2
+    height, width = size or _default_size(model)
+    example_batch = batch or 2  # torch.export makes a constant of a size that is 1 in its example
     device = next(model.parameters()).device
     images = torch.zeros(example_batch, 3, height, width, dtype=torch.uint8, device=device)
     sizes = torch.tensor([[height, width]] * example_batch, device=device)
     with torch.no_grad(), _without_warnings():
-        return torch.export.export(Detector(model), (images, sizes), dynamic_shapes=(open_in_images, open_in_sizes))
+        return torch.export.export(
+            TensorDetector(model), (images, sizes), dynamic_shapes=(open_in_images, open_in_sizes)
+        )
 
 
 def export_onnx(
@@ -164,7 +166,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: str | Path, classes:
             verbose=False,
             custom_translation_table=translations.TRANSLATIONS,
         )
-    assert onnx_program is not None  # it would be with an argument `f`
+    assert onnx_program is not None  # it is None only if an argument `f` names a file
     onnx_program.model.metadata_props["classes"] = json.dumps(list(classes))
     with replacing(path) as partial:
         onnx_program.save(partial)
@@ -188,10 +190,10 @@ def export_file(options: ExportOptions) -> str:
 
     with torch.no_grad():
         batch = _comparison_batch(options, model)
-    of_model = model(batch)
-    of_file = run_onnx(options.out, batch)
-    pixels, score = largest_difference(of_model, of_file)
-    count = sum(len(image.boxes) for image in of_model)
+    model_detections: list[Detections] = model(batch)
+    file_detections = run_onnx(options.out, batch)
+    pixels, score = largest_difference(model_detections, file_detections)
+    count = sum(len(detections.boxes) for detections in model_detections)
     picture = options.image or "noise (--image compares on a picture)"
     return f"largest difference of {count} detections in {picture}: {pixels:.2g} pixels, {score:.2g} of the score"
 
@@ -216,8 +218,9 @@ def _comparison_batch(options: ExportOptions, model: FasterRCNN) -> Batch:
     else:
         images, sizes = _noise(options.size or sorted(model.config.image_scale))
 
-    height, width = options.size or map(_next_multiple, images.shape[2:])
-    images = F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
+    image_height, image_width = images.shape[2:]
+    height, width = options.size or (padded_side(image_height), padded_side(image_width))
+    images = F.pad(images, (0, width - image_width, 0, height - image_height))
     count = options.batch_size or 1
     return Batch(images.repeat(count, 1, 1, 1), sizes.repeat(count, 1))
 
@@ -241,14 +244,15 @@ def _noise(size: Sequence[int]) -> tuple[Tensor, Tensor]:
     return images, torch.tensor([list(size)])
 
 
-def _next_multiple(side: int) -> int:
-    """Return a side rounded up to a multiple of the stride."""
-    return -(-side // STRIDE) * STRIDE
+def _default_size(model: FasterRCNN) -> tuple[int, int]:
+    """Return height and width of a landscape image of the configured scale, after padding."""
+    short_side, long_side = sorted(model.config.image_scale)
+    return padded_side(short_side), padded_side(long_side)
 
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Hide what torch's exporter says about itself and about packages that are not needed."""
+    """Hide the warnings of torch's exporter about itself and about packages that are not needed."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

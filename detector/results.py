@@ -1,4 +1,4 @@
-"""Results in the pixels of the image file: boxes without the resize, masks of full size, rows as COCO stores them.
+"""From detections of the model to results in pixels of the image file: boxes, masks of full size, rows for COCO.
 
 The model sees resized images and knows nothing of the original size. Prediction and evaluation both come here to undo
 the resize.
@@ -75,7 +75,7 @@ def coco_rows(
 
     Args:
         image_ids: (N,) integers.
-        category_ids: (N,) integers, the file's own, not labels from 0.
+        category_ids: (N,) integers, those of the annotation file, not labels from 0.
         boxes: (N, 4) float, x1 y1 x2 y2 in pixels of the image files; width and height are computed in this dtype.
         scores: (N,) float.
         masks: N run lengths, see `encode_masks`; None leaves `segmentation` out.
@@ -84,11 +84,11 @@ def coco_rows(
         N dictionaries, ready for JSON: image_id, category_id, bbox (x, y, width, height), score and, with masks,
         segmentation.
     """
-    corners = boxes[:, :2]
-    extents = boxes[:, 2:] - corners
-    bboxes = np.concatenate([corners, extents], axis=1)
+    top_left = boxes[:, :2]
+    sizes = boxes[:, 2:] - top_left
+    bboxes = np.concatenate([top_left, sizes], axis=1)
 
-    columns = zip(
+    fields = zip(
         image_ids.tolist(),
         category_ids.tolist(),
         bboxes.tolist(),
@@ -96,7 +96,7 @@ def coco_rows(
         strict=True,
     )
     rows: list[dict[str, Any]] = []
-    for image_id, category_id, bbox, score in columns:
+    for image_id, category_id, bbox, score in fields:
         rows.append({"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": score})
 
     if masks is not None:

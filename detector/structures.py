@@ -1,4 +1,4 @@
-"""The types that travel through the detector: plain dataclasses, tensors inside, no behavior beyond moving them."""
+"""The types that travel through the detector: plain dataclasses of tensors, which can only be moved to a device."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+SIZE_DIVISOR = 32
+"""The sides of the images of a `Batch` are multiples of this."""
+
+
+def padded_side(side: int) -> int:
+    """Return a side of an image, in pixels, rounded up to a multiple of `SIZE_DIVISOR`."""
+    return -(-side // SIZE_DIVISOR) * SIZE_DIVISOR
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,8 @@ class Batch:
     """Images of one step, padded to a common size.
 
     Attributes:
-        images: (B, 3, Hp, Wp) uint8 RGB; every row and column outside an image's own size is padding of any value.
+        images: (B, 3, Hp, Wp) uint8 RGB, Hp and Wp multiples of `SIZE_DIVISOR`; every row and column outside an image's
+            own size is padding of any value.
         sizes: (B, 2) int64, height and width of each image before padding.
         targets: one `Target` per image, or None when there is no ground truth.
         seeds: (B,) int64 or None. Seeds of the random samplers, one per image: at the same padded size, equal seeds
@@ -98,14 +107,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Detections:
-    """What the detector found in one image, best first.
+    """The objects detected in one image, highest score first.
 
     Attributes:
         boxes: (N, 4), x1 y1 x2 y2 in pixels of the resized image.
-        scores: (N,) in [0, 1], falling.
+        scores: (N,) in [0, 1], highest first.
         labels: (N,) int64, classes from 0.
-        masks: (N, 28, 28) in [0, 1], how likely each cell of the box belongs to the object; None if the model predicts
-            boxes only. `detector.ops.paste_masks.paste_masks` draws them into an image.
+        masks: (N, 28, 28) in [0, 1], probability that a point of the box is on the object, on a regular grid; None if
+            the model predicts boxes only. `detector.ops.paste_masks.paste_masks` draws them into an image.
     """
 
     boxes: Tensor

@@ -20,7 +20,7 @@ RENAMED_FIELDS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class FasterRCNNConfig:
-    """Everything that decides the network and its losses; the default is Faster R-CNN R50-FPN mdconv c3-c5.
+    """All values that the network and its losses depend on; the default is Faster R-CNN R50-FPN mdconv c3-c5.
 
     Attributes:
         depth: ResNet depth, 18, 50 or 101.
@@ -30,14 +30,15 @@ class FasterRCNNConfig:
         deform_groups: groups of channels that share offsets.
         mask: predict masks too, with the head of Mask R-CNN.
         frozen_stages: the stem and this many stages are not trained; -1 trains everything, 0 freezes the stem.
-        norm: "bn" or, to train from scratch, "gn" with small batches, "syncbn" (statistics of all GPUs) with several.
+        norm: "bn", batch norm; to train from scratch "gn", group norm, for small batches, or "syncbn", batch norm with
+            the statistics of all GPUs.
         norm_eval: batch norms keep their running statistics in training.
         base_channels: width of the ResNet's stem; 64 is the published network.
         fpn_channels: width of the pyramid.
         fc_channels: width of the box head.
         anchor_scale: side of the square anchor in strides.
         anchor_ratios: height / width of the anchors.
-        sampler: "random", or "deterministic", which compares runs with other programs.
+        sampler: "random", or "deterministic", for comparisons with other programs.
         rpn_positive_iou: an anchor with at least this IoU is positive.
         rpn_negative_iou: an anchor with a lower IoU is negative.
         rpn_batch_size: anchors in the loss, per image.
@@ -48,7 +49,7 @@ class FasterRCNNConfig:
         roi_positive_iou: a region with at least this IoU is positive, any other negative.
         roi_batch_size: regions in the loss, per image.
         roi_positive_fraction: largest share of positive regions among them.
-        score_threshold: detections with a score up to this are left out.
+        score_threshold: only boxes with a higher score become detections.
         nms_iou: a detection that overlaps a better one of its class by more is suppressed.
         max_detections: largest number of detections per image.
         image_scale: images are resized to fit (long side, short side), ratio kept.
@@ -94,6 +95,6 @@ def rename_fields(stored: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         stored: field of `FasterRCNNConfig` -> value, with present or former names. Names that are neither stay as they
-            are: whether they are an error is for the caller to say.
+            are: the caller decides whether they are an error.
     """
     return {RENAMED_FIELDS.get(name, name): value for name, value in stored.items()}

@@ -1,4 +1,4 @@
-"""The detector: the module that chains backbone, pyramid, RPN and RoI head."""
+"""The detector: connects backbone, pyramid, RPN and RoI head; receives a `Batch`, returns losses or `Detections`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from detector.model.resnet import ResNet
 from detector.model.roi_head import RoIHead
 from detector.model.rpn import RPN
 from detector.model.sampler import BoxSampler, SamplingRule
-from detector.structures import Batch, Detections, Target
+from detector.structures import SIZE_DIVISOR, Batch, Detections, Target
 
 STRIDES = (4, 8, 16, 32, 64)
-SIZE_DIVISOR = 32  # images are padded to multiples of this
 
 RPN_SAMPLING_RULES: dict[str, SamplingRule] = {"random": "random", "deterministic": "spread"}
 ROI_SAMPLING_RULES: dict[str, SamplingRule] = {"random": "random", "deterministic": "first"}
@@ -125,13 +124,13 @@ class FasterRCNN(nn.Module):
         boxes, scores, labels, valid, *masks = self.detect(batch)
         counts = valid.sum(1).tolist()  # the only time that evaluation waits for the device
         detections = []
-        for image, count in enumerate(counts):
+        for index, count in enumerate(counts):
             detections.append(
                 Detections(
-                    boxes=boxes[image, :count],
-                    scores=scores[image, :count],
-                    labels=labels[image, :count],
-                    masks=masks[0][image, :count] if masks else None,
+                    boxes=boxes[index, :count],
+                    scores=scores[index, :count],
+                    labels=labels[index, :count],
+                    masks=masks[0][index, :count] if masks else None,
                 )
             )
         return detections
@@ -148,15 +147,15 @@ class FasterRCNN(nn.Module):
         if seeds is None:
             seeds = torch.randint(1 << 62, (len(batch.images),), device=all_anchors.device)
 
-        # First stage: anchors to proposals.
+        # RPN: from anchors to proposals.
         logits, deltas = self.rpn_head(features)
         pad_sizes = (batch.sizes + SIZE_DIVISOR - 1) // SIZE_DIVISOR * SIZE_DIVISOR
-        valid = self.rpn_head.anchor_generator.valid_flags(level_shapes, pad_sizes)
-        samples = self.rpn_head.sample(all_anchors, valid, targets, seeds)
+        valid_anchors = self.rpn_head.anchor_generator.valid_flags(level_shapes, pad_sizes)
+        samples = self.rpn_head.sample(all_anchors, valid_anchors, targets, seeds)
         losses = self.rpn_head.losses(torch.cat(logits, 1), torch.cat(deltas, 1), all_anchors, samples, targets)
         proposals, _, valid = self.rpn_head.propose(logits, deltas, anchors, batch.sizes)
 
-        # Second stage: proposals to classes and boxes, and masks if asked for.
+        # RoI head: from proposals to classes and boxes, and masks if the model has them.
         regions, samples = self.roi_head.sample(proposals, valid, targets, seeds + 1)
         logits, deltas = self.roi_head(features, regions, samples.valid)
         losses |= self.roi_head.losses(logits, deltas, regions, samples, targets)
@@ -177,12 +176,12 @@ class FasterRCNN(nn.Module):
         """
         features = self.features(self.normalize(batch))
 
-        # First stage: anchors to proposals.
+        # RPN: from anchors to proposals.
         anchors = self.rpn_head.anchor_generator(_level_shapes(features))
         logits, deltas = self.rpn_head(features)
         proposals, _, valid = self.rpn_head.propose(logits, deltas, anchors, batch.sizes)
 
-        # Second stage: proposals to classes and boxes, and masks if asked for.
+        # RoI head: from proposals to classes and boxes, and masks if the model has them.
         logits, deltas = self.roi_head(features, proposals, valid)
         boxes, scores, labels, valid = self.roi_head.detect(logits, deltas, proposals, valid, batch.sizes)
         if not self.config.mask:
@@ -200,9 +199,9 @@ class FasterRCNN(nn.Module):
         """Return the images as the network's input: normalized in float32, zero on the padding, channels_last."""
         images = (batch.images.float() - self.pixel_mean.float()) / self.pixel_std.float()
         height, width = images.shape[2:]
-        y = torch.arange(height, device=images.device) < batch.sizes[:, :1]
-        x = torch.arange(width, device=images.device) < batch.sizes[:, 1:]
-        is_image = (y[:, :, None] & x[:, None, :])[:, None]
+        inside_y = torch.arange(height, device=images.device) < batch.sizes[:, :1]  # (B, H)
+        inside_x = torch.arange(width, device=images.device) < batch.sizes[:, 1:]  # (B, W)
+        is_image = (inside_y[:, :, None] & inside_x[:, None, :])[:, None]
         images = torch.where(is_image, images, 0)
         return images.to(self.pixel_mean.dtype).contiguous(memory_format=torch.channels_last)
 
@@ -217,7 +216,7 @@ def _level_shapes(features: Sequence[Tensor]) -> list[tuple[int, int]]:
 
 
 def _check_images(batch: Batch) -> None:
-    """Raise ValueError if images and sizes of a batch are not what the model works on."""
+    """Raise ValueError if images or sizes of a batch have another shape or dtype than the model takes."""
     images = batch.images
     shape = tuple(images.shape)
     if images.dim() != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
@@ -231,7 +230,7 @@ def _check_images(batch: Batch) -> None:
 
 
 def _check_targets(batch: Batch, mask: bool) -> None:
-    """Raise ValueError if a batch cannot be trained on: without a target per image or, of a model with masks, those."""
+    """Raise ValueError if a batch lacks what training needs: one target per image, with masks if the model has them."""
     num_images = len(batch.images)
     if batch.targets is None or len(batch.targets) != num_images:
         got = None if batch.targets is None else len(batch.targets)

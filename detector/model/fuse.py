@@ -1,4 +1,4 @@
-"""A detector for inference alone: its batch norms folded into the convolutions before them."""
+"""Folds the batch norms of a detector into the convolutions before them, for inference."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from triton_dcn.nn import DeformConv2dPack
 
 
 def fuse_batch_norms(model: FasterRCNN) -> FasterRCNN:
-    """Return a copy of a detector that finds the same, without batch norms.
+    """Return a copy of a detector without batch norms, which gives the same detections.
 
-    The deformable layers of the copy also take over the ReLU behind their norm. Its parameters no longer have
+    The deformable layers of the copy also apply the ReLU after their norm. The parameters of the copy no longer have
     MMDetection's names: save the weights before.
 
     Args:
@@ -56,7 +56,7 @@ def _fuse_numbered_layers(module: nn.Module) -> None:
 
 
 def _fuse(conv: nn.Module, norm: nn.Module, relu: bool) -> nn.Module:
-    """Return a convolution that also does the work of `norm`; a deformable one also that of the ReLU, if asked for."""
+    """Return a convolution with `norm` folded in; with `relu` a deformable one also applies the ReLU."""
     assert isinstance(norm, nn.BatchNorm2d)
     if isinstance(conv, nn.Conv2d):
         return fuse_conv_bn_eval(conv, norm)

@@ -1,4 +1,4 @@
-"""The average of a loss over samples, as both heads take it."""
+"""The average of a loss over samples, for the RPN and the box head."""
 
 from __future__ import annotations
 

@@ -72,14 +72,15 @@ def mask_targets(bitmaps: Tensor, boxes: Tensor, samples: SamplingResult) -> Ten
         samples: of the same regions; only positives have a target.
 
     Returns:
-        (B, S, 28, 28) bool, inside where at least half of a cell is; false everywhere where not positive.
+        (B, S, 28, 28) bool, true where the object covers at least half of a cell of the region; all false for samples
+        that are not positive.
 
     Source:
         MMDetection's BitmapMasks.crop_and_resize: RoIAlign at the scale of the image, then a threshold.
     """
     num_images, num_targets, height, width = bitmaps.shape
-    image = torch.arange(num_images, device=boxes.device)[:, None]
-    bitmap_index = image * num_targets + samples.target
+    image_index = torch.arange(num_images, device=boxes.device)[:, None]
+    bitmap_index = image_index * num_targets + samples.target
     bitmap_index = torch.where(samples.positive, bitmap_index, -1).to(boxes.dtype)
 
     x1, y1, x2, y2 = boxes.unbind(2)

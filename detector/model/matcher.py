@@ -1,4 +1,4 @@
-"""Which box belongs to which ground truth; whole batches, fixed shapes.
+"""Assigns boxes to ground truths, for a whole batch and with fixed shapes.
 
 Letters: B images, G padded ground truths, N boxes.
 """
@@ -66,5 +66,5 @@ def _low_quality_matches(overlaps: Tensor, min_iou: float) -> Tensor:
     """
     max_overlap = overlaps.amax(2)[:, :, None]  # (B, G, 1)
     is_match = (overlaps == max_overlap) & (max_overlap >= min_iou)
-    number = torch.arange(1, overlaps.shape[1] + 1, dtype=torch.int32, device=overlaps.device)
-    return torch.where(is_match, number[None, :, None], 0).amax(1)
+    target_numbers = torch.arange(1, overlaps.shape[1] + 1, dtype=torch.int32, device=overlaps.device)
+    return torch.where(is_match, target_numbers[None, :, None], 0).amax(1)

@@ -44,11 +44,11 @@ def pad_targets(targets: Sequence[Target], dtype: torch.dtype) -> PaddedTargets:
     labels = torch.zeros(num_images, num_targets, dtype=torch.int64, device=device)
     valid = torch.zeros(num_images, num_targets, dtype=torch.bool, device=device)
 
-    for image, target in enumerate(targets):
+    for index, target in enumerate(targets):
         count = len(target.labels)
-        boxes[image, :count] = target.boxes
-        labels[image, :count] = target.labels
-        valid[image, :count] = True
+        boxes[index, :count] = target.boxes
+        labels[index, :count] = target.labels
+        valid[index, :count] = True
     return PaddedTargets(boxes, labels, valid)
 
 
@@ -69,8 +69,8 @@ def pad_masks(targets: Sequence[Target], num_targets: int, size: tuple[int, int]
     device = targets[0].boxes.device
     bitmaps = torch.zeros(len(targets), num_targets, height, width, dtype=dtype, device=device)
 
-    for image, target in enumerate(targets):
+    for index, target in enumerate(targets):
         assert target.masks is not None
         count, mask_height, mask_width = target.masks.shape
-        bitmaps[image, :count, :mask_height, :mask_width] = target.masks
+        bitmaps[index, :count, :mask_height, :mask_width] = target.masks
     return bitmaps

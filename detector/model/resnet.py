@@ -1,7 +1,7 @@
-"""The backbone: ResNet with deformable convolutions in the stages asked for.
+"""The backbone: ResNet with deformable convolutions in chosen stages.
 
-Modules carry MMDetection's (and, but for `conv_offset`, torchvision's) names, so that weights of both load unchanged.
-With group normalization the modules are still called `bn1`, `bn2`, ...
+The modules have the names of MMDetection and, except `conv_offset`, of torchvision: weights of both load unchanged.
+With group normalization they are still called `bn1`, `bn2`, ...
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class ResNet(nn.Module):
         dcn_stages: for each of the four stages, whether it is deformable; not used if `dcn` is None.
         deform_groups: groups of input channels that share offsets.
         frozen_stages: -1 trains everything, 0 freezes the stem, n freezes the stem and the first n stages.
-        norm: "bn" (batch), "gn" (groups of 16 channels, for training from scratch with few images a step) or "syncbn":
-            here the same as "bn"; training on several GPUs takes its statistics over all of them.
+        norm: "bn" (batch), "gn" (groups of 16 channels, for training from scratch with few images a step) or "syncbn",
+            which is built as "bn"; training on several GPUs replaces it by one with the statistics of all of them.
         norm_eval: batch normalization uses its running statistics in training too; its scale and shift still train.
         base_channels: width of the stem and of the blocks of C2, which doubles with every stage; a multiple of 16.
 
@@ -74,7 +74,7 @@ class ResNet(nn.Module):
         self.out_channels = [(base_channels << stage) * block.expansion for stage in range(4)]
 
         self.conv1 = nn.Conv2d(3, base_channels, 7, stride=2, padding=3, bias=False)
-        self.bn1 = _norm(norm, base_channels)
+        self.bn1 = _make_norm(norm, base_channels)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         in_channels = base_channels
         for stage in range(4):
@@ -124,7 +124,7 @@ class ResNet(nn.Module):
         return features
 
     def train(self, mode: bool = True) -> ResNet:
-        """Switch the mode; frozen stages, and with `norm_eval` every batch norm, always stay in evaluation."""
+        """Switch the mode; frozen stages, and with `norm_eval` every batch norm, stay in evaluation mode."""
         super().train(mode)
         for module in self._frozen():
             module.eval()
@@ -159,9 +159,9 @@ class BasicBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.conv1 = _conv3x3(in_channels, planes, stride)
-        self.bn1 = _norm(norm, planes)
+        self.bn1 = _make_norm(norm, planes)
         self.conv2 = _conv3x3(planes, planes, 1, dcn, deform_groups)
-        self.bn2 = _norm(norm, planes)
+        self.bn2 = _make_norm(norm, planes)
         self.downsample = _shortcut(in_channels, planes, stride, norm)
 
     @property
@@ -194,11 +194,11 @@ class Bottleneck(nn.Module):
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, planes, 1, bias=False)
-        self.bn1 = _norm(norm, planes)
+        self.bn1 = _make_norm(norm, planes)
         self.conv2 = _conv3x3(planes, planes, stride, dcn, deform_groups)
-        self.bn2 = _norm(norm, planes)
+        self.bn2 = _make_norm(norm, planes)
         self.conv3 = nn.Conv2d(planes, planes * self.expansion, 1, bias=False)
-        self.bn3 = _norm(norm, planes * self.expansion)
+        self.bn3 = _make_norm(norm, planes * self.expansion)
         self.downsample = _shortcut(in_channels, planes * self.expansion, stride, norm)
 
     @property
@@ -249,7 +249,7 @@ def _conv3x3(
     )
 
 
-def _norm(norm: str, channels: int) -> Norm:
+def _make_norm(norm: str, channels: int) -> Norm:
     if norm == "gn":
         return nn.GroupNorm(channels // GROUP_CHANNELS, channels)
     return nn.BatchNorm2d(channels)
@@ -259,7 +259,7 @@ def _shortcut(in_channels: int, out_channels: int, stride: int, norm: str) -> nn
     if stride == 1 and in_channels == out_channels:
         return None
     conv = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
-    return nn.Sequential(conv, _norm(norm, out_channels))
+    return nn.Sequential(conv, _make_norm(norm, out_channels))
 
 
 def _check_choices(depth: int, dcn: str | None, frozen_stages: int, norm: str) -> None:

@@ -1,4 +1,4 @@
-"""The second stage: class, box and mask of every region; losses and detections for whole batches.
+"""The RoI head: class, box and mask of every region; losses and detections for whole batches.
 
 Letters: B images, R regions, S sampled regions, P proposals.
 """
@@ -27,7 +27,7 @@ DELTA_STDS = (0.1, 0.1, 0.2, 0.2)
 
 
 class RoIHead(nn.Module):
-    """Sampling, pooling, box head, losses and detections; if asked for, masks.
+    """Sampling, pooling, box head, losses and detections; masks if the model has them.
 
     Args:
         channels: of the pyramid.
@@ -36,10 +36,10 @@ class RoIHead(nn.Module):
         strides: of the pyramid levels that are pooled from, finest first.
         matcher: assigns regions to ground truths in training.
         sampler: chooses the regions of the loss.
-        score_threshold: detections with a score up to this are left out.
+        score_threshold: only boxes with a higher score become detections.
         nms_iou: a detection that overlaps a better one of its class by more is suppressed.
         max_detections: largest number of detections per image.
-        mask: with a `MaskHead`.
+        mask: predict masks too, with a `MaskHead`.
 
     Source:
         MMDetection's StandardRoIHead.
@@ -101,7 +101,7 @@ class RoIHead(nn.Module):
         if rois.is_cuda or torch.compiler.is_compiling():
             logits = self._mask_logits(features, rois, labels)
         else:
-            # On a CPU it costs much to compute regions that are padding, and little to read which ones are.
+            # On a CPU it is slow to compute regions that are padding, and fast to look which ones are not.
             index = valid.flatten().nonzero()[:, 0]
             valid_logits = self._mask_logits(features, rois[index], labels[index])
             logits = valid_logits.new_zeros(len(rois), MASK_SIZE, MASK_SIZE)
@@ -146,8 +146,8 @@ class RoIHead(nn.Module):
             boxes (B, S, 4) and the samples, whose index counts the padded ground truths first.
         """
         num_targets = targets.valid.shape[1]
-        number = torch.arange(1, num_targets + 1, device=valid.device)
-        assigned_targets = torch.where(targets.valid, number, -1)  # every ground truth is its own best region
+        target_numbers = torch.arange(1, num_targets + 1, device=valid.device)
+        assigned_targets = torch.where(targets.valid, target_numbers, -1)  # every ground truth is assigned to itself
         assigned_proposals = self.matcher(targets, proposals, valid)
 
         assigned = torch.cat([assigned_targets, assigned_proposals], 1)
@@ -263,6 +263,6 @@ class RoIHead(nn.Module):
 
 def _to_rois(boxes: Tensor, valid: Tensor) -> Tensor:
     """Return (B * R, 5) regions as `roi_align` takes them, batch index -1 where not valid."""
-    image = torch.arange(boxes.shape[0], device=boxes.device)[:, None]
-    image = torch.where(valid, image, -1).to(boxes.dtype)
-    return torch.cat([image[:, :, None], boxes], 2).flatten(0, 1)
+    image_index = torch.arange(boxes.shape[0], device=boxes.device)[:, None]
+    image_index = torch.where(valid, image_index, -1).to(boxes.dtype)
+    return torch.cat([image_index[:, :, None], boxes], 2).flatten(0, 1)

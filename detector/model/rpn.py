@@ -1,6 +1,6 @@
-"""The first stage: objectness and box of every anchor; proposals and losses for whole batches.
+"""The RPN: objectness and box of every anchor; proposals and losses for whole batches.
 
-Letters: B images, n anchors of a level, N anchors of all levels, S sampled anchors, P proposals.
+Letters: B images, A anchors per cell, n anchors of a level, N anchors of all levels, S sampled anchors, P proposals.
 """
 
 from __future__ import annotations
@@ -102,11 +102,11 @@ class RPN(nn.Module):
         """
         level_boxes = []
         level_scores = []
-        for logit, delta, anchor in zip(logits, deltas, anchors, strict=True):
-            boxes, scores = self._best_of_level(logit, delta, anchor, sizes)
+        for logits_of_level, deltas_of_level, anchors_of_level in zip(logits, deltas, anchors, strict=True):
+            boxes, scores = self._top_of_level(logits_of_level, deltas_of_level, anchors_of_level, sizes)
             level_boxes.append(boxes)
             level_scores.append(scores)
-        boxes, scores = _stack_levels(level_boxes, level_scores)  # (B, levels, most, 4), (B, levels, most)
+        boxes, scores = _stack_levels(level_boxes, level_scores)  # (B, levels, max_boxes, 4), (B, levels, max_boxes)
         valid = (boxes[..., 2:] - boxes[..., :2] > self.min_size).all(-1)  # false on padding, whose boxes are empty
 
         # Each level of each image is one group of the suppression.
@@ -120,7 +120,7 @@ class RPN(nn.Module):
         boxes = gather_boxes(boxes.flatten(1, 2), index)
         return boxes, scores, scores >= 0
 
-    def _best_of_level(
+    def _top_of_level(
         self,
         logits: Tensor,
         deltas: Tensor,
@@ -199,11 +199,11 @@ class RPN(nn.Module):
 
 def _stack_levels(boxes: Sequence[Tensor], scores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Stack levels behind the batch dimension, padded with zeros to the level with the most boxes."""
-    most = max(score.shape[1] for score in scores)
+    max_boxes = max(level_scores.shape[1] for level_scores in scores)
     padded_boxes = []
     padded_scores = []
-    for box, score in zip(boxes, scores, strict=True):
-        padding = most - score.shape[1]
-        padded_boxes.append(F.pad(box, (0, 0, 0, padding)))
-        padded_scores.append(F.pad(score, (0, padding)))
+    for level_boxes, level_scores in zip(boxes, scores, strict=True):
+        padding = max_boxes - level_scores.shape[1]
+        padded_boxes.append(F.pad(level_boxes, (0, 0, 0, padding)))
+        padded_scores.append(F.pad(level_scores, (0, padding)))
     return torch.stack(padded_boxes, 1), torch.stack(padded_scores, 1)

@@ -1,4 +1,4 @@
-"""Which boxes a loss looks at; whole batches, fixed shapes.
+"""Chooses the boxes that a loss is computed on, for a whole batch and with fixed shapes.
 
 Letters: B images, N boxes, S samples.
 """
@@ -11,14 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-NOT_SAMPLED = torch.iinfo(torch.int64).max  # sorts behind every index and every random key
+NOT_SAMPLED = torch.iinfo(torch.int64).max  # larger than every index and every random key
 
 SamplingRule = Literal["random", "first", "spread"]
 
 
 @dataclass(frozen=True)
 class SamplingResult:
-    """The boxes that a loss looks at: positives by rising index, then negatives by rising index, then padding.
+    """The boxes that a loss is computed on: positives by rising index, then negatives by rising index, then padding.
 
     Attributes:
         index: (B, S) int64 into the boxes; 0 on padding.
@@ -50,7 +50,7 @@ class BoxSampler:
         num_samples: S, samples per image.
         positive_fraction: largest share of positives; negatives fill up the rest.
         rule: "random"; "first", the lowest indices; "spread", at even distances in the list of candidates. The last two
-            exist to compare runs with numbers of other programs.
+            are for comparisons with numbers of other programs.
 
     Source:
         MMDetection's RandomSampler: the same distribution, drawn as the smallest of random keys.
@@ -66,11 +66,11 @@ class BoxSampler:
         return int(self.num_samples * self.positive_fraction)
 
     def __call__(self, assigned: Tensor, seeds: Tensor, num_targets: int = 0) -> SamplingResult:
-        """Sample.
+        """Choose the samples of every image.
 
         Args:
             assigned: (B, N) int64 of `Matcher`.
-            seeds: (B,) int64, used by the random rule: equal seeds choose equally.
+            seeds: (B,) int64, used by the random rule: equal seeds give the same choice.
             num_targets: the first boxes of each image are this many padded ground truths. Their number depends on the
                 other images of the batch. They get the last random keys, so that the draw of the boxes behind them
                 does not depend on it.
@@ -97,31 +97,31 @@ class BoxSampler:
         target = torch.where(positive, assigned.gather(1, index) - 1, 0)
         return SamplingResult(index, target, positive, valid)
 
-    def _choose(self, candidates: Tensor, limit: Tensor, columns: int, keys: Tensor | None) -> Tensor:
+    def _choose(self, candidates: Tensor, limit: Tensor, capacity: int, keys: Tensor | None) -> Tensor:
         """Choose boxes of one kind.
 
         Args:
             candidates: (B, N) bool.
             limit: (B,) int64, largest number to choose.
-            columns: of the result, at least the largest `limit` that has as many candidates.
+            capacity: width of the result, enough for the largest number that is chosen in an image.
             keys: (B, N) int64, the smallest are chosen; None chooses the lowest indices.
 
         Returns:
-            (B, columns) int64, indices of the chosen boxes, then `NOT_SAMPLED`.
+            (B, capacity) int64, indices of the chosen boxes, then `NOT_SAMPLED`.
         """
         if self.rule == "spread":
             candidates = _spread(candidates, limit)
         if keys is None:
             keys = torch.arange(candidates.shape[1], device=candidates.device).expand_as(candidates)
 
-        smallest, index = torch.where(candidates, keys, NOT_SAMPLED).topk(columns, 1, largest=False, sorted=True)
-        column = torch.arange(columns, device=index.device)
-        is_chosen = (column < limit[:, None]) & (smallest < NOT_SAMPLED)
+        smallest, index = torch.where(candidates, keys, NOT_SAMPLED).topk(capacity, 1, largest=False, sorted=True)
+        position = torch.arange(capacity, device=index.device)
+        is_chosen = (position < limit[:, None]) & (smallest < NOT_SAMPLED)
         return torch.where(is_chosen, index, NOT_SAMPLED)
 
 
 def random_keys(seeds: Tensor, count: int) -> Tensor:
-    """Return (B, count) int64 keys in [0, 2^62), which on every device depend on the seeds (B,) alone.
+    """Return (B, count) int64 keys in [0, 2^62), which depend only on the seeds (B,), and are the same on every device.
 
     Source:
         Steele et al., Fast splittable pseudorandom number generators (SplitMix64), OOPSLA 2014.
@@ -135,7 +135,7 @@ def random_keys(seeds: Tensor, count: int) -> Tensor:
 
 
 def _xor_shift(keys: Tensor, shift: int) -> Tensor:
-    """Return keys ^ (keys >> shift), where the shift fills in zeros: that of int64 repeats the sign."""
+    """Return keys ^ (keys >> shift) with zeros shifted in; torch's own shift of int64 repeats the sign bit."""
     shifted = (keys >> shift) & ((1 << (64 - shift)) - 1)
     return keys ^ shifted
 
@@ -154,9 +154,9 @@ def _spread(candidates: Tensor, limit: Tensor) -> Tensor:
     """
     limit = limit[:, None]
     total = candidates.sum(1, keepdim=True)
-    number = candidates.cumsum(1) - 1
+    number = candidates.cumsum(1) - 1  # of each candidate among those of its image
 
     # Only the smallest i with i * total >= number * limit can give i * total // limit = number.
     i = (number * limit + total - 1) // total.clamp(min=1)
-    is_hit = (i < limit) & (i * total // limit.clamp(min=1) == number)
-    return candidates & (is_hit | (total <= limit))
+    is_even = (i < limit) & (i * total // limit.clamp(min=1) == number)
+    return candidates & (is_even | (total <= limit))

@@ -1,4 +1,4 @@
-"""Take boxes of every image of a batch: by index, or those with the highest scores."""
+"""Selects boxes of every image of a batch: by index, or those with the highest scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX files of the detector in onnxruntime, and how far their detections are from the model's."""
+"""Runs ONNX files of the detector in onnxruntime, and compares their detections with those of the model."""
 
 from __future__ import annotations
 
@@ -37,9 +37,15 @@ def run_onnx(path: str | Path, batch: Batch) -> list[Detections]:
 
     boxes, scores, labels, valid, *masks = (torch.from_numpy(output) for output in outputs)
     detections = []
-    for image, keep in enumerate(valid):
-        columns = [column[image, keep] for column in (boxes, scores, labels, *masks)]
-        detections.append(Detections(*columns))
+    for index, keep in enumerate(valid):
+        detections.append(
+            Detections(
+                boxes=boxes[index, keep],
+                scores=scores[index, keep],
+                labels=labels[index, keep],
+                masks=masks[0][index, keep] if masks else None,
+            )
+        )
     return detections
 
 
@@ -67,7 +73,7 @@ def _difference_to_nearest(detections: Detections, others: Detections) -> tuple[
     same_label = detections.labels[:, None] == others.labels
     distance = torch.where(same_label, distance, torch.inf)
 
-    # One more at an infinite distance, with an infinite score, is nearest where there is no other.
+    # Add an entry at infinite distance, with an infinite score: it is the nearest where no other has the same label.
     distance, nearest = F.pad(distance, (0, 1), value=torch.inf).min(1)
     nearest_scores = F.pad(others.scores, (0, 1), value=torch.inf)[nearest]
     score = (detections.scores - nearest_scores).abs()
