@@ -1,4 +1,4 @@
-"""The images, categories and annotations of a COCO file as columns, and which of the annotations are used.
+"""The images, categories and annotations of a COCO file as arrays, one per field, and which annotations are used.
 
 The rules are those of MMDetection's CocoDataset.
 """
@@ -57,7 +57,7 @@ class AnnotationColumns:
 
 @dataclass(frozen=True)
 class AnnotationCounts:
-    """What became of the annotations of a file. A dropped one counts for the first reason that holds.
+    """How many annotations of a file are used, and how many are dropped; each counts for the first reason that applies.
 
     Attributes:
         used: boxes that the loss sees.
@@ -111,14 +111,14 @@ def select_categories(categories: list[Entry], classes: Sequence[str] | None) ->
     names = [str(name) for name in read_column(categories, "categories", "name", NAME)]
     ids = [int(category_id) for category_id in read_column(categories, "categories", "id", INTEGER)]
     if len(set(names)) != len(names) or len(set(ids)) != len(ids):
-        raise ValueError("two categories have the same name or the same id")
+        raise ValueError("categories: expected unique names and ids, got one of them twice")
 
     id_of_name = dict(zip(names, ids, strict=True))
     if classes is None:
         classes = names
     for name in classes:
         if name not in id_of_name:
-            raise ValueError(f"category {name!r} is missing (it has {', '.join(names) or 'none'})")
+            raise ValueError(f"categories: expected one with the name {name!r}, got {', '.join(names) or 'none'}")
     return tuple(classes), np.array([id_of_name[name] for name in classes], np.int64)
 
 
@@ -136,7 +136,7 @@ def read_images(entries: list[Entry]) -> ImageColumns:
     )
     unique_ids, occurrences = np.unique(images.ids, return_counts=True)
     if len(unique_ids) != len(entries):
-        raise ValueError(f"two images have the id {unique_ids[occurrences > 1][0]}")
+        raise ValueError(f"images: expected unique ids, got {unique_ids[occurrences > 1][0]} twice")
     return images
 
 
@@ -153,10 +153,10 @@ def read_annotations(entries: list[Entry], images: ImageColumns, category_ids: n
     """
     boxes = np.array(read_column(entries, "annotations", "bbox", BOX), np.float64).reshape(-1, 4)
     image_ids = np.array(read_column(entries, "annotations", "image_id", INTEGER), np.int64)
-    categories = np.array(read_column(entries, "annotations", "category_id", INTEGER), np.int64)
+    annotation_category_ids = np.array(read_column(entries, "annotations", "category_id", INTEGER), np.int64)
     areas = np.array(read_column(entries, "annotations", "area", NUMBER), np.float64)
     image_indices, image_listed = _find_ids(image_ids, images.ids)
-    labels, category_used = _find_ids(categories, category_ids)
+    labels, category_used = _find_ids(annotation_category_ids, category_ids)
     return AnnotationColumns(
         boxes=boxes,
         areas=areas,
@@ -200,8 +200,9 @@ def _overlaps_image(annotations: AnnotationColumns, images: ImageColumns) -> np.
     image_height = images.heights[annotations.image_indices]
     overlap_x = np.minimum(x + width, image_width) - np.maximum(x, 0)
     overlap_y = np.minimum(y + height, image_height) - np.maximum(y, 0)
-    inside: np.ndarray = np.maximum(overlap_x, 0) * np.maximum(overlap_y, 0) != 0
-    return inside
+    common_area = np.maximum(overlap_x, 0) * np.maximum(overlap_y, 0)
+    has_common_area: np.ndarray = common_area != 0
+    return has_common_area
 
 
 def _find_ids(values: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

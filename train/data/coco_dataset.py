@@ -39,11 +39,11 @@ class CocoDetection:
     Args:
         annotation_file: JSON file in COCO format.
         image_folder: folder of the image files.
-        transform: from decoded image and boxes to what the model is given.
+        transform: turns the decoded image and its annotations into a `Sample`.
         training: drop images below 32 pixels and images without an annotation of the classes.
         classes: names of the categories to use, by label; None uses all, in the order of the file.
         limit: keep only the first so many images; 0 keeps all.
-        masks: read the segmentations of the objects too, for samples of the training split and for pictures.
+        masks: read the segmentations of the objects too. Training samples then have masks, and pictures can show them.
 
     Attributes:
         classes: names, by label.
@@ -56,7 +56,7 @@ class CocoDetection:
         labels: (M,) int64 of `boxes`.
         box_starts: (N + 1,) int64; image i has the boxes box_starts[i]:box_starts[i + 1].
         segmentations: of `boxes`; None without masks.
-        counts: what became of every annotation of the file.
+        counts: how many annotations of the file are used or dropped.
         has_annotations: whether the file has a list of annotations.
 
     Raises:
@@ -83,9 +83,9 @@ class CocoDetection:
         self.transform = transform
         self.training = training
         if not self.annotation_file.is_file():
-            raise FileNotFoundError(f"annotations not found: {self.annotation_file}")
+            raise FileNotFoundError(f"annotations: expected a file, got {self.annotation_file}")
         if not self.image_folder.is_dir():
-            raise FileNotFoundError(f"folder of images not found: {self.image_folder}")
+            raise FileNotFoundError(f"images: expected a folder, got {self.image_folder}")
 
         content = load_coco_json(self.annotation_file)
         entries = content.get("annotations", [])
@@ -164,15 +164,17 @@ class CocoDetection:
     def _set_boxes(
         self, entries: list[Entry], annotations: AnnotationColumns, images: ImageColumns, masks: bool
     ) -> None:
-        """Keep the annotations that are used, sorted by image, and count what became of all of them."""
+        """Keep the annotations that are used, sorted by image, and count those that are dropped."""
         kept, dropped = drop_annotations(annotations, images)
         used = kept & ~annotations.is_crowd
         crowds = kept & annotations.is_crowd
         no_polygon = np.zeros(len(entries), bool)
         if masks:
             # Evaluation compares with all annotations of an image, training uses only some of them.
-            needed = used if self.training else annotations.image_listed & annotations.category_used
-            no_polygon[needed] = ~self._find_drawable(entries, annotations, images, np.flatnonzero(needed))
+            needs_mask = used
+            if not self.training:
+                needs_mask = annotations.image_listed & annotations.category_used
+            no_polygon = self._find_undrawable(entries, annotations, images, needs_mask)
             used &= ~no_polygon
         self.counts = AnnotationCounts(
             used=int(used.sum()),
@@ -191,13 +193,18 @@ class CocoDetection:
         if masks:
             self.segmentations = Segmentations.parse(entries[index]["segmentation"] for index in order)
 
-    def _find_drawable(
-        self, entries: list[Entry], annotations: AnnotationColumns, images: ImageColumns, indices: np.ndarray
+    def _find_undrawable(
+        self, entries: list[Entry], annotations: AnnotationColumns, images: ImageColumns, needs_mask: np.ndarray
     ) -> np.ndarray:
-        """Return which of the annotations with these indices (n,) have a mask that can be drawn, (n,) bool."""
+        """Return which of the annotations that need a mask (M,) bool have none that can be drawn, (M,) bool."""
+        indices = np.flatnonzero(needs_mask)
         image_indices = annotations.image_indices[indices]
         sizes = np.stack([images.heights[image_indices], images.widths[image_indices]], 1)
-        return find_drawable(entries, indices, sizes, required=not self.training)
+        is_drawable = find_drawable(entries, indices, sizes, required=not self.training)
+
+        undrawable = np.zeros(len(entries), bool)
+        undrawable[indices] = ~is_drawable
+        return undrawable
 
     def _select_images(self, indices: np.ndarray) -> None:
         """Keep the images with these indices and their boxes."""

@@ -13,7 +13,7 @@ Entry = dict[str, Any]  # one object of a list of the file
 
 @dataclass(frozen=True)
 class FieldType:
-    """What a field of an entry must hold.
+    """What a field of an entry holds in a well-formed file.
 
     Attributes:
         description: for messages: "expected DESCRIPTION".
@@ -64,14 +64,14 @@ def load_coco_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise ValueError(f"{path}: expected valid JSON, got a file that cannot be parsed: {error}") from error
 
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        raise ValueError(f"{path} is not a COCO file: it has no list 'images'")
+        raise ValueError(f"{path}: expected a COCO file with a list 'images', got none")
 
     for name in ("annotations", "categories"):
         if not isinstance(content.get(name, []), list):
-            raise ValueError(f"{path} is not a COCO file: {name!r} is not a list")
+            raise ValueError(f"{path}: expected a COCO file with a list {name!r}, got {content[name]!r:.60}")
     return content
 
 
@@ -82,7 +82,7 @@ def read_column(entries: list[Any], list_name: str, field: str, field_type: Fiel
         entries: the list.
         list_name: its name in the file, for messages.
         field: key of the field.
-        field_type: what the field must hold.
+        field_type: of the values of the field.
 
     Raises:
         ValueError: an entry lacks the field, or the field holds something else; the message names the entry.
@@ -93,12 +93,13 @@ def read_column(entries: list[Any], list_name: str, field: str, field_type: Fiel
             raise ValueError(f"{list_name}[{index}]: expected an object with fields, got {entry!r:.60}")
 
         if field not in entry:
-            raise ValueError(f"{describe_entry(list_name, index, entry)}: {field!r} is missing")
+            name = describe_entry(list_name, index, entry)
+            raise ValueError(f"{name}: {field!r}: expected {field_type.description}, got no such field")
 
         value = entry[field]
         if not field_type.accepts(value):
-            where = describe_entry(list_name, index, entry)
-            raise ValueError(f"{where}: {field!r}: expected {field_type.description}, got {value!r:.60}")
+            name = describe_entry(list_name, index, entry)
+            raise ValueError(f"{name}: {field!r}: expected {field_type.description}, got {value!r:.60}")
         values.append(value)
     return values
 

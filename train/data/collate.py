@@ -1,4 +1,4 @@
-"""From samples to a batch: `collate`, and the `LoadedBatch` that a loader gives."""
+"""From samples to a batch: receives `Sample`s, returns a `LoadedBatch` with the `Batch` for the model."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ class LoadedBatch:
         return replace(self, batch=self.batch.pin_memory())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Send small tensors from a worker inside the message: in shared memory each of them would cost a file."""
+        """Let workers send small tensors as arrays inside the message: in shared memory each needs an open file."""
         batch = self.batch
         if batch is not None:
             batch = _convert_small_tensors(batch, Tensor.numpy)
-        return _receive, (batch, self.image_ids, self.scale_factors, self.original_sizes, self.unreadable)
+        return _rebuild, (batch, self.image_ids, self.scale_factors, self.original_sizes, self.unreadable)
 
 
-def _receive(batch: Batch | None, *fields: Any) -> LoadedBatch:
+def _rebuild(batch: Batch | None, *fields: Any) -> LoadedBatch:
     """Undo `LoadedBatch.__reduce__`."""
     if batch is not None:
         batch = _convert_small_tensors(batch, torch.from_numpy)
@@ -71,7 +71,7 @@ def _convert_small_tensors(batch: Batch, convert: Callable[[Any], Any]) -> Batch
 
 
 def collate(samples: Sequence[Sample], unreadable: Mapping[int, str] | None = None) -> LoadedBatch:
-    """Put images (uint8, padded with zeros on the right and bottom), boxes and masks (not padded) together.
+    """Put the images of a batch into one tensor, padded with zeros; boxes and masks become one `Target` per image.
 
     Args:
         samples: images of the batch; may be empty if none could be read.

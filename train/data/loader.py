@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from train.data.coco_dataset import CocoDetection, UnreadableImageError
 from train.data.collate import LoadedBatch, collate
-from train.data.samplers import AspectRatioBatchSampler, Key
+from train.data.samplers import AspectRatioBatchSampler, ImageKey
 
-MAX_ATTEMPTS = 5  # images that training tries in the place of one
+MAX_ATTEMPTS = 5  # images that training tries for one place in a batch
 
 
 class BatchReader(Dataset[LoadedBatch]):
@@ -21,15 +21,15 @@ class BatchReader(Dataset[LoadedBatch]):
 
     Args:
         dataset: the images.
-        attempts: how many images to try for a key: the image itself, then the next ones, so that batches stay full.
-            What replaces an image depends on its index alone.
+        attempts: how many images to try for a key: the image itself, then the ones after it in the data set, so that
+            batches stay full. The replacement depends only on the index of the image.
     """
 
     def __init__(self, dataset: CocoDetection, attempts: int):
         self.dataset = dataset
         self.attempts = min(attempts, len(dataset))
 
-    def __getitem__(self, keys: Sequence[Key]) -> LoadedBatch:
+    def __getitem__(self, keys: Sequence[ImageKey]) -> LoadedBatch:
         """Read the images with these keys, or what replaces them."""
         samples = []
         unreadable = {}
@@ -63,7 +63,7 @@ def training_loader(
 def evaluation_loader(
     dataset: CocoDetection, workers: int, pin_memory: bool, rank: int = 0, world_size: int = 1
 ) -> DataLoader[LoadedBatch]:
-    """Load this process's share of the images, each once and in a batch of its own: no padding to another's size.
+    """Load this process's share of the images, each once and in a batch of its own, so without padding to other sizes.
 
     Args:
         dataset: the images.
@@ -78,13 +78,13 @@ def evaluation_loader(
 
 
 def _loader(
-    reader: BatchReader, batches: AspectRatioBatchSampler | list[list[Key]], workers: int, pin_memory: bool
+    reader: BatchReader, batches: AspectRatioBatchSampler | list[list[ImageKey]], workers: int, pin_memory: bool
 ) -> DataLoader[LoadedBatch]:
     options: dict[str, Any] = {}
     if workers:
         # Forked workers share the arrays of the data set; other start methods would copy them.
         options = {"worker_init_fn": _start_worker, "multiprocessing_context": "fork"}
-    # Without a batch size the loader passes on what the sampler gives, here the keys of a batch, and what comes back.
+    # With batch_size=None the loader hands each item of the sampler, the keys of a batch, to the reader as it is.
     return DataLoader(reader, batch_size=None, sampler=batches, num_workers=workers, pin_memory=pin_memory, **options)
 
 

@@ -12,7 +12,7 @@ from train.data.collate import LoadedBatch
 
 
 def prefetch_to_device(batches: Iterable[LoadedBatch], device: torch.device) -> Iterator[LoadedBatch]:
-    """Move batches to `device`, one ahead: the copy of the next batch runs beside the work on this one."""
+    """Move batches to `device`, one ahead: the next batch is copied while the GPU works on this one."""
     if device.type != "cuda":
         yield from batches
         return

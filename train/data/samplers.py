@@ -1,4 +1,4 @@
-"""Which images form which batch on which process."""
+"""Decides which images form which batch on which process."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-Key = tuple[int, int]  # (epoch, index): what a data set is asked for
+ImageKey = tuple[int, int]  # (epoch, index of the image): the key of `CocoDetection`
 
 
 class AspectRatioBatchSampler:
-    """Batches of images of one orientation: the epoch's permutation, dealt to the processes, sorted into two buckets.
+    """Batches of images of one orientation, from a random order of the images that is divided among the processes.
 
     Iterating gives the batches of the epoch set by `set_epoch`, as lists of (epoch, index).
 
@@ -45,12 +45,12 @@ class AspectRatioBatchSampler:
         """Return the number of batches of a whole epoch on this process; it is the same on all of them."""
         return math.ceil(self._images_per_rank() / self.batch_size)
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[list[ImageKey]]:
         for batch in self.epoch_batches(self._epoch)[self._first_batch :]:
             yield [(self._epoch, index) for index in batch]
 
     def epoch_batches(self, epoch: int) -> list[list[int]]:
-        """Return all batches of an epoch on this process, as indices; every process has equally many."""
+        """Return all batches of an epoch on this process, as indices; all processes have the same number of batches."""
         generator = torch.Generator().manual_seed(self.seed + epoch)
         order = torch.randperm(len(self.portrait), generator=generator).numpy()
         padded = np.resize(order, self._images_per_rank() * self.world_size)
@@ -66,9 +66,9 @@ class AspectRatioBatchSampler:
                 batches.append(bucket.copy())
                 bucket.clear()
 
-        rest = portrait_bucket + landscape_bucket
-        for start in range(0, len(rest), self.batch_size):
-            batches.append(rest[start : start + self.batch_size])
+        remaining = portrait_bucket + landscape_bucket
+        for start in range(0, len(remaining), self.batch_size):
+            batches.append(remaining[start : start + self.batch_size])
         return batches
 
     def _images_per_rank(self) -> int:

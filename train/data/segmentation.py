@@ -29,7 +29,7 @@ def is_drawable(segmentation: Any) -> bool:
         ValueError: it is neither a list of polygons nor an object.
 
     Source:
-        MMDetection's LoadAnnotations, which ignores the other instances.
+        MMDetection's LoadAnnotations, which ignores objects without one.
     """
     if isinstance(segmentation, dict):
         has_counts = isinstance(segmentation.get("counts"), (list, str))
@@ -82,16 +82,16 @@ def find_drawable(
         height, width = image_sizes[position].tolist()
         try:
             if segmentation is None:
-                raise ValueError("missing, and a model with masks (--model.mask) needs it")
+                raise ValueError("expected one, which a model with masks (--model.mask) needs, got none")
 
             drawable[position] = is_drawable(segmentation)
             if drawable[position]:
                 check_segmentation(segmentation, height, width)
             elif required:
-                raise ValueError("no valid polygon to compare masks with")
+                raise ValueError("expected a valid polygon to compare masks with, got none")
         except ValueError as error:
-            where = describe_entry("annotations", index, entry)
-            raise ValueError(f"{where}: 'segmentation': {error}") from error
+            name = describe_entry("annotations", index, entry)
+            raise ValueError(f"{name}: 'segmentation': {error}") from error
     return drawable
 
 
@@ -156,19 +156,20 @@ class Segmentations:
 
     def draw(self, number: int, height: int, width: int) -> np.ndarray:
         """Return the mask (height, width) uint8 of object `number`, in the pixels of its image."""
-        first, last = self.first_run[number : number + 2]
-        if last > first:
-            return runs_to_mask(self.run_lengths[first:last], height, width).view(np.uint8)
+        first_run, stop_run = self.first_run[number : number + 2]
+        if stop_run > first_run:
+            runs = self.run_lengths[first_run:stop_run]
+            return runs_to_mask(runs, height, width).view(np.uint8)
 
-        first, last = self.first_polygon[number : number + 2]
-        bounds = self.polygon_starts[first : last + 1]
-        polygons = [self.coordinates[start:end] for start, end in pairwise(bounds)]
-        parts = coco_mask.frPyObjects(polygons, height, width)
-        return decode_mask(coco_mask.merge(parts)).view(np.uint8)
+        first_polygon, stop_polygon = self.first_polygon[number : number + 2]
+        starts = self.polygon_starts[first_polygon : stop_polygon + 1]
+        polygons = [self.coordinates[start:stop] for start, stop in pairwise(starts)]
+        polygon_rles = coco_mask.frPyObjects(polygons, height, width)
+        return decode_mask(coco_mask.merge(polygon_rles)).view(np.uint8)
 
 
 def take_rows(starts: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return which members some rows of a ragged array have, one row after the other, and where the rows then start.
+    """Select rows of a ragged array: return the indices of their members, and where each row starts among these.
 
     Args:
         starts: (N + 1,) int64; row i has the members starts[i]:starts[i + 1].

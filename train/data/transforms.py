@@ -1,4 +1,4 @@
-"""From an image, its boxes and masks to what the model is given: resize, flip; every choice follows from a key."""
+"""Resizes and flips an image with its boxes and masks; receives what a data set has read, returns a `Sample`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Sample:
 
     Attributes:
         image: (H, W, 3) uint8 RGB, contiguous.
-        boxes: (N, 4) float32, xyxy in pixels of `image`; boxes that the clipping left empty are still there.
+        boxes: (N, 4) float32, xyxy in pixels of `image`; boxes that are empty after clipping are kept.
         labels: (N,) int64 from 0.
         image_id: id in the annotation file.
-        scale_factor: (x, y), size of `image` over size of the file.
-        seed: of the samplers inside the model.
+        scale_factor: (x, y), size of `image` divided by the size in the file.
+        seed: of the box samplers inside the model.
         original_size: height and width of the file's image.
         masks: (N, H, W) uint8, 1 inside the object; None if they were not asked for.
     """
@@ -66,11 +66,11 @@ def horizontal_flip(image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, n
 
 
 def resize_masks(masks: Iterable[np.ndarray], count: int, size: tuple[int, int]) -> np.ndarray:
-    """Resize masks to those of a resized image, each pixel that of the nearest one.
+    """Resize masks to the size of a resized image; each pixel takes the value of the nearest one.
 
     Args:
-        masks: `count` of (H, W) uint8; one at a time, because many masks of a large file would fill the memory.
-        count: of masks.
+        masks: (H, W) uint8 each; drawn one at a time, because all masks of a large image would need too much memory.
+        count: number of masks.
         size: height and width of the result.
 
     Returns:
@@ -93,14 +93,14 @@ def resize_masks(masks: Iterable[np.ndarray], count: int, size: tuple[int, int])
 class Transform:
     """Resize and, in training, mirror.
 
-    Every random choice is a function of (seed, epoch, index of the image) alone, so neither the number of processes and
-    workers nor an interruption can change it.
+    Every random choice depends only on the seed, the epoch and the index of the image, so it stays the same with any
+    number of processes and workers, and after an interruption.
 
     Attributes:
         scale: bounds of the long and the short side.
         flip: probability of mirroring; 0 in evaluation.
         seed: of the run.
-        short_sides: if any, the bound of the short side is drawn from these.
+        short_sides: if not empty, the bound of the short side is drawn from these for every image.
     """
 
     scale: tuple[int, int]
@@ -122,7 +122,7 @@ class Transform:
 
         The image may be overwritten.
         """
-        # The order of the draws is fixed: another one would give other samples for the same key.
+        # The order of the draws is fixed: another order would change the samples of a seed.
         random = np.random.default_rng((self.seed, epoch, index))
         is_flipped = random.random() < self.flip
         seed = int(random.integers(1 << 62))

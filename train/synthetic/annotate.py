@@ -27,7 +27,7 @@ def annotate(scene_object: SceneObject) -> dict[str, Any]:
         "iscrowd": int(scene_object.is_crowd),
         "area": int(np.count_nonzero(mask)),
         "bbox": [x, y, width, height],
-        "segmentation": run_lengths(mask) if scene_object.is_crowd else outlines(mask),
+        "segmentation": uncompressed_rle(mask) if scene_object.is_crowd else outlines(mask),
     }
 
 
@@ -45,6 +45,6 @@ def outlines(mask: ndarray) -> list[list[float]]:
     return polygons
 
 
-def run_lengths(mask: ndarray) -> dict[str, list[int]]:
+def uncompressed_rle(mask: ndarray) -> dict[str, list[int]]:
     """Return a (H, W) bool mask as uncompressed COCO RLE: lengths of runs down the columns, the first of zeros."""
     return {"size": list(mask.shape), "counts": mask_to_runs(mask).tolist()}

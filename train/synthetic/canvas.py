@@ -1,4 +1,4 @@
-"""A photograph in the making: sprites are laid on a background, and every pixel knows which object it belongs to."""
+"""The picture that a photograph is composed on: places sprites, and records which object every pixel shows."""
 
 from __future__ import annotations
 
@@ -35,8 +35,14 @@ class SceneObject:
 
 
 @dataclass
-class _Entry:
-    """An object of the canvas; `full_area` is the pixels it would show if nothing lay on it, 0 until it is placed."""
+class _CanvasObject:
+    """An object of the canvas.
+
+    Attributes:
+        label: position in `CLASSES`.
+        is_crowd: many small objects that have one mask together.
+        full_area: pixels that were drawn for it, also those that are hidden now; 0 until it is placed.
+    """
 
     label: int
     is_crowd: bool
@@ -60,7 +66,7 @@ class Canvas:
         self.light = light
         height, width = image.shape[1:]
         self.owner = np.full((height, width), NO_OBJECT, np.int16)
-        self._entries: list[_Entry] = []
+        self._objects: list[_CanvasObject] = []
 
     @property
     def size(self) -> tuple[int, int]:
@@ -70,19 +76,19 @@ class Canvas:
 
     def objects(self) -> list[SceneObject]:
         """Return what is seen of every object that was placed."""
-        return [
-            SceneObject(entry.label, self.owner == number, entry.is_crowd)
-            for number, entry in enumerate(self._entries)
-            if entry.full_area > 0
-        ]
+        seen = []
+        for number, placed in enumerate(self._objects):
+            if placed.full_area > 0:
+                seen.append(SceneObject(placed.label, self.owner == number, placed.is_crowd))
+        return seen
 
     def add_object(self, label: int, is_crowd: bool = False) -> int:
         """Return the number of a new object that `place` can give pixels to."""
-        self._entries.append(_Entry(label, is_crowd))
-        return len(self._entries) - 1
+        self._objects.append(_CanvasObject(label, is_crowd))
+        return len(self._objects) - 1
 
     def place(self, sprite: Sprite, x: int, y: int, number: int) -> bool:
-        """Lay a sprite with its center at pixel (x, y), unless it or an object under it would show too little.
+        """Draw a sprite with its center at pixel (x, y), unless it or an object under it would show too little.
 
         Args:
             sprite: what to draw.
@@ -91,7 +97,7 @@ class Canvas:
             number: object that the pixels belong to, or NO_OBJECT.
 
         Returns:
-            Whether the sprite was laid.
+            Whether the sprite was placed.
         """
         height, width = sprite.alpha.shape
         left = x - width // 2
@@ -111,20 +117,21 @@ class Canvas:
         under += sprite.color[in_sprite]
         self.owner[in_canvas][drawn] = number
         if number != NO_OBJECT:
-            self._entries[number].full_area += pixels
+            self._objects[number].full_area += pixels
         return True
 
     def _hides_too_much(self, hidden_owners: ndarray, number: int) -> bool:
         """Tell whether another object than `number` would show too little without these pixels (N,) of `owner`."""
-        others = hidden_owners[(hidden_owners != NO_OBJECT) & (hidden_owners != number)]
-        for other in np.unique(others):
-            visible = np.count_nonzero(self.owner == other) - np.count_nonzero(hidden_owners == other)
-            if visible < max(MIN_PIXELS, MIN_VISIBLE * self._entries[other].full_area):
+        is_other_object = (hidden_owners != NO_OBJECT) & (hidden_owners != number)
+        for hidden_number in np.unique(hidden_owners[is_other_object]):
+            visible_before = np.count_nonzero(self.owner == hidden_number)
+            visible = visible_before - np.count_nonzero(hidden_owners == hidden_number)
+            if visible < max(MIN_PIXELS, MIN_VISIBLE * self._objects[hidden_number].full_area):
                 return True
         return False
 
     def _draw_shadow(self, sprite: Sprite, left: int, top: int) -> None:
-        """Darken what lies on the far side of the lamp from a sprite with its corner at (left, top)."""
+        """Darken the picture on the side away from the lamp, for a sprite with its corner at (left, top)."""
         reach = 0.05 * sum(sprite.alpha.shape) / self.light.direction[2]
         blur = 0.25 * reach + 0.5
         border = int(2 * blur) + 1

@@ -1,4 +1,4 @@
-"""The embedded data set: generated photographs in COCO 2017 layout, made once and the same every time."""
+"""The generated data set: photographs in COCO 2017 layout, made once and the same every time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from train.synthetic.shapes import CLASSES
 STAMP = "generated.json"
 JPEG_QUALITY = 95
 MAX_IMAGES = 500_000  # of a split
-FIRST_ID = {"train": 1, "val": MAX_IMAGES + 1}  # image ids of the splits never meet
+FIRST_ID = {"train": 1, "val": MAX_IMAGES + 1}  # the splits have no image id in common
 
 
 def ensure_generated(
@@ -34,13 +34,13 @@ def ensure_generated(
     """Make the generated data set at `root`, unless it is there already.
 
     The set is built beside `root` and renamed into place when complete; a lock keeps processes that start together
-    from building it twice. A set of other arguments, or of an older version of the code, is replaced.
+    from building it twice. A set made with other arguments, or by another version of the code, is replaced.
 
     Args:
         root: folder of the set; its parents are made.
         train_images: pictures in the training split, 1 or more.
         val_images: pictures in the validation split, 1 or more.
-        seed: picture `id` is drawn from the pair (seed, id), so it does not depend on how many there are.
+        seed: picture number i is drawn from the pair (seed, i), so it does not depend on the number of pictures.
         progress: show a bar.
 
     Returns:
@@ -94,7 +94,7 @@ def _check_replaceable(root: Path) -> None:
     """Raise ValueError if `root` holds something else than a generated set."""
     is_empty_folder = root.is_dir() and not any(root.iterdir())
     if root.exists() and not is_empty_folder and _read_stamp(root) is None:
-        raise ValueError(f"root {root} holds files that were not generated; give an empty or a new folder")
+        raise ValueError(f"root: expected a new or empty folder or a generated data set, got {root} with other files")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Brushes for the generated pictures: colors, noise, outlines, relief and surface patterns.
+"""Drawing tools for the generated pictures: colors, noise, outlines, relief and surface patterns.
 
 Coordinates are x to the right and y down, both in [-1, 1]; a painting is drawn on a square of `size` x `size` pixels.
 """

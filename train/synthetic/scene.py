@@ -1,4 +1,4 @@
-"""One generated photograph: a background, objects on it with their shadows, and what a camera makes of it."""
+"""One generated photograph: a background, objects on it with their shadows, and the effects of a camera."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from train.synthetic.paint import fractal_noise
 from train.synthetic.render import Light, Sprite, random_light, render
 from train.synthetic.shapes import CLASSES, DISTRACTOR
 
-SIZE = 240, 320  # height and width of a photograph; at 256 pixels wide both sides are multiples of 32: no padding
+SIZE = (240, 320)  # height and width of a photograph; resized to 192 x 256 pixels it needs no padding
 EMPTY_SHARE = 0.03  # of the photographs are without objects
 CROWD_SHARE = 0.05  # of the photographs have a crowd
 TINY_SHARE = 0.05  # of the objects are tiny
@@ -23,7 +23,7 @@ def photograph(rng: Generator) -> tuple[ndarray, list[SceneObject]]:
     """Take one photograph of `SIZE` pixels. The order of the random draws decides the picture.
 
     Returns:
-        (H, W, 3) uint8 RGB, and the objects that are seen on it, the last one uppermost.
+        (H, W, 3) uint8 RGB, and the objects that are seen on it, the last one on top.
     """
     height, width = SIZE
     image = background(rng, height, width)

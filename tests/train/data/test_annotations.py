@@ -57,5 +57,5 @@ def test_labels_follow_the_file_or_the_given_names(coco):
     assert reordered.category_ids.tolist() == [3, 7]
     assert (reordered.labels == 1 - dataset.labels).all()
 
-    with pytest.raises(ValueError, match="'green' is missing"):
+    with pytest.raises(ValueError, match="categories: expected one with the name 'green', got red, blue"):
         open_coco(coco, classes=("red", "green"))

@@ -49,7 +49,7 @@ def test_missing_file_or_folder_is_named(coco, tmp_path):
         open_coco(coco, "test2017")
 
     annotation_file = coco / "annotations" / "instances_train2017.json"
-    with pytest.raises(FileNotFoundError, match="folder of images"):
+    with pytest.raises(FileNotFoundError, match="images: expected a folder"):
         CocoDetection(annotation_file, tmp_path / "no", TRANSFORM, training=True)
 
 

@@ -48,16 +48,16 @@ def repeat_category_id(content):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop_images, "no list 'images'"),
-        (drop_width, r"images\[0\] \(id 100\): 'width' is missing"),
-        (drop_bbox, r"annotations\[0\] \(id 1\): 'bbox' is missing"),
+        (drop_images, "expected a COCO file with a list 'images', got none"),
+        (drop_width, r"images\[0\] \(id 100\): 'width': expected a whole number, got no such field"),
+        (drop_bbox, r"annotations\[0\] \(id 1\): 'bbox': expected 4 numbers, got no such field"),
         (shorten_bbox, r"\[0\] \(id 1\): 'bbox': expected 4 numbers, got \[1, 2, 3\]"),
         (clear_bbox, r"\[1\] .*'bbox': expected 4 numbers, got None"),
         (name_image_by_text, "'image_id': expected a whole number, got 'a'"),
         (add_list, r"\]: expected an object with fields, got \[\]"),
-        (clear_annotations, "'annotations' is not a list"),
-        (repeat_image, "two images have the id 100"),
-        (repeat_category_id, "two categories"),
+        (clear_annotations, "expected a COCO file with a list 'annotations', got None"),
+        (repeat_image, "images: expected unique ids, got 100 twice"),
+        (repeat_category_id, "categories: expected unique names and ids"),
     ],
 )
 def test_malformed_file_is_named(coco, change, message):
@@ -69,5 +69,5 @@ def test_malformed_file_is_named(coco, change, message):
 
 def test_file_that_is_cut_off(coco):
     (coco / "annotations" / "instances_val2017.json").write_text('{"images": [')
-    with pytest.raises(ValueError, match="not valid JSON"):
+    with pytest.raises(ValueError, match="expected valid JSON"):
         open_coco(coco, "val2017")

@@ -176,7 +176,7 @@ def test_missing_masks_are_one_line(start, coco, tmp_path):
     status, _, stderr = start("--data.root", coco, "--out", tmp_path / "run", "--model.mask")
     assert status == 1
     (line,) = stderr.strip().splitlines()
-    assert "instances_train2017.json: annotations[0] (id 1): 'segmentation': missing" in line
+    assert "instances_train2017.json: annotations[0] (id 1): 'segmentation': expected one" in line
     assert "--model.mask" in line
 
 

@@ -10,7 +10,7 @@ from detector.ops.rle import encode_mask
 from tests.train.data.datasets import edit, open_coco
 from train.data.coco_dataset import UnreadableImageError
 from train.data.segmentation import Segmentations, take_rows
-from train.synthetic.annotate import run_lengths
+from train.synthetic.annotate import uncompressed_rle
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools.mask")
 SIZE = 31, 47
@@ -49,7 +49,7 @@ def test_all_three_forms_side_by_side():
     values = [
         encode_mask(random_mask(0)),
         [[3, 4, 30, 5.5, 20, 25]],
-        run_lengths(random_mask(1)),
+        uncompressed_rle(random_mask(1)),
         [[1, 1, 9, 1, 9, 9], [20, 20, 40, 20, 30, 30, 25, 28]],
         encode_mask(np.zeros(SIZE, bool)),
     ]
@@ -103,14 +103,16 @@ def test_objects_without_a_polygon_are_not_trained_on(coco, value):
     assert len(dataset.boxes) == len(dataset.segmentations) == len(whole.boxes) - 1
     assert len(dataset) == len(whole)  # the image stays
     assert open_coco(coco).counts.no_polygon == 0
-    with pytest.raises(ValueError, match="no valid polygon to compare masks with"):  # to pycocotools it would be a miss
+    with pytest.raises(
+        ValueError, match="expected a valid polygon to compare masks with"
+    ):  # to pycocotools it would be a miss
         open_coco(coco, masks=True, training=False)
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        pytest.param(None, "missing, and a model with masks", id="null"),
+        pytest.param(None, "expected one, which a model with masks", id="null"),
         pytest.param("abc", "expected polygons or run lengths, got 'abc'", id="string"),
         pytest.param([1, 2, 3, 4, 5, 6], "expected polygons or run lengths", id="flat"),
         pytest.param([[1, 2, 3, 4, 5, "6"]], "expected polygons of numbers", id="word"),
@@ -135,7 +137,7 @@ def drop_segmentations(content):
 def test_data_without_masks_names_the_flag(coco):
     for split in ("train2017", "val2017"):
         edit(coco, drop_segmentations, split)
-        message = rf"{split}.json: annotations\[0\] .*'segmentation': missing.*--model.mask"
+        message = rf"{split}.json: annotations\[0\] .*'segmentation': expected one.*--model.mask"
         with pytest.raises(ValueError, match=message):
             open_coco(coco, split, masks=True)
 

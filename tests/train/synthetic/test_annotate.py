@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from train.synthetic.annotate import outlines, run_lengths
+from train.synthetic.annotate import outlines, uncompressed_rle
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools.mask")
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 def test_run_lengths_are_those_of_coco(height, width, bits):
     pixels = [bits >> position & 1 for position in range(height * width)]
     mask = np.array(pixels, bool).reshape(height, width)
-    rle = run_lengths(mask)
+    rle = uncompressed_rle(mask)
     assert sum(rle["counts"]) == mask.size
     assert np.array_equal(coco_mask.decode(coco_mask.frPyObjects(rle, height, width)), mask)
 

@@ -145,7 +145,7 @@ def test_two_processes_make_one_set(tmp_path):
 
 def test_never_replaces_files_that_were_not_generated(tmp_path):
     (tmp_path / "holiday.jpg").write_bytes(b"mine")
-    with pytest.raises(ValueError, match="not generated"):
+    with pytest.raises(ValueError, match="root: expected a new or empty folder or a generated data set"):
         ensure_generated(tmp_path, **COUNTS, progress=False)
     assert (tmp_path / "holiday.jpg").read_bytes() == b"mine"
 
@@ -153,7 +153,7 @@ def test_never_replaces_files_that_were_not_generated(tmp_path):
 def test_a_damaged_stamp_counts_as_not_generated(root, tmp_path):
     copy = shutil.copytree(root, tmp_path / "set")
     (copy / generate.STAMP).write_text("{")
-    with pytest.raises(ValueError, match="not generated"):
+    with pytest.raises(ValueError, match="root: expected a new or empty folder or a generated data set"):
         ensure_generated(copy, **COUNTS, progress=False)
 
 
