@@ -1,7 +1,7 @@
 """Arithmetic of boxes: tensors in, tensors out. A box is x1 y1 x2 y2 in pixels, width = x2 - x1.
 
-The order of the operations is MMDetection's, and so is the rounding: it decides the labels of anchors whose overlaps
-are equal on paper.
+The operations have the order of MMDetection, and so the same rounding, which decides the labels of anchors whose exact
+overlaps are equal.
 """
 
 from __future__ import annotations
@@ -20,22 +20,29 @@ def area(boxes: Tensor) -> Tensor:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
-def iou(a: Tensor, b: Tensor) -> Tensor:
+def iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """Return the intersection over union of every pair.
 
     Args:
-        a: (..., N, 4).
-        b: (..., M, 4), same leading shape.
+        boxes1: (..., N, 4).
+        boxes2: (..., M, 4), same leading shape.
 
     Returns:
         (..., N, M); the union is clamped to at least 1e-6, so two empty boxes give 0.
     """
-    a = a[..., :, None, :]
-    b = b[..., None, :, :]
-    width = torch.minimum(a[..., 2], b[..., 2]).sub_(torch.maximum(a[..., 0], b[..., 0])).clamp_(min=0)
-    height = torch.minimum(a[..., 3], b[..., 3]).sub_(torch.maximum(a[..., 1], b[..., 1])).clamp_(min=0)
+    boxes1 = boxes1[..., :, None, :]
+    boxes2 = boxes2[..., None, :, :]
+
+    left = torch.maximum(boxes1[..., 0], boxes2[..., 0])
+    right = torch.minimum(boxes1[..., 2], boxes2[..., 2])
+    width = right.sub_(left).clamp_(min=0)
+
+    top = torch.maximum(boxes1[..., 1], boxes2[..., 1])
+    bottom = torch.minimum(boxes1[..., 3], boxes2[..., 3])
+    height = bottom.sub_(top).clamp_(min=0)
+
     intersection = width.mul_(height)
-    union = (area(a) + area(b)).sub_(intersection)
+    union = (area(boxes1) + area(boxes2)).sub_(intersection)
     return intersection / union.clamp_(min=1e-6)
 
 
@@ -47,8 +54,8 @@ def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
         sizes: (B, 2), height and width.
     """
     limit = sizes.flip(-1).repeat(1, 2).to(boxes.dtype)  # (B, 4): width, height, width, height
-    ones = [1] * (boxes.dim() - 2)
-    limit = limit.reshape(limit.shape[0], *ones, 4)
+    middle_dimensions = [1] * (boxes.dim() - 2)
+    limit = limit.reshape(limit.shape[0], *middle_dimensions, 4)
     return torch.minimum(boxes.clamp(min=0), limit)
 
 

@@ -1,8 +1,8 @@
 """Greedy non-maximum suppression: checks the arguments and hands them to the operator `detector::batched_nms`.
 
-The operator hands on to `nms_cpu` (plain PyTorch) or to `kernels.nms` (Triton on a GPU, the host reads nothing back).
-It treats many groups of boxes at once; its shapes do not depend on the data. `nms` and `nms_by_id` return indices, so
-their shapes do: they are for people and tests, not for the model.
+The operator hands them on to `nms_cpu` (plain PyTorch) or to `kernels.nms` (Triton on a GPU, the host reads nothing
+back). It works on many groups of boxes at once, and its shapes do not depend on the data. The shapes of `nms` and
+`nms_by_id`, which return indices, do: they are for users and tests, the model does not call them.
 
 The rule everywhere: go through the boxes by falling score, lower index first among equals; a kept box suppresses every
 later box of its group with inter / (area_a + area_b - inter) > threshold, in exactly this arithmetic. 0 / 0 does not
@@ -81,9 +81,9 @@ def nms_by_id(boxes: Tensor, scores: Tensor, ids: Tensor, iou_threshold: float) 
     rank = torch.empty_like(order)  # of a box in its group
     rank[order] = torch.arange(len(order), device=order.device) - group_starts[group[order]]
 
-    largest = int(counts.max()) if len(counts) else 0
-    padded_boxes = boxes.new_zeros(len(counts), largest, 4)
-    padded_scores = scores.new_zeros(len(counts), largest)
+    max_group_size = int(counts.max()) if len(counts) else 0
+    padded_boxes = boxes.new_zeros(len(counts), max_group_size, 4)
+    padded_scores = scores.new_zeros(len(counts), max_group_size)
     valid = torch.zeros_like(padded_scores, dtype=torch.bool)
     padded_boxes[group, rank] = boxes
     padded_scores[group, rank] = scores
@@ -106,7 +106,7 @@ def batched_nms_op(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: 
 
 @batched_nms_op.register_kernel("cuda")
 def _batched_nms_cuda(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float) -> Tensor:
-    from detector.ops.kernels import nms as kernels  # imported late: triton is only where there is a GPU
+    from detector.ops.kernels import nms as kernels  # not at the top: only machines with a GPU have triton
 
     return kernels.batched_nms(boxes, scores, valid, iou_threshold)
 

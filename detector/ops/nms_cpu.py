@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
-"""Boxes of a group that are compared all with all; larger groups go block by block."""
+"""Largest number of boxes that are compared all at once; larger groups go block by block."""
 
 PAIRS_AT_ONCE = 1 << 17
 """Pairs of boxes compared at a time, so that the temporaries stay in the cache."""
@@ -54,15 +54,23 @@ def _suppress_groups(boxes: Tensor, counts: list[int], threshold: float) -> Tens
 
     for padded_size, spans in small_groups.items():
         groups_at_once = max(PAIRS_AT_ONCE // padded_size**2, 1)
-        lane = torch.arange(padded_size, device=boxes.device)
         for first in range(0, len(spans), groups_at_once):
-            starts, lengths = torch.tensor(spans[first : first + groups_at_once], device=boxes.device).unbind(1)
-            live = lane < lengths[:, None]  # (groups, padded_size)
-            index = (starts[:, None] + lane)[live]
-            padded = boxes.new_zeros(*live.shape, 4)
-            padded[live] = boxes[index]
-            keep[index] = _suppress_block(padded, threshold)[live]
+            _suppress_small_groups(keep, boxes, spans[first : first + groups_at_once], padded_size, threshold)
     return keep
+
+
+def _suppress_small_groups(
+    keep: Tensor, boxes: Tensor, spans: list[tuple[int, int]], padded_size: int, threshold: float
+) -> None:
+    """Fill `keep` (N,) for the groups with these spans (start, count), padded to `padded_size` boxes, all at once."""
+    starts, counts = torch.tensor(spans, device=boxes.device).unbind(1)
+    rank = torch.arange(padded_size, device=boxes.device)  # of a box in its group
+    live = rank < counts[:, None]  # (groups, padded_size)
+    index = (starts[:, None] + rank)[live]
+
+    padded_boxes = boxes.new_zeros(*live.shape, 4)
+    padded_boxes[live] = boxes[index]
+    keep[index] = _suppress_block(padded_boxes, threshold)[live]
 
 
 def _suppress_large_group(boxes: Tensor, threshold: float) -> Tensor:

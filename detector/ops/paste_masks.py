@@ -13,7 +13,7 @@ OUTSIDE = -3.0  # a position beyond the border, where `grid_sample` reads 0
 def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5) -> Tensor:
     """Draw predicted masks into an image: sample each bilinearly at the centers of the pixels in and around its box.
 
-    For masks in the pixels of an original image give the boxes divided by the scale of its resize, and its size.
+    To draw into an image as it was before a resize, divide the boxes by the factors of the resize first.
 
     Args:
         masks: (N, M, M) probabilities, of `Detections`.
@@ -28,8 +28,8 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int, threshold
         ValueError: `masks` and `boxes` do not have these shapes.
 
     Source:
-        MMDetection's FCNMaskHead (`_do_paste_mask`), in the variant it has for the CPU: beyond one pixel around its box
-        a mask is empty. On a box without width or height the center of the mask is drawn, as there.
+        MMDetection's FCNMaskHead (`_do_paste_mask`), in its variant for the CPU: beyond one pixel around its box a mask
+        is empty. For a box without width or height the center of the mask is drawn, as there.
     """
     if masks.dim() != 3 or boxes.shape != (len(masks), 4):
         shapes = f"{tuple(masks.shape)}, {tuple(boxes.shape)}"
@@ -47,7 +47,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int, threshold
 
 
 def _paste_whole_images(pasted: Tensor, masks: Tensor, boxes: Tensor, threshold: float) -> None:
-    """Fill `pasted` with many masks at a time, every pixel of the image: what suits a GPU."""
+    """Fill `pasted` many masks at a time, in every pixel of the image: the fast way on a GPU."""
     _, height, width = pasted.shape
     bytes_per_mask = masks.element_size() * height * width
     step = max(GPU_BYTES // max(bytes_per_mask, 1), 1)
@@ -58,7 +58,7 @@ def _paste_whole_images(pasted: Tensor, masks: Tensor, boxes: Tensor, threshold:
 
 
 def _paste_around_boxes(pasted: Tensor, masks: Tensor, boxes: Tensor, threshold: float) -> None:
-    """Fill `pasted` one mask at a time, only the pixels that it may reach: what suits a CPU."""
+    """Fill `pasted` one mask at a time, only in the pixels that it may reach: the fast way on a CPU."""
     _, height, width = pasted.shape
     for index, (x1, y1, x2, y2) in enumerate(_reached_pixels(boxes, height, width).tolist()):
         if x1 < x2 and y1 < y2:

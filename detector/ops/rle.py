@@ -6,7 +6,7 @@ compressed, as a string.
 
 pycocotools.mask has the same code. It is not used here because prediction works without pycocotools, because it does
 not give the runs themselves, and because it does not notice a string that ends too early: the rest of its mask is
-memory that nobody has written.
+uninitialized memory.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import numpy as np
 GROUP_BITS = 5
 """A number is written in groups of 5 bits, lowest first, one character each."""
 
-MORE = 1 << GROUP_BITS
+CONTINUATION_BIT = 1 << GROUP_BITS
 """Bit of a character: more groups of the number follow."""
 
-SIGN = 1 << (GROUP_BITS - 1)
+SIGN_BIT = 1 << (GROUP_BITS - 1)
 """Bit of the last group of a number: the number is negative."""
 
-ZERO = ord("0")
+ZERO_CODE = ord("0")
 """Code of the character that stands for 0."""
 
 MAX_GROUPS = 10
-"""Groups in one number that are read: no image has runs longer than 2 ** 49."""
+"""Largest number of groups in one number; enough for all runs up to 2 ** 49 pixels."""
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
@@ -48,11 +48,11 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
         the run before it of the same value.
     """
     runs = mask_to_runs(mask).tolist()
-    words = []
+    encoded_runs = []
     for index, run in enumerate(runs):
         previous = runs[index - 2] if index > 2 else 0
-        words.append(_pack(run - previous))
-    return {"size": list(mask.shape), "counts": "".join(words)}
+        encoded_runs.append(_encode_number(run - previous))
+    return {"size": list(mask.shape), "counts": "".join(encoded_runs)}
 
 
 def decode_mask(rle: dict[str, Any]) -> np.ndarray:
@@ -99,33 +99,38 @@ def rle_to_runs(rle: dict[str, Any]) -> np.ndarray:
     """Return the runs (R,) int64 of COCO's run lengths; argument and errors are those of `decode_mask`."""
     height, width = rle["size"]
     counts = rle["counts"]
-    compressed = isinstance(counts, (str, bytes))
-    runs = _unpack(counts) if compressed else np.array(counts or [0])
-    if runs is None or runs.ndim != 1 or runs.dtype.kind != "i" or runs.min() < 0 or runs.sum() != height * width:
+    is_compressed = isinstance(counts, (str, bytes))
+    runs = _decode_runs(counts) if is_compressed else np.array(counts or [0])
+
+    are_lengths = runs is not None and runs.ndim == 1 and runs.dtype.kind == "i" and runs.min() >= 0
+    if runs is None or not are_lengths or runs.sum() != height * width:
         raise ValueError(f"counts: expected lengths that fill {height} x {width} pixels, got {counts!r:.60}")
     return runs.astype(np.int64)
 
 
-def _pack(number: int) -> str:
-    """Write one signed number."""
+def _encode_number(number: int) -> str:
+    """Return the characters of one signed number."""
     text = ""
-    more = True
-    while more:
-        group = number & (MORE - 1)
+    is_complete = False
+    while not is_complete:
+        group = number & (CONTINUATION_BIT - 1)
         number >>= GROUP_BITS
-        more = number != (-1 if group & SIGN else 0)
-        text += chr(ZERO + group + (MORE if more else 0))
+        sign_extension = -1 if group & SIGN_BIT else 0  # what a reader adds to the left of the last group
+        is_complete = number == sign_extension
+        if not is_complete:
+            group |= CONTINUATION_BIT
+        text += chr(ZERO_CODE + group)
     return text
 
 
-def _unpack(text: str | bytes) -> np.ndarray | None:
+def _decode_runs(text: str | bytes) -> np.ndarray | None:
     """Return the runs in a compressed string, None if it is malformed."""
     data = text.encode("utf-8") if isinstance(text, str) else text
-    characters = np.frombuffer(data, np.uint8).astype(np.int64) - ZERO
-    last = np.flatnonzero((characters & MORE) == 0)  # the last character of each number
+    characters = np.frombuffer(data, np.uint8).astype(np.int64) - ZERO_CODE
+    last = np.flatnonzero((characters & CONTINUATION_BIT) == 0)  # the last character of each number
     if not len(last) or last[-1] != len(characters) - 1:
         return None
-    if characters.min() < 0 or characters.max() >= 2 * MORE:
+    if characters.min() < 0 or characters.max() >= 2 * CONTINUATION_BIT:
         return None
     first = np.concatenate([[0], last[:-1] + 1])
     lengths = last - first + 1
@@ -133,9 +138,9 @@ def _unpack(text: str | bytes) -> np.ndarray | None:
         return None
 
     index_in_number = np.arange(len(characters)) - np.repeat(first, lengths)
-    groups = characters & (MORE - 1)
+    groups = characters & (CONTINUATION_BIT - 1)
     runs = np.add.reduceat(groups << GROUP_BITS * index_in_number, first)
-    runs -= np.where(characters[last] & SIGN, 1 << GROUP_BITS * lengths, 0)  # two's complement
+    runs -= np.where(characters[last] & SIGN_BIT, 1 << GROUP_BITS * lengths, 0)  # two's complement
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])
     return runs

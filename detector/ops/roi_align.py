@@ -123,7 +123,7 @@ def check_arguments(
 def _backend(tensor: Tensor) -> ModuleType:
     """Choose the module that computes: Triton on a GPU unless the dtype is float64."""
     if tensor.is_cuda and tensor.dtype != torch.float64:
-        from detector.ops.kernels import roi_align as kernels  # imported late: triton is only where there is a GPU
+        from detector.ops.kernels import roi_align as kernels  # not at the top: only machines with a GPU have triton
 
         return kernels
     return roi_align_cpu

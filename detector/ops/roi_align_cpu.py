@@ -25,7 +25,7 @@ CHUNK_ENTRIES = 1 << 22
 """Entries expanded at a time; bounds the memory of the index arrays."""
 
 COPY_CELLS = 4096
-"""Cells transposed at a time, so that the cache lines of a block are still there for the next channel."""
+"""Cells copied at a time, so that the lines of the table that they write stay in the cache for all channels."""
 
 
 def forward(geometry: RoIAlignGeometry, features: list[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
@@ -136,9 +136,9 @@ class _AxisWeights:
     """The weights of every bin along one axis, merged over its samples.
 
     Attributes:
-        first: (R, S), first cell of the bin.
-        count: (R, S), number of consecutive cells; 0 for a bin without samples.
-        begin: (R, S), where the bin's weights begin in `weights`.
+        first: (R, S), the first cell of the bin.
+        count: (R, S), how many consecutive cells it has; 0 for a bin without samples.
+        begin: (R, S), where the weights of the bin begin in `weights`.
         weights: flat, already divided by the number of samples per bin.
     """
 
@@ -148,7 +148,7 @@ class _AxisWeights:
     weights: Tensor
 
     def of_rois(self, part: slice) -> _AxisWeights:
-        """Return the same for a range of rois."""
+        """Return the weights of a range of rois."""
         return _AxisWeights(self.first[part], self.count[part], self.begin[part], self.weights)
 
 

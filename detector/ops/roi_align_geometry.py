@@ -1,4 +1,4 @@
-"""The sizes of one RoIAlign: made by the operator, handed to the CPU form and to the GPU kernels."""
+"""The sizes of one RoIAlign, which the operator hands to the CPU path and to the GPU kernels."""
 
 from __future__ import annotations
 

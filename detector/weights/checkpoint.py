@@ -112,7 +112,7 @@ def list_names(names: Sequence[object], limit: int = 6) -> str:
 
 
 class _EmptyObject:
-    """Takes the place of an object that is not plain data; accepts and forgets whatever the file builds it from."""
+    """Takes the place of an object that is not plain data, and ignores its content."""
 
     def __new__(cls, *args: object) -> _EmptyObject:
         return super().__new__(cls)
@@ -134,7 +134,7 @@ def _read_torch(path: Path) -> Any:
             with torch.serialization.safe_globals([(_EmptyObject, name) for name in names]):
                 return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on bytes that are not a checkpoint torch fails with errors of any type
-        raise ValueError(_unreadable(path, error)) from error
+        raise ValueError(_unreadable_message(path, error)) from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -148,11 +148,11 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             if key in metadata:
                 content[key] = json.loads(metadata[key])
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(_unreadable(path, error)) from error
+        raise ValueError(_unreadable_message(path, error)) from error
     return content
 
 
-def _unreadable(path: Path, error: Exception) -> str:
+def _unreadable_message(path: Path, error: Exception) -> str:
     """Return the message for a file that its reader does not understand."""
     reason = str(error) or type(error).__name__
     first_line = reason.splitlines()[0]
@@ -162,27 +162,27 @@ def _unreadable(path: Path, error: Exception) -> str:
 def _find_state(path: Path, content: Any) -> dict[str, Tensor]:
     """Return the state dict of a file: what one of `STATE_KEYS` holds, or the whole content if it is tensors only."""
     if not isinstance(content, Mapping):
-        raise ValueError(_no_state(path, f"a {type(content).__name__}"))
+        raise ValueError(_no_state_message(path, f"a {type(content).__name__}"))
 
-    wrapped = next((content[key] for key in STATE_KEYS if isinstance(content.get(key), Mapping)), None)
-    source = content if wrapped is None else wrapped
+    wrapper_keys = [key for key in STATE_KEYS if isinstance(content.get(key), Mapping)]
+    source = content[wrapper_keys[0]] if wrapper_keys else content
     state = {}
     for name, value in source.items():
         if isinstance(value, Tensor) and name != AVERAGED_COUNTER:
             state[name] = value
 
-    is_state = wrapped is not None or len(state) == len(content)
-    if not state or not is_state:
-        raise ValueError(_no_state(path, f"the keys {list_names(list(content))}"))
+    has_tensors_only = len(state) == len(content)
+    if not state or not (wrapper_keys or has_tensors_only):
+        raise ValueError(_no_state_message(path, f"the keys {list_names(list(content))}"))
     return state
 
 
-def _no_state(path: Path, got: str) -> str:
+def _no_state_message(path: Path, got: str) -> str:
     return f"{path}: expected a state dict, bare or under one of {STATE_KEYS}, got {got}"
 
 
 def _remove_wrapper_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefixes that all names have in common, one inside the other."""
+    """Remove the prefixes of wrappers that all names begin with, of several wrappers one after the other."""
     while True:
         shared = [prefix for prefix in WRAPPER_PREFIXES if all(name.startswith(prefix) for name in state)]
         if not shared:
@@ -203,7 +203,7 @@ def _drop_averaged(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[st
 
 
 def _rename_legacy_offset(name: str) -> str:
-    """Return today's name of a weight: the first mmcv called the layer that predicts offsets `conv2_offset`."""
+    """Return the present name of a weight: the first mmcv called the layer that predicts offsets `conv2_offset`."""
     return re.sub(r"\b(conv\d)_offset\.", r"\1.conv_offset.", name)
 
 

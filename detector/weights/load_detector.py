@@ -1,4 +1,4 @@
-"""A ready detector from a single file."""
+"""Builds a detector from one checkpoint file: its configuration and its weights."""
 
 from __future__ import annotations
 
@@ -51,13 +51,15 @@ def load(path: str | Path, device: torch.device | str | None = None) -> tuple[Fa
         raise ValueError(
             f"{path}: expected weights of {config.num_classes} classes, as its configuration says, got {num_classes}"
         )
-    names = checkpoint.classes or tuple(f"class {label}" for label in range(num_classes))
-    if len(names) != num_classes:
-        raise ValueError(f"{path}: expected {num_classes} class names, one per class of its weights, got {len(names)}")
+    class_names = checkpoint.classes or tuple(f"class {label}" for label in range(num_classes))
+    if len(class_names) != num_classes:
+        raise ValueError(
+            f"{path}: expected {num_classes} class names, one per class of its weights, got {len(class_names)}"
+        )
 
     model = FasterRCNN(config)
     copy_weights(model, checkpoint)
-    return model.to(device).eval(), list(names)
+    return model.to(device).eval(), list(class_names)
 
 
 def infer_config(state: Mapping[str, Tensor]) -> FasterRCNNConfig:
@@ -67,7 +69,7 @@ def infer_config(state: Mapping[str, Tensor]) -> FasterRCNNConfig:
         state: state dict under MMDetection's names.
 
     Returns:
-        The configuration; what leaves no trace in the weights (thresholds, frozen stages) has its default.
+        The configuration; fields that the weights do not show (thresholds, frozen stages) have their defaults.
 
     Raises:
         ValueError: the weights are not those of a ResNet 18, 50 or 101 with FPN and two fully connected layers.
@@ -95,15 +97,15 @@ def infer_config(state: Mapping[str, Tensor]) -> FasterRCNNConfig:
 def _infer_deformable_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return `dcn`, `dcn_stages` and `deform_groups` of a `FasterRCNNConfig`."""
     names = [f"backbone.layer{stage}.0.conv2.conv_offset.weight" for stage in range(1, 5)]
-    stages = tuple(name in state for name in names)
-    if not any(stages):
-        return {"dcn": None, "dcn_stages": stages}
+    dcn_stages = tuple(name in state for name in names)
+    if not any(dcn_stages):
+        return {"dcn": None, "dcn_stages": dcn_stages}
 
     # Per group and tap of the 3x3 kernel: two offsets and a mask (version 2), or two offsets alone (version 1).
     channels = next(len(state[name]) for name in names if name in state)
     if channels % 27 == 0:
-        return {"dcn": "v2", "dcn_stages": stages, "deform_groups": channels // 27}
-    return {"dcn": "v1", "dcn_stages": stages, "deform_groups": max(channels // 18, 1)}
+        return {"dcn": "v2", "dcn_stages": dcn_stages, "deform_groups": channels // 27}
+    return {"dcn": "v1", "dcn_stages": dcn_stages, "deform_groups": max(channels // 18, 1)}
 
 
 def _check_device(device: torch.device | str) -> None:

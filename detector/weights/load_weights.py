@@ -1,4 +1,4 @@
-"""Weights from a file into a model that exists already, name by name, with a summary of what went where."""
+"""Copies the weights of a file into a model, name by name, and sums up which names were loaded and which were not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLASSIFIER = "roi_head.bbox_head.fc_cls.weight"  # (classes + 1, hidden): the la
 
 @dataclass(frozen=True)
 class LoadSummary:
-    """Which names went where; `str()` is one readable line per kind.
+    """Which weights were loaded and which were not; `str()` gives one line for each kind.
 
     Attributes:
         path: the file.
@@ -138,7 +138,7 @@ def _is_optional(name: str, from_imagenet: bool, skip_heads: bool) -> bool:
 def _check_shapes(path: Path, model_state: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     """Raise ValueError if a weight has another shape than the model's.
 
-    Another number of classes, the most frequent reason, has a message of its own.
+    A different number of classes, the most frequent reason, has its own message.
     """
     differing = [name for name in model_state if name in state and state[name].shape != model_state[name].shape]
     if CLASSIFIER in differing:

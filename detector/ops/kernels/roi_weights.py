@@ -9,8 +9,8 @@ Letters: R rois, S bins per side, L the longest side of any level. A cell is one
     bounds  (R, 2, S, 2) int32      first cell of a bin and one past its last; equal for a bin without samples
     hulls   (R, 2, 2) int32         the same for the whole roi; a roi that is ignored has empty bounds and hull
 
-Sizes of the levels reach the kernels as tuples of floats, because Triton compiles anew for integers in a tuple that are
-1 or multiples of 16, which would be a compilation for many an image size.
+The kernels receive the sizes of the levels as tuples of floats: for integers in a tuple Triton compiles again where one
+becomes 1 or a multiple of 16, and so for many different image sizes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from detector.ops.roi_align_geometry import MAX_ADAPTIVE_SAMPLES, RoIAlignGeometry
 
 BLOCK_L = 32  # cells of an axis per program
-ADAPTIVE_CANDIDATES = 5  # adaptive samples are > 1/2 apart: 4 fall within one cell of a given cell, 1 more by rounding
+ADAPTIVE_CANDIDATES = 5  # adaptive samples are over 1/2 apart: at most 4 within one cell of a cell, 1 more by rounding
 
 
 @triton.jit
