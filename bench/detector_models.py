@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from detector import Batch, FasterRCNN, FasterRCNNConfig, Target
+from detector.structures import padded_side
 
 try:
     from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
@@ -62,7 +63,7 @@ def _initialize_heads(regressor: nn.Module, classifier: nn.Linear) -> None:
 
 
 def make_batch(config: FasterRCNNConfig, batch_size: int, size: tuple[int, int]) -> Batch:
-    """Return images of noise with `BOXES_PER_IMAGE` boxes each, padded to a multiple of 32.
+    """Return images of noise with `BOXES_PER_IMAGE` boxes each, padded as `padded_side` says.
 
     Args:
         config: number of classes, and whether the boxes get masks.
@@ -71,9 +72,7 @@ def make_batch(config: FasterRCNNConfig, batch_size: int, size: tuple[int, int])
     """
     generator = torch.Generator().manual_seed(0)
     height, width = size
-    padded_height = -(-height // 32) * 32
-    padded_width = -(-width // 32) * 32
-    shape = (batch_size, 3, padded_height, padded_width)
+    shape = (batch_size, 3, padded_side(height), padded_side(width))
     images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
     targets = [_random_target(config, size, generator) for _ in range(batch_size)]
     return Batch(images, torch.tensor([size] * batch_size), targets, torch.arange(batch_size))
