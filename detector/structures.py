@@ -64,8 +64,8 @@ class Batch:
             own size is padding of any value.
         sizes: (B, 2) int64, height and width of each image before padding.
         targets: one `Target` per image, or None when there is no ground truth.
-        seeds: (B,) int64 or None. Seeds of the random samplers, one per image: at the same padded size, equal seeds
-            give equal samples, whatever the other images of the batch are. None draws them from torch's global
+        seeds: (B,) int64, one per image, for the random samplers of the model: the samples of an image depend on its
+            seed and the padded size, not on the other images of the batch. None draws seeds from torch's global
             generator.
     """
 

@@ -40,10 +40,7 @@ class FasterRCNN(nn.Module):
     def __init__(self, config: FasterRCNNConfig | None = None) -> None:
         super().__init__()
         config = config or FasterRCNNConfig()
-        if config.sampler not in RPN_SAMPLING_RULES:
-            raise ValueError(f"sampler: expected one of {tuple(RPN_SAMPLING_RULES)}, got {config.sampler!r}")
-        if config.num_classes < 1:
-            raise ValueError(f"num_classes: expected at least 1, got {config.num_classes}")
+        _check_config(config)
         self.config = config
 
         self.backbone = ResNet(
@@ -213,6 +210,14 @@ def _level_shapes(features: Sequence[Tensor]) -> list[tuple[int, int]]:
         height, width = feature.shape[2:]
         shapes.append((height, width))
     return shapes
+
+
+def _check_config(config: FasterRCNNConfig) -> None:
+    """Raise ValueError if a field that no part of the model checks is out of its range."""
+    if config.sampler not in RPN_SAMPLING_RULES:
+        raise ValueError(f"sampler: expected one of {tuple(RPN_SAMPLING_RULES)}, got {config.sampler!r}")
+    if config.num_classes < 1:
+        raise ValueError(f"num_classes: expected at least 1, got {config.num_classes}")
 
 
 def _check_images(batch: Batch) -> None:

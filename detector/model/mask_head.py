@@ -49,7 +49,7 @@ class MaskHead(nn.Module):
 
         Args:
             pooled: (R, C, 14, 14).
-            labels: (R,) int64, the class whose mask is wanted.
+            labels: (R,) int64, the class to predict the mask of.
 
         Returns:
             (R, 28, 28) logits.

@@ -91,7 +91,7 @@ class RoIHead(nn.Module):
 
         Args:
             features, boxes, valid: as in `forward`.
-            labels: (B, R) int64, the class whose mask is wanted.
+            labels: (B, R) int64, the class to predict the mask of.
 
         Returns:
             (B, R, 28, 28) logits; meaningless where not valid.
@@ -238,7 +238,7 @@ class RoIHead(nn.Module):
             sizes: (B, 2), height and width of the images; detections are clipped to them.
 
         Returns:
-            boxes (B, n, 4), scores (B, n) falling, labels (B, n) and valid (B, n); n = `max_detections`.
+            boxes (B, n, 4), scores (B, n) descending, labels (B, n) and valid (B, n); n = `max_detections`.
         """
         num_images = boxes.shape[0]  # not len(boxes), which torch.export would make a constant
         scores = logits.to(boxes.dtype).softmax(2)[:, :, :-1]  # (B, P, classes)

@@ -97,7 +97,7 @@ class RPN(nn.Module):
             sizes: (B, 2), height and width of the images; proposals are clipped to them.
 
         Returns:
-            boxes (B, P, 4), scores (B, P) falling, valid (B, P) bool; P = `post_nms_top_n` or the number of boxes
+            boxes (B, P, 4), scores (B, P) descending, valid (B, P) bool; P = `post_nms_top_n` or the number of boxes
             before the suppression, if that is smaller.
         """
         level_boxes = []

@@ -18,7 +18,7 @@ SamplingRule = Literal["random", "first", "spread"]
 
 @dataclass(frozen=True)
 class SamplingResult:
-    """The boxes that a loss is computed on: positives by rising index, then negatives by rising index, then padding.
+    """The boxes that a loss is computed on: positives, then negatives, each by ascending index, then padding.
 
     Attributes:
         index: (B, S) int64 into the boxes; 0 on padding.

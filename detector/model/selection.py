@@ -28,7 +28,7 @@ def top_scores(scores: Tensor, keep: Tensor, count: int) -> tuple[Tensor, Tensor
         count: how many to return, at most.
 
     Returns:
-        scores (B, n) falling, and their indices (B, n) int64 into the flattened scores of the image; n is `count` or
+        scores (B, n) descending, and their indices (B, n) int64 into the flattened scores of the image; n is `count` or
         the number of scores, if that is smaller.
     """
     kept = torch.where(keep, scores, -1).flatten(1)

@@ -4,9 +4,9 @@ The operator hands them on to `nms_cpu` (plain PyTorch) or to `kernels.nms` (Tri
 back). It works on many groups of boxes at once, and its shapes do not depend on the data. The shapes of `nms` and
 `nms_by_id`, which return indices, do: they are for users and tests, the model does not call them.
 
-The rule everywhere: go through the boxes by falling score, lower index first among equals; a kept box suppresses every
-later box of its group with inter / (area_a + area_b - inter) > threshold, in exactly this arithmetic. 0 / 0 does not
-suppress. A box with a NaN score is never kept and suppresses nothing.
+The rule everywhere: go through the boxes by descending score, lower index first among equals; a kept box suppresses
+every later box of its group with inter / (area_a + area_b - inter) > threshold, in exactly this arithmetic. 0 / 0 does
+not suppress. A box with a NaN score is never kept and suppresses nothing.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: flo
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Return the indices (K,) int64 of the kept boxes by falling score; boxes (N, 4), scores (N,)."""
+    """Return the indices (K,) int64 of the kept boxes by descending score; boxes (N, 4), scores (N,)."""
     valid = torch.ones_like(scores, dtype=torch.bool)
     keep = batched_nms(boxes[None], scores[None], valid[None], iou_threshold)[0]
     return _kept_by_score(keep, scores)
@@ -67,7 +67,7 @@ def nms_by_id(boxes: Tensor, scores: Tensor, ids: Tensor, iou_threshold: float) 
         iou_threshold: boxes of one id that overlap by more than this are suppressed.
 
     Returns:
-        (K,) int64, indices of the kept boxes by falling score.
+        (K,) int64, indices of the kept boxes by descending score.
 
     Raises:
         ValueError, TypeError: as `batched_nms`, or `ids` has another shape than `scores`.
@@ -93,7 +93,7 @@ def nms_by_id(boxes: Tensor, scores: Tensor, ids: Tensor, iou_threshold: float) 
 
 
 def _kept_by_score(keep: Tensor, scores: Tensor) -> Tensor:
-    """Return the indices of the kept boxes by falling score, lower index first among equals."""
+    """Return the indices of the kept boxes by descending score, lower index first among equals."""
     index = keep.nonzero()[:, 0]
     return index[scores[index].sort(descending=True, stable=True).indices]
 

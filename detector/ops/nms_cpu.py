@@ -37,7 +37,7 @@ def _suppress_groups(boxes: Tensor, counts: list[int], threshold: float) -> Tens
     """Return the kept boxes (N,) bool.
 
     Args:
-        boxes: (N, 4), group after group, each by falling score.
+        boxes: (N, 4), group after group, each by descending score.
         counts: boxes of each group.
         threshold: boxes that overlap by more are suppressed.
     """
@@ -76,20 +76,20 @@ def _suppress_small_groups(
 def _suppress_large_group(boxes: Tensor, threshold: float) -> Tensor:
     """Return the kept boxes (N,) bool of one group (N, 4), block by block.
 
-    What a block keeps removes the boxes it overlaps from the rest, before the next block is taken.
+    The kept boxes of a block suppress boxes among those that remain, before the next block is taken.
     """
     keep = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-    rest = torch.arange(len(boxes), device=boxes.device)
-    while len(rest):
-        block = rest[:BLOCK]
+    remaining = torch.arange(len(boxes), device=boxes.device)
+    while len(remaining):
+        block = remaining[:BLOCK]
         kept = block[_suppress_block(boxes[block], threshold)]
         keep[kept] = True
 
-        survivors = [rest[:0]]
-        for part in rest[BLOCK:].split(PAIRS_AT_ONCE // BLOCK):
+        not_suppressed = [remaining[:0]]
+        for part in remaining[BLOCK:].split(PAIRS_AT_ONCE // BLOCK):
             largest_iou = _iou(boxes[kept], boxes[part]).amax(0)
-            survivors.append(part[largest_iou <= threshold])
-        rest = torch.cat(survivors)
+            not_suppressed.append(part[largest_iou <= threshold])
+        remaining = torch.cat(not_suppressed)
     return keep
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from detector.files import replacing
 from detector.model.faster_rcnn import FasterRCNN
 
-STATE_KEYS = ("state_dict", "model", "ema_state_dict")  # MMDetection; ours and torchvision's; averaged weights alone
+STATE_KEYS = ("state_dict", "model", "ema_state_dict")  # MMDetection; ours and torchvision's; only averaged weights
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "ema_model.")  # DistributedDataParallel, torch.compile, averaged models
 AVERAGED_PREFIX = "ema_"  # MMDetection 2 keeps a second, averaged set of weights under this prefix
 AVERAGED_COUNTER = "steps"  # mmengine's averaged models count their updates under this name
@@ -37,7 +37,7 @@ class Checkpoint:
         state: name -> tensor on the CPU; prefixes of wrappers removed.
         config: fields of the model's configuration, or None if the file has none.
         classes: class names by label, or None if the file has none.
-        dropped: names in the file that are no weights of the model (a second, averaged set).
+        dropped: names in the file that are left out: those of a second, averaged set of weights.
     """
 
     path: Path
@@ -58,7 +58,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         ValueError: the file is cut off, is not a checkpoint or holds no weights; the message names it.
     """
     path = Path(path)
-    with path.open("rb"):  # if the file is missing or a folder, the operating system's own error says so
+    with path.open("rb"):  # raises the error of the operating system if the file is missing or a folder
         pass
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
 

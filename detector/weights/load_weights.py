@@ -51,9 +51,9 @@ class LoadSummary:
 def load_weights(model: nn.Module, path: str | Path, *, strict: bool = True, skip_heads: bool = False) -> LoadSummary:
     """Load a file of MMDetection, torchvision or this project into a detector or a backbone.
 
-    A torchvision ResNet file (trained on ImageNet) goes into the backbone: its classifier is skipped, and everything
-    that an ImageNet network lacks (the layers that predict offsets, the detector's own) keeps its values. Any other
-    file must agree with the model name by name. Either all of the file is loaded or, on an error, nothing.
+    A torchvision ResNet file (trained on ImageNet) is loaded into the backbone without its classifier. Layers that such
+    a network does not have, those that predict offsets and the rest of the detector, keep their values. Any other file
+    must have the names of the model. After an error the model is unchanged.
 
     Args:
         model: a `FasterRCNN`, or for a torchvision file also a `ResNet`.

@@ -2,8 +2,8 @@
 
 Receives checked tensors from `detector.ops.nms` and returns which boxes are kept.
 
-Letters: G groups, M boxes per group, W = ceil(M / 64) blocks of 64 boxes. The boxes of each group are sorted by falling
-score first. One kernel compares all pairs of blocks in parallel and packs the answers into 64-bit words,
+Letters: G groups, M boxes per group, W = ceil(M / 64) blocks of 64 boxes. First the boxes of each group are sorted by
+descending score. One kernel compares all pairs of blocks in parallel and packs the answers into 64-bit words,
 
     words (G, W, 64 * W) int64    bit j of words[g, b, i]: box i suppresses box 64 * b + j, which comes later
 

@@ -1,4 +1,4 @@
-"""How much every cell counts in every bin of a roi, along one axis: what both passes of RoIAlign share.
+"""The weight of every cell in every bin of a roi along one axis, for the forward and backward pass of RoIAlign.
 
 Receives rois and a `RoIAlignGeometry` from `kernels.roi_align` and hands these tables back to it.
 
