@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.triton_dcn.cases import CASES, DEVICE, QUIET, make_case
 from triton_dcn import DeformConv2d, deform_conv2d
@@ -96,21 +97,20 @@ def test_triton_on_cpu_tells_about_the_interpreter():
 def reference_call(name="groups", mask_logits=False):
     """Return float64 leaves that require gradients, and the function of them that runs backend "reference".
 
+    The case has stride, padding and dilation 1.
+
     With `mask_logits` the second leaf is the map that a layer predicts, and there is no mask.
     """
     case = make_case(CASES[name], torch.float64)
     input, offset, mask, weight = case.tensors
-    geom = case.geom
     if mask_logits:
         leaves = [input, torch.cat([offset, mask], 1), weight, case.bias]
     else:
         leaves = [input, offset, weight, case.bias, mask]
 
     def function(input, offset, weight, bias, mask=None):
-        return convolve(
-            input, offset, weight, bias, geom.stride, geom.padding, geom.dilation, mask,
-            mask_logits=mask_logits, backend="reference",
-        )  # fmt: skip
+        # literals, because torch.compile with dynamic shapes takes integers from outside for sizes, too
+        return convolve(input, offset, weight, bias, 1, 1, 1, mask, mask_logits=mask_logits, backend="reference")
 
     return [leaf.requires_grad_() for leaf in leaves], function
 
@@ -169,14 +169,27 @@ def test_reference_under_vmap(layout):
 @pytest.mark.parametrize("mask_logits", [False, True])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_reference_compiles_without_a_break(dynamic, mask_logits):
+    """With dynamic shapes, once for images of every size."""
     leaves, function = reference_call("plain", mask_logits)
-    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    output = compiled(*leaves)
-    expected = function(*leaves)
-    torch.testing.assert_close(output, expected)
-    weights = torch.randn_like(expected)
-    grads = torch.autograd.grad(output, leaves, weights)
-    torch.testing.assert_close(grads, torch.autograd.grad(expected, leaves, weights))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=counter)
+    maps = (0, 1, *range(4, len(leaves)))  # all but the weight and the bias
+    narrow = list(leaves)
+    for index in maps:
+        narrow[index] = leaves[index].detach()[..., :6].contiguous().requires_grad_()
+
+    for arguments in (leaves, narrow):
+        # in a network, the sizes of parameters and the channels that follow from them are static
+        for index, tensor in enumerate(arguments):
+            torch._dynamo.mark_static(tensor, 1 if index in maps else None)
+        output = compiled(*arguments)
+        expected = function(*arguments)
+        torch.testing.assert_close(output, expected)
+
+        grad_output = torch.randn_like(expected)
+        grads = torch.autograd.grad(output, arguments, grad_output)
+        torch.testing.assert_close(grads, torch.autograd.grad(expected, arguments, grad_output))
+    assert counter.frame_count == (1 if dynamic else 2)
 
 
 class ByReference(torch.nn.Module):

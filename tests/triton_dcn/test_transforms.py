@@ -1,10 +1,9 @@
-"""What torch wraps around the operator: `torch.func`, compile, export, and gradients averaged over processes."""
+"""What torch wraps around the operator: `torch.func`, export, and gradients averaged over processes."""
 
 import os
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn.parallel import DistributedDataParallel
 
@@ -147,11 +146,6 @@ def test_hessian_of_the_reference():
             torch.testing.assert_close(found, expected)
 
 
-def test_second_derivatives_of_the_reference():
-    leaves = [tensor.requires_grad_() for tensor in small_tensors()]
-    assert torch.autograd.gradgradcheck(convolution("reference"), leaves, fast_mode=True)
-
-
 def test_gradients_of_each_sample_by_the_reference():
     """`vmap` of `grad`, as in differentially private training."""
     tensors = stack_cases()
@@ -166,35 +160,12 @@ def test_gradients_of_each_sample_by_the_reference():
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_the_reference(dynamic):
-    """Without a break, forward and backward; with dynamic shapes, once for images of every size."""
-    counter = CompileCounterWithBackend("aot_eager")
-    function = convolution("reference")
-    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=counter)
-    for size in ((7, 9), (8, 6)):
-        case = make_case((2, 8, 6, size, *CASES["plain"][4:]), torch.float32)
-        leaves = [tensor.clone().requires_grad_() for tensor in (*case.tensors, case.bias)]
-        for parameter in leaves[3:]:
-            torch._dynamo.mark_static(parameter)  # as torch does with the parameters of a module
-        output = compiled(*leaves)
-        expected = function(*leaves)
-        torch.testing.assert_close(output, expected)
-
-        grads = torch.autograd.grad(output, leaves, case.grad_output)
-        expected_grads = torch.autograd.grad(expected, leaves, case.grad_output)
-        for found, expected_grad in zip(grads, expected_grads, strict=True):
-            torch.testing.assert_close(found, expected_grad)
-    assert counter.frame_count == (1 if dynamic else 2)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_export(backend):
-    """With an open batch."""
+def test_export():
+    """With an open batch; `test_functional` exports the reference."""
 
     class Convolution(torch.nn.Module):
         def forward(self, *tensors):
-            return convolution(backend)(*tensors)
+            return convolution("torch")(*tensors)
 
     case = make_case(CASES["groups"], torch.float32)
     more = make_case((5, *CASES["groups"][1:]), torch.float32)
@@ -204,22 +175,7 @@ def test_export(backend):
     )
     for each in (case, more):
         tensors = (*each.tensors, each.bias)
-        torch.testing.assert_close(program.module()(*tensors), convolution(backend)(*tensors))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_autocast_of_the_reference(dtype):
-    """Input and weight are computed in the autocast dtype, everything else as outside of autocast."""
-    case = make_case(CASES["plain"], torch.float32)
-    x, offset, mask, weight = (tensor.requires_grad_() for tensor in case.tensors)
-    with torch.autocast("cpu", dtype):
-        output = convolution("reference")(x, offset, mask, weight, case.bias)
-    output.sum().backward()
-
-    expected = convolution("reference")(x.to(dtype), offset, mask, weight.to(dtype), case.bias.to(dtype))
-    assert output.dtype == dtype
-    assert torch.equal(output, expected)
-    assert all(tensor.grad.dtype == torch.float32 for tensor in case.tensors)
+        torch.testing.assert_close(program.module()(*tensors), convolution("torch")(*tensors))
 
 
 def make_pack():
