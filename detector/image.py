@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STRIDE = 32  # sides of a batch are multiples of this
+from detector.structures import padded_side
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -115,17 +115,13 @@ def stack_images(images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     """
     sizes = torch.tensor([image.shape[:2] for image in images])
     max_height, max_width = sizes.amax(0).tolist()
-    stacked = torch.empty(len(images), 3, _round_up(max_height), _round_up(max_width), dtype=torch.uint8)
+    stacked = torch.empty(len(images), 3, padded_side(max_height), padded_side(max_width), dtype=torch.uint8)
     for padded, image in zip(stacked.numpy(), images, strict=True):
         height, width = image.shape[:2]
         padded[:, height:] = 0
         padded[:, :height, width:] = 0
         cv2.split(image, list(padded[:, :height, :width]))  # faster than a strided copy
     return stacked, sizes
-
-
-def _round_up(side: int) -> int:
-    return -(-side // STRIDE) * STRIDE
 
 
 def _is_cut_off(data: bytes) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from detector.draw import draw_boxes
 from detector.files import write_json
 from detector.image import read_image, resize_keep_ratio, stack_images, write_image
 from detector.model.faster_rcnn import FasterRCNN
-from detector.results import coco_rows, encode_masks, full_masks, undo_resize
+from detector.results import CocoRow, coco_rows, encode_masks, full_masks, undo_resize
 from detector.structures import Batch, Detections
 from detector.weights.load_detector import load
 
@@ -104,11 +104,11 @@ def _predict_batch(model: FasterRCNN, images: Sequence[np.ndarray], score: float
     device = next(model.parameters()).device
     batch = Batch(stacked, sizes).to(device)
 
-    results = []
+    batch_detections = []
     for detections, factors in zip(model(batch), resize_factors, strict=True):
         detections = undo_resize(detections, factors)
-        results.append(_keep_scores_from(detections, score))
-    return results
+        batch_detections.append(_keep_scores_from(detections, score))
+    return batch_detections
 
 
 def _as_pixels(image: str | Path | np.ndarray) -> np.ndarray:
@@ -134,7 +134,7 @@ def find_images(patterns: Iterable[str]) -> tuple[list[Path], list[str]]:
         The files, and a message for each entry that led to none.
     """
     messages = []
-    files: dict[Path, Path] = {}  # by what each resolves to, so that a file named twice is there once
+    files: dict[Path, Path] = {}  # resolved path -> path as given: a file that is named twice is taken once
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
@@ -154,7 +154,7 @@ def find_images(patterns: Iterable[str]) -> tuple[list[Path], list[str]]:
 
 def image_rows(
     detections: Detections, class_names: Sequence[str], image_id: int, file_name: str, size: tuple[int, int]
-) -> list[dict[str, Any]]:
+) -> list[CocoRow]:
     """Return an image's detections in COCO's results format, with file_name and category_name beside the ids.
 
     Args:
@@ -218,8 +218,8 @@ def predict_files(options: PredictOptions) -> list[str]:
                     unreadable += 1
 
             images = [image for _, _, image in readable]
-            results = predict_images(model, images, batch_size=options.batch_size, score=options.score)
-            for (number, file, image), detections in zip(readable, results, strict=True):
+            batch_detections = predict_images(model, images, batch_size=options.batch_size, score=options.score)
+            for (number, file, image), detections in zip(readable, batch_detections, strict=True):
                 height, width = image.shape[:2]
                 rows += image_rows(detections, class_names, number, str(file), (height, width))
 

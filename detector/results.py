@@ -16,6 +16,9 @@ from detector.ops.paste_masks import paste_masks
 from detector.ops.rle import encode_mask
 from detector.structures import Detections
 
+CocoRow = dict[str, Any]
+"""One detection in COCO's results format: image_id, category_id, bbox, score and, with masks, segmentation."""
+
 
 def undo_resize(detections: Detections, factors: tuple[float, float]) -> Detections:
     """Move detections to the CPU and their boxes to the pixels of the image before its resize.
@@ -70,7 +73,7 @@ def coco_rows(
     boxes: np.ndarray,
     scores: np.ndarray,
     masks: Iterable[dict[str, Any]] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[CocoRow]:
     """Return detections as rows of COCO's results format.
 
     Args:
@@ -95,7 +98,7 @@ def coco_rows(
         scores.tolist(),
         strict=True,
     )
-    rows: list[dict[str, Any]] = []
+    rows: list[CocoRow] = []
     for image_id, category_id, bbox, score in fields:
         rows.append({"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": score})
 

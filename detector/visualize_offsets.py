@@ -69,7 +69,8 @@ class _SamplingGrid:
     """What one deformable layer reads from one image.
 
     Attributes:
-        y, x: (D, K, Ho, Wo) float64, positions in cells of the layer's input, for D groups and K taps.
+        y: (D, K, Ho, Wo) float64, rows of the layer's input that are read, for D groups and K taps.
+        x: (D, K, Ho, Wo) float64, columns of the layer's input that are read.
         mask: (D, K, Ho, Wo) float64, their weights; 1 everywhere in version 1.
         in_size: height and width of the layer's input.
     """

@@ -12,7 +12,7 @@ from detector import FasterRCNNConfig
 from detector.model.config import RENAMED_FIELDS
 
 BASE_BATCH_SIZE = 16  # `optim.lr` is meant for this many images per step
-MAX_BROKEN_SHARE = 0.01  # a run stops when a larger share of the images cannot be read
+MAX_UNREADABLE_SHARE = 0.01  # a run stops when a larger share of the images cannot be read
 
 RENAMED = {"data.batch": "data.batch_size"} | {
     f"model.{old_name}": f"model.{new_name}" for old_name, new_name in RENAMED_FIELDS.items()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from train.config import MAX_BROKEN_SHARE
+from train.config import MAX_UNREADABLE_SHARE
 from train.data.collate import LoadedBatch
 from train.distributed import World
 from train.progress import print_above_progress, training_progress
@@ -211,10 +211,10 @@ class TrainLog:
 
     def _check_unreadable_images(self) -> None:
         count = self.world.sum(len(self._unreadable))
-        if count > MAX_BROKEN_SHARE * self.num_images:
+        if count > MAX_UNREADABLE_SHARE * self.num_images:
             raise ValueError(
-                f"{count} of {self.num_images} training images could not be read, more than {MAX_BROKEN_SHARE:.0%}: "
-                "see the lines 'skipped image' above"
+                f"{count} of {self.num_images} training images could not be read, more than "
+                f"{MAX_UNREADABLE_SHARE:.0%}: see the lines 'skipped image' above"
             )
 
     def _measure_speed(self) -> dict[str, float]:

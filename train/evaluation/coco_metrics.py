@@ -12,6 +12,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from detector.results import CocoRow
 from train.data.coco_dataset import CocoDetection
 from train.data.segmentation import valid_polygons
 
@@ -35,9 +36,7 @@ if faster_coco_eval is not None:
     DEFAULT_EVALUATOR = "faster-coco-eval"
 
 
-def coco_metrics(
-    rows: Sequence[dict[str, Any]], dataset: CocoDetection, evaluator: str = DEFAULT_EVALUATOR
-) -> dict[str, Any]:
+def coco_metrics(rows: Sequence[CocoRow], dataset: CocoDetection, evaluator: str = DEFAULT_EVALUATOR) -> dict[str, Any]:
     """Compare detections with the ground truth of a data set.
 
     Args:
@@ -69,7 +68,7 @@ def coco_metrics(
 
 
 def run_coco_eval(
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[CocoRow],
     dataset: CocoDetection,
     iou_type: str = "bbox",
     evaluator: str = DEFAULT_EVALUATOR,
@@ -137,7 +136,7 @@ def _read_annotations(dataset: CocoDetection, iou_type: str) -> dict[str, Any]:
     return content
 
 
-def _index_detections(rows: Sequence[dict[str, Any]], ground_truth: Any, coco_class: Any, iou_type: str) -> Any:
+def _index_detections(rows: Sequence[CocoRow], ground_truth: Any, coco_class: Any, iou_type: str) -> Any:
     """Return detections as an object of the evaluator's COCO class."""
     if not rows:  # loadRes does not take an empty list
         detections = coco_class()

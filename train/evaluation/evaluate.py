@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from detector.files import write_json
-from detector.results import coco_rows, encode_masks, undo_resize
+from detector.results import CocoRow, coco_rows, encode_masks, undo_resize
 from detector.structures import Detections
 from train.amp import autocast
-from train.config import MAX_BROKEN_SHARE, Config
+from train.config import MAX_UNREADABLE_SHARE, Config
 from train.data.coco_dataset import CocoDetection
 from train.data.collate import LoadedBatch
 from train.data.loader import evaluation_loader
@@ -28,8 +28,6 @@ from train.evaluation.coco_metrics import coco_metrics
 from train.evaluation.pictures import draw_pictures
 from train.progress import evaluation_progress, print_above_progress
 from train.run_folder import RunFolder
-
-Row = dict[str, Any]  # a detection in COCO's results format
 
 
 def _ignore_picture(name: str, picture: np.ndarray) -> None:
@@ -97,7 +95,7 @@ def detect(
     *,
     amp: str = "none",
     check_stop: Callable[[], None] = _never_stop,
-) -> tuple[list[Row], dict[int, str]]:
+) -> tuple[list[CocoRow], dict[int, str]]:
     """Detect in every image of `batches`.
 
     Args:
@@ -112,7 +110,7 @@ def detect(
     """
     model.eval()
     device = next(model.parameters()).device
-    rows: list[Row] = []
+    rows: list[CocoRow] = []
     unreadable: dict[int, str] = {}
     for loaded in prefetch_to_device(batches, device):
         check_stop()
@@ -137,7 +135,7 @@ def detect(
 
 def _to_rows(
     detections: Detections, image_id: int, original_size: tuple[int, int], category_ids: np.ndarray
-) -> list[Row]:
+) -> list[CocoRow]:
     """Return the detections of one image, in pixels of its file, in COCO's results format."""
     height, width = original_size
     return coco_rows(
@@ -154,13 +152,13 @@ def _check_unreadable_images(unreadable: dict[int, str], dataset: CocoDetection,
     for image_id, reason in unreadable.items():
         print_above_progress(f"skipped validation image {image_id}: {reason}")
     count = world.sum(len(unreadable))
-    if count > MAX_BROKEN_SHARE * len(dataset):
+    if count > MAX_UNREADABLE_SHARE * len(dataset):
         raise ValueError(
-            f"{count} of {len(dataset)} validation images could not be read, more than {MAX_BROKEN_SHARE:.0%}"
+            f"{count} of {len(dataset)} validation images could not be read, more than {MAX_UNREADABLE_SHARE:.0%}"
         )
 
 
-def _sort_by_image(rows_of_ranks: list[list[Row]], dataset: CocoDetection) -> list[Row]:
+def _sort_by_image(rows_of_ranks: list[list[CocoRow]], dataset: CocoDetection) -> list[CocoRow]:
     """Put the rows of all processes together, in the order of the images in the data set."""
     position = {image_id: index for index, image_id in enumerate(dataset.image_ids.tolist())}
     rows = [row for rows_of_rank in rows_of_ranks for row in rows_of_rank]

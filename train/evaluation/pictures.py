@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +12,14 @@ from detector import Detections, Target
 from detector.draw import draw_comparison
 from detector.image import read_image, write_image
 from detector.ops.rle import decode_mask
+from detector.results import CocoRow
 from train.data.coco_dataset import CocoDetection
 
 MIN_SCORE = 0.3  # detections below it are not drawn
 
 
 def draw_pictures(
-    dataset: CocoDetection, rows: Sequence[dict[str, Any]], folder: Path, count: int
+    dataset: CocoDetection, rows: Sequence[CocoRow], folder: Path, count: int
 ) -> Iterator[tuple[Path, np.ndarray]]:
     """Draw `count` images spread evenly over a data set, write them and yield path and picture.
 
@@ -58,7 +58,7 @@ def _spread_evenly(total: int, count: int) -> list[int]:
     return indices
 
 
-def _to_detections(rows: Sequence[dict[str, Any]], dataset: CocoDetection) -> Detections:
+def _to_detections(rows: Sequence[CocoRow], dataset: CocoDetection) -> Detections:
     """Return rows of one image as boxes xyxy, scores and labels from 0."""
     label_of_category = {category_id: label for label, category_id in enumerate(dataset.category_ids.tolist())}
     boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float64).reshape(-1, 4)
