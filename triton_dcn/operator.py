@@ -98,9 +98,15 @@ def backward_op(
     grad_offset_mask = OffsetMaskGrad.of(grad_offset, grad_mask, mask_logits)
     with torch.autocast(input.device.type, enabled=False):
         grad_input, grad_weight = _module_of(backend).backward(
-            geom, grad_output, input, offset_mask, weight, grad_offset_mask,
-            needs_input=needs_input, needs_weight=needs_weight,
-        )  # fmt: skip
+            geom,
+            grad_output,
+            input,
+            offset_mask,
+            weight,
+            grad_offset_mask,
+            needs_input=needs_input,
+            needs_weight=needs_weight,
+        )
 
     def stored(gradient: Tensor | None, like: Tensor | None) -> Tensor:
         if gradient is None or like is None:
@@ -144,12 +150,14 @@ def store_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _module_of(backend: str) -> ModuleType:
-    """Import a backend. Triton's is imported when it is used, because the others run where triton is not installed."""
+    """Import a backend. Triton's is imported when it is used, because the other runs where triton is not installed."""
+    if backend == "torch":
+        return torch_backend
     if backend == "triton":
         from triton_dcn import triton_backend
 
         return triton_backend
-    return torch_backend
+    raise ValueError(f"backend: expected 'triton' or 'torch', got {backend!r}")
 
 
 def _empty_gradient(tensor: Tensor, backend: str) -> Tensor:

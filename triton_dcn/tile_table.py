@@ -15,8 +15,9 @@ from torch import Tensor
 
 from triton_dcn.geometry import ConvGeometry
 
-TILE_H, TILE_W = 8, 16
-"""Size of the tile of input pixels that a bin of samples belongs to."""
+TILE_H = 8
+TILE_W = 16
+"""Height and width of the tile of input pixels that a bin of samples belongs to."""
 STRIP = 16
 """Columns in a strip of output positions, see `kernels.sampling.swizzle`."""
 STRIP_MIN_WIDTH = 64

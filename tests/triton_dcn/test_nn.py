@@ -17,22 +17,32 @@ def test_pack_golden(golden, dtype, limit):
     names = [name for name in PACKS if name in params]
     assert names
     for name in names:
-        p = params[name]
-        own = {key.removeprefix(f"{name}."): value for key, value in arrays.items() if key.startswith(f"{name}.")}
-        values = {key: torch.from_numpy(value).to(dtype) for key, value in own.items()}
-        weight = values["weight"]
+        case = params[name]
+        expected = {}
+        for key, value in arrays.items():
+            if key.startswith(f"{name}."):
+                expected[key.removeprefix(f"{name}.")] = torch.from_numpy(value)
+        values = {key: tensor.to(dtype) for key, tensor in expected.items()}
+
         pack = ModulatedDeformConv2dPack(
-            p["C"], weight.shape[0], p["kernel"], p["stride"], p["padding"], p.get("dilation", 1), p["groups"],
-            p["deform_groups"], bias=p["bias"],
-        ).to(dtype)  # fmt: skip
+            in_channels=case["C"],
+            out_channels=values["weight"].shape[0],
+            kernel_size=case["kernel"],
+            stride=case["stride"],
+            padding=case["padding"],
+            dilation=case.get("dilation", 1),
+            groups=case["groups"],
+            deform_groups=case["deform_groups"],
+            bias=case["bias"],
+        ).to(dtype)
         pack.load_state_dict({key: values[key] for key in pack.state_dict()}, strict=True)
+        predicted = []
+        pack.conv_offset.register_forward_hook(lambda module, args, output, maps=predicted: maps.append(output))
+
         x = values["input"].requires_grad_()
-        raw = []
-        pack.conv_offset.register_forward_hook(lambda module, args, output, raw=raw: raw.append(output))
         output = pack(x)
         output.backward(values["grad_out"])
-        expected = {key: torch.from_numpy(value) for key, value in own.items()}
-        assert relative(raw[0], expected["conv_offset_out"]) < limit
+        assert relative(predicted[0], expected["conv_offset_out"]) < limit
         assert relative(output, expected["output"]) < limit
         assert relative(x.grad, expected["grad_input"]) < limit
         for key, parameter in pack.named_parameters():
@@ -96,36 +106,38 @@ def test_sigmoid_of_the_mask_inside_the_operator(backend):
     settings = case.bias, case.geom.stride, case.geom.padding, case.geom.dilation
     predicted = torch.cat([offset, 4 * mask - 2], 1).detach()
     for layout in (torch.contiguous_format, torch.channels_last):
-        results = []
-        for inside in (True, False):
-            moved = predicted.clone(memory_format=layout).requires_grad_()
-            if inside:
-                output = convolve(x, moved, weight, *settings, None, mask_logits=True, backend=backend)
-            else:
-                given, logits = moved.split([offset.shape[1], mask.shape[1]], 1)
-                output = convolve(x, given, weight, *settings, logits.sigmoid(), backend=backend)
-            results.append((output, *torch.autograd.grad(output, moved, case.grad_output)))
-        for found, expected in zip(*results, strict=True):
-            assert relative(found, expected) < 1e-6
+        leaf = predicted.clone(memory_format=layout).requires_grad_()
+        output = convolve(x, leaf, weight, *settings, None, mask_logits=True, backend=backend)
+        (grad,) = torch.autograd.grad(output, leaf, case.grad_output)
+
+        offset_part, logits = leaf.split([offset.shape[1], mask.shape[1]], 1)
+        expected = convolve(x, offset_part, weight, *settings, logits.sigmoid(), backend=backend)
+        (expected_grad,) = torch.autograd.grad(expected, leaf, case.grad_output)
+        assert relative(output, expected) < 1e-6
+        assert relative(grad, expected_grad) < 1e-6
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 @pytest.mark.parametrize("name", ["plain", "groups"])
-def test_rectified_inside_the_operator(name, backend):
+def test_relu_inside_the_operator(name, backend):
     """The output and every gradient are those of a ReLU behind the operator; NaN is not swallowed."""
     case = make_case(CASES[name], torch.float32, device_of(backend))
     leaves = [tensor.detach().requires_grad_() for tensor in case.tensors]
     x, offset, mask, weight = leaves
     settings = case.bias, case.geom.stride, case.geom.padding, case.geom.dilation, mask
-    found = convolve(x, offset, weight, *settings, relu=True, backend=backend)
+    output = convolve(x, offset, weight, *settings, relu=True, backend=backend)
     expected = convolve(x, offset, weight, *settings, backend=backend).relu()
-    assert 0.1 < (found == 0).float().mean() < 0.9
-    assert torch.equal(found, expected)
+    assert 0.1 < (output == 0).float().mean() < 0.9
+    assert torch.equal(output, expected)
+
     with deterministic():
-        grads = [torch.autograd.grad(output, leaves, case.grad_output) for output in (found, expected)]
-    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
-    broken = torch.full_like(weight, torch.nan)
-    assert convolve(x, offset, broken, *settings, relu=True, backend=backend).isnan().all()
+        grads = torch.autograd.grad(output, leaves, case.grad_output)
+        expected_grads = torch.autograd.grad(expected, leaves, case.grad_output)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert torch.equal(grad, expected_grad)
+
+    nan_weight = torch.full_like(weight, torch.nan)
+    assert convolve(x, offset, nan_weight, *settings, relu=True, backend=backend).isnan().all()
 
 
 def norm_of(channels, **arguments):
@@ -149,12 +161,13 @@ def test_fused_batch_norm(kind, bias):
     else:
         torch.nn.init.normal_(layer.conv_offset.weight)
     for affine in (True, False):
-        norm, before = norm_of(6, affine=affine), layer.weight.clone()
+        norm = norm_of(6, affine=affine)
+        weight_before = layer.weight.clone()
         fused = fuse_batch_norm(layer, norm)
         torch.testing.assert_close(fused(*inputs), norm(layer(*inputs)))
         assert type(fused) is kind
         assert fused.bias.dtype == fused.weight.dtype == torch.float64
-        assert torch.equal(layer.weight, before)
+        assert torch.equal(layer.weight, weight_before)
         assert (layer.bias is not None) == bias
     half = fuse_batch_norm(kind(4, 6, 3).bfloat16(), norm)
     assert half.weight.dtype == half.bias.dtype == torch.bfloat16

@@ -1,7 +1,5 @@
 """The operators as torch sees them: every backend through one door, autograd, compile, autocast, meta tensors."""
 
-import copy
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -12,14 +10,17 @@ from triton_dcn import DeformConv2d, deform_conv2d
 from triton_dcn.functional import convolve
 from triton_dcn.operator import backward_op, forward_op
 
-BACKENDS = ["reference", "torch", "triton"]
+OPERATOR_BACKENDS = ["torch", "triton"]
+BACKENDS = ["reference", *OPERATOR_BACKENDS]
 GOLDEN_NAMES = [f"c{i:02d}" for i in range(25)]
 
 
 def run(case, backend):
     """Return, on the CPU, the output and the gradients of input, offset, mask, weight, bias."""
     device = device_of(backend)
-    leaves = [None if t is None else t.to(device, copy=True).requires_grad_() for t in (*case.tensors, case.bias)]
+    leaves = []
+    for tensor in (*case.tensors, case.bias):
+        leaves.append(None if tensor is None else tensor.to(device, copy=True).requires_grad_())
     x, offset, mask, weight, bias = leaves
     arguments = case.arguments | {"mask": mask, "bias": bias}
     output = deform_conv2d(x, offset, weight, backend=backend, **arguments)
@@ -37,9 +38,9 @@ def test_golden(golden, name, backend, dtype, limit):
     case = golden_case(golden, name, dtype)
     output, grads = run(case, backend)
     assert relative(output, case.output) < limit
-    for found, expected in zip(grads, (*case.grads, case.grad_bias), strict=True):
-        assert (found is None) == (expected is None)
-        assert found is None or relative(found, expected) < limit
+    for grad, expected in zip(grads, (*case.grads, case.grad_bias), strict=True):
+        assert (grad is None) == (expected is None)
+        assert grad is None or relative(grad, expected) < limit
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -48,21 +49,17 @@ def test_golden(golden, name, backend, dtype, limit):
 def test_half_is_as_good_as_the_reference_in_half(name, backend, dtype):
     """Error against float64 on the same rounded inputs: at most twice that of the reference in this dtype."""
     case = make_case(CASES[name], dtype)
-    rounded = copy.copy(case)
-    rounded.tensors = tuple(None if t is None else t.double() for t in case.tensors)
-    rounded.bias = None if case.bias is None else case.bias.double()
-    rounded.grad_output = case.grad_output.double()
-    truth, true_grads = run(rounded, "reference")
+    exact, exact_grads = run(case.double(), "reference")
     output, grads = run(case, backend)
-    plain, plain_grads = run(case, "reference")
+    reference_output, reference_grads = run(case, "reference")
     floor = 2 * torch.finfo(dtype).eps
     assert output.dtype == dtype
-    assert relative(output, truth) <= 2 * relative(plain, truth) + floor
-    for found, reference, expected in zip(grads, plain_grads, true_grads, strict=True):
-        assert (found is None) == (expected is None)
-        if found is not None:
-            assert found.dtype == dtype
-            assert relative(found, expected) <= 2 * relative(reference, expected) + floor
+    assert relative(output, exact) <= 2 * relative(reference_output, exact) + floor
+    for grad, reference_grad, exact_grad in zip(grads, reference_grads, exact_grads, strict=True):
+        assert (grad is None) == (exact_grad is None)
+        if grad is not None:
+            assert grad.dtype == dtype
+            assert relative(grad, exact_grad) <= 2 * relative(reference_grad, exact_grad) + floor
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -71,14 +68,15 @@ def test_masks_outside_the_image_do_not_count(backend):
     case = make_case((2, 4, 2, (3, 4), (1, 2), (1, 1), (0, 1), (1, 1), 1, 2, True, True), torch.float32)
     _, offset, mask, _ = case.tensors
     mask[..., :2] = 0.5
-    offset[..., 0], offset[..., 1] = torch.nan, 100
+    offset[..., 0] = torch.nan
+    offset[..., 1] = 100
     expected, expected_grads = run(case, backend)
     mask[..., :2] = torch.nan
     output, grads = run(case, backend)
     assert not grads[2][..., :2].any()
-    for found, same in zip((output, *grads), (expected, *expected_grads), strict=True):
-        assert found.isfinite().all()
-        assert relative(found, same) < 1e-6
+    for result, expected_result in zip((output, *grads), (expected, *expected_grads), strict=True):
+        assert result.isfinite().all()
+        assert relative(result, expected_result) < 1e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -102,19 +100,17 @@ def test_logits_outside_the_image_do_not_count(backend):
 def test_gradcheck(name, backend):
     case = make_case(CASES[name], torch.float64)
     x, offset, mask, weight = case.tensors
-    leaves = [t.requires_grad_() for t in (x, offset, mask, weight, case.bias) if t is not None]
+    arguments = {"input": x, "offset": offset, "weight": weight, "mask": mask, "bias": case.bias}
+    leaves = {key: tensor.requires_grad_() for key, tensor in arguments.items() if tensor is not None}
 
-    def call(x, offset, *rest):
-        rest = iter(rest)
-        m = next(rest) if mask is not None else None
-        w = next(rest)
-        b = next(rest) if case.bias is not None else None
-        return deform_conv2d(x, offset, w, backend=backend, **(case.arguments | {"mask": m, "bias": b}))
+    def call(*tensors):
+        given = dict(zip(leaves, tensors, strict=True))
+        return deform_conv2d(**(case.arguments | given), backend=backend)
 
-    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+    assert torch.autograd.gradcheck(call, list(leaves.values()), fast_mode=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OPERATOR_BACKENDS)
 @pytest.mark.parametrize("name", ["plain", "v1"])
 def test_opcheck(name, backend):
     case = make_case(CASES[name], torch.float32, device_of(backend))
@@ -126,7 +122,7 @@ def test_opcheck(name, backend):
     torch.library.opcheck(backward_op, (case.grad_output, *detached, *settings, needs))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OPERATOR_BACKENDS)
 def test_opcheck_with_mask_logits_and_relu(backend):
     case = make_case(CASES["plain"], torch.float32, device_of(backend))
     x, offset, mask, weight = case.tensors
@@ -143,15 +139,17 @@ def test_opcheck_with_mask_logits_and_relu(backend):
 @pytest.mark.parametrize("needed", range(5))
 def test_each_gradient_alone(needed):
     case = make_case(CASES["groups"], torch.float64)
-    _, every = run(case, "reference")
+    _, expected = run(case, "reference")
     for backend in ("reference", "torch"):
-        leaves = [t.clone().requires_grad_(i == needed) for i, t in enumerate((*case.tensors, case.bias))]
+        leaves = []
+        for index, tensor in enumerate((*case.tensors, case.bias)):
+            leaves.append(tensor.clone().requires_grad_(index == needed))
         x, offset, mask, weight, bias = leaves
         arguments = case.arguments | {"mask": mask, "bias": bias}
         deform_conv2d(x, offset, weight, backend=backend, **arguments).backward(case.grad_output)
-        for i, leaf in enumerate(leaves):
-            assert (leaf.grad is not None) == (i == needed)
-        assert relative(leaves[needed].grad, every[needed]) < 1e-12
+        for index, leaf in enumerate(leaves):
+            assert (leaf.grad is not None) == (index == needed)
+        assert relative(leaves[needed].grad, expected[needed]) < 1e-12
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -230,7 +228,8 @@ def test_autocast_takes_coordinates_of_its_dtype(dtype):
     """As they come from a convolution under autocast, beside an input that does not."""
     case = make_case(CASES["plain"], torch.float32)
     x, offset, mask, weight = case.tensors
-    offset, mask = offset.to(dtype), mask.to(dtype)
+    offset = offset.to(dtype)
+    mask = mask.to(dtype)
     with torch.autocast("cpu", dtype):
         output = deform_conv2d(x, offset, weight, **(case.arguments | {"mask": mask}))
     half = case.arguments | {"mask": mask, "bias": case.bias.to(dtype)}
