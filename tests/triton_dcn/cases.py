@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.cases import Case
 from triton_dcn import reference
-from triton_dcn.geometry import ConvGeometry, conv_output_size
+from triton_dcn.geometry import ConvGeometry
 from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,22 +25,48 @@ QUANTITIES = ("output", "grad_input", "grad_offset", "grad_mask", "grad_weight")
 # of torch itself, where forward mode is first used
 QUIET = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
-# batch, in, out, (H, W), kernel, stride, padding, dilation, groups, offset groups, mask, bias
+
+@dataclass(frozen=True)
+class OperatorCase(Case):
+    """The sizes of a layer, as in the benchmarks, and what else it has.
+
+    Attributes:
+        has_mask: version 2, with a mask.
+        has_bias: with a bias.
+    """
+
+    has_mask: bool = True
+    has_bias: bool = True
+
+
 CASES = {
-    "plain": (2, 8, 6, (7, 9), (3, 3), (1, 1), (1, 1), (1, 1), 1, 1, True, True),
-    "groups": (2, 8, 6, (6, 5), (3, 3), (1, 1), (1, 1), (1, 1), 2, 4, True, True),
-    "v1": (1, 4, 3, (6, 7), (3, 3), (2, 2), (1, 1), (1, 1), 1, 1, False, False),
-    "odd": (3, 5, 7, (8, 6), (2, 5), (2, 1), (0, 3), (3, 2), 1, 5, True, False),
-    "pointwise": (2, 4, 4, (3, 4), (1, 1), (1, 1), (0, 0), (1, 1), 4, 2, True, True),
-    "thin": (2, 4, 2, (1, 9), (3, 3), (1, 1), (1, 1), (1, 1), 1, 1, True, True),
-    "seven": (1, 2, 3, (9, 8), (7, 7), (1, 1), (3, 3), (1, 1), 1, 1, True, False),
-    "empty": (0, 4, 6, (6, 5), (3, 3), (1, 1), (1, 1), (1, 1), 1, 1, True, True),
+    "plain": OperatorCase("plain", 2, 8, 6, 7, 9),
+    "groups": OperatorCase("groups", 2, 8, 6, 6, 5, groups=2, offset_groups=4),
+    "v1": OperatorCase("v1", 1, 4, 3, 6, 7, stride=(2, 2), has_mask=False, has_bias=False),
+    "odd": OperatorCase(
+        "odd",
+        3,
+        5,
+        7,
+        8,
+        6,
+        kernel=(2, 5),
+        stride=(2, 1),
+        padding=(0, 3),
+        dilation=(3, 2),
+        offset_groups=5,
+        has_bias=False,
+    ),
+    "pointwise": OperatorCase("pointwise", 2, 4, 4, 3, 4, kernel=(1, 1), padding=(0, 0), groups=4, offset_groups=2),
+    "thin": OperatorCase("thin", 2, 4, 2, 1, 9),
+    "seven": OperatorCase("seven", 1, 2, 3, 9, 8, kernel=(7, 7), padding=(3, 3), has_bias=False),
+    "empty": OperatorCase("empty", 0, 4, 6, 6, 5),
 }
 
 
 @dataclass
-class Case:
-    """Inputs of one call, and for golden cases its results.
+class OperatorCall:
+    """Tensors of one call, and for golden cases its results.
 
     Attributes:
         tensors: input, offset, mask, weight.
@@ -64,11 +91,11 @@ class Case:
         """Offset and mask as one."""
         return OffsetMask(self.tensors[1], self.tensors[2])
 
-    def double(self) -> Case:
+    def double(self) -> OperatorCall:
         """Return the inputs in float64."""
         tensors = tuple(None if tensor is None else tensor.double() for tensor in self.tensors)
         bias = None if self.bias is None else self.bias.double()
-        return Case(self.geom, tensors, bias, self.grad_output.double())
+        return OperatorCall(self.geom, tensors, bias, self.grad_output.double())
 
     @property
     def arguments(self) -> dict:
@@ -81,7 +108,7 @@ class Case:
 
 
 def run_backend(
-    case: Case, backend: ModuleType, needs: tuple[bool, ...] | None = None, *, mask_logits: bool = False
+    case: OperatorCall, backend: ModuleType, needs: tuple[bool, ...] | None = None, *, mask_logits: bool = False
 ) -> dict[str, Tensor | None]:
     """Run forward and backward of a backend without the operator around it.
 
@@ -121,7 +148,7 @@ def run_backend(
     return dict(zip(QUANTITIES, (output, *grads), strict=True))
 
 
-def _run_reference(case: Case, offset_mask: OffsetMask, needs: tuple[bool, ...]) -> dict[str, Tensor | None]:
+def _run_reference(case: OperatorCall, offset_mask: OffsetMask, needs: tuple[bool, ...]) -> dict[str, Tensor | None]:
     """Run the reference on leaves of its own, and autograd."""
     tensors = (case.tensors[0], offset_mask.offset, offset_mask.mask, case.tensors[3])
     input, offset, mask, weight = (
@@ -147,31 +174,35 @@ def device_of(backend: str) -> str:
     return DEVICE if backend == "triton" else "cpu"
 
 
-def make_case(spec: tuple, dtype: torch.dtype, device: str = "cpu", seed: int = 0, spread: float = 2.0) -> Case:
+def make_case(
+    spec: OperatorCase, dtype: torch.dtype, device: str = "cpu", seed: int = 0, spread: float = 2.0
+) -> OperatorCall:
     """Draw a case; offsets keep 0.1 from whole pixels, where their gradient jumps."""
-    batch, channels, out, size, kernel, stride, padding, dilation, groups, offset_groups, with_mask, with_bias = spec
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape):
-        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    taps = kernel[0] * kernel[1]
-    out_size = conv_output_size(size, kernel, stride, padding, dilation)
-    x, weight = normal(batch, channels, *size), normal(out, channels // groups, *kernel)
-    whole = (normal(batch, 2 * offset_groups * taps, *out_size) * spread).floor()
-    offset = whole + 0.1 + 0.8 * torch.rand(whole.shape, generator=draw, dtype=torch.float64)
-    mask = (
-        torch.rand(batch, offset_groups * taps, *out_size, generator=draw, dtype=torch.float64) if with_mask else None
-    )
-    bias = normal(out) if with_bias else None
-    to = {"device": device, "dtype": dtype}
-    x, offset, weight = x.to(**to), offset.to(**to), weight.to(**to)
-    mask, bias = None if mask is None else mask.to(**to), None if bias is None else bias.to(**to)
-    geom = ConvGeometry.of(x, offset, weight, mask, stride, padding, dilation)
-    return Case(geom, (x, offset, mask, weight), bias, normal(*geom.output_shape).to(**to))
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    def stored(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device=device, dtype=dtype)
+
+    input = normal(spec.batch, spec.channels, spec.height, spec.width)
+    weight = normal(spec.out_channels, spec.channels // spec.groups, *spec.kernel)
+    whole = (normal(spec.batch, 2 * spec.offset_groups * spec.taps, *spec.out_size) * spread).floor()
+    offset = whole + 0.1 + 0.8 * uniform(*whole.shape)
+    mask = uniform(spec.batch, spec.offset_groups * spec.taps, *spec.out_size) if spec.has_mask else None
+    bias = normal(spec.out_channels) if spec.has_bias else None
+
+    input, offset, mask, weight = (stored(tensor) for tensor in (input, offset, mask, weight))
+    geom = ConvGeometry.of(input, offset, weight, mask, spec.stride, spec.padding, spec.dilation)
+    grad_output = stored(normal(*geom.output_shape))
+    return OperatorCall(geom, (input, offset, mask, weight), stored(bias), grad_output)
 
 
-def golden_case(golden, name: str, dtype: torch.dtype, device: str = "cpu") -> Case:
+def golden_case(golden, name: str, dtype: torch.dtype, device: str = "cpu") -> OperatorCall:
     """Return case `name` of the golden group deform_conv; where mmcv's offset gradient differs, it is the target."""
     arrays, params = golden("deform_conv")
     params = params[name]
@@ -191,7 +222,7 @@ def golden_case(golden, name: str, dtype: torch.dtype, device: str = "cpu") -> C
         get("grad_mask", torch.float64),
         get("grad_weight", torch.float64),
     )
-    return Case(
+    return OperatorCall(
         ConvGeometry.of(x, offset, weight, mask, *pairs), tensors, get("bias"), get("grad_out"),
         get("output", torch.float64), grads, get("grad_bias", torch.float64),
     )  # fmt: skip

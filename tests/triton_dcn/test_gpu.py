@@ -3,18 +3,17 @@
 import pytest
 import torch
 
-from tests.triton_dcn.cases import deterministic, make_case, relative
+from tests.triton_dcn.cases import OperatorCase, deterministic, make_case, relative
 from triton_dcn import deform_conv2d
 from triton_dcn.geometry import conv_output_size
 
 pytestmark = pytest.mark.gpu
 FLOOR = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 DTYPES = pytest.mark.parametrize("dtype", list(FLOOR), ids=str)
-# batch, in, out, (H, W), kernel, stride, padding, dilation, groups, offset groups, mask, bias
 SPECS = {
-    "fused": (2, 64, 128, (40, 72), (3, 3), (1, 1), (1, 1), (1, 1), 1, 1, True, True),
-    "offset-groups": (2, 64, 64, (24, 40), (3, 3), (1, 1), (1, 1), (1, 1), 1, 4, True, True),
-    "any-channels": (2, 20, 36, (24, 40), (3, 3), (2, 1), (1, 1), (1, 1), 2, 1, True, True),
+    "fused": OperatorCase("fused", 2, 64, 128, 40, 72),
+    "offset-groups": OperatorCase("offset-groups", 2, 64, 64, 24, 40, offset_groups=4),
+    "any-channels": OperatorCase("any-channels", 2, 20, 36, 24, 40, stride=(2, 1), groups=2),
 }
 
 

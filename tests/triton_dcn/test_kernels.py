@@ -4,13 +4,22 @@ Runs in Triton's interpreter on a machine without a GPU. Golden cases through th
 """
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from tests.triton_dcn.cases import DEVICE, QUANTITIES, deterministic, make_case, relative, run_backend
+from tests.triton_dcn.cases import (
+    DEVICE,
+    QUANTITIES,
+    OperatorCase,
+    deterministic,
+    make_case,
+    relative,
+    run_backend,
+)
 from triton_dcn import launchers, reference, tile_table, triton_backend, workspace
 from triton_dcn.geometry import ConvGeometry
 from triton_dcn.kernels.sampling import column_offset, corner_rows, swizzle
@@ -20,17 +29,20 @@ from triton_dcn.tile_table import ANY, Tile, TileRow
 
 ARCH = tile_table.architecture(torch.device(DEVICE))
 FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # half: machine epsilon
-# batch, in, out, (H, W), kernel, stride, padding, dilation, groups, offset groups, mask, bias
 SPECS = {
-    "one-block": (1, 16, 16, (9, 10), (3, 3), (1, 1), (1, 1), (1, 1), 1, 1, True, False),
-    "two-blocks": (2, 32, 32, (9, 10), (3, 3), (2, 1), (1, 1), (1, 1), 1, 1, True, True),
-    "v1": (1, 16, 16, (9, 10), (1, 3), (1, 1), (0, 1), (1, 1), 1, 1, False, False),
-    "offset-groups": (1, 32, 16, (9, 18), (3, 3), (1, 1), (2, 2), (2, 2), 1, 2, True, False),
-    "groups": (1, 8, 6, (9, 10), (3, 3), (1, 1), (1, 1), (1, 1), 2, 1, True, True),
-    "groups-cross": (1, 12, 6, (6, 5), (2, 2), (1, 1), (1, 1), (1, 1), 2, 3, True, False),
-    "many-channels": (1, 80, 80, (5, 5), (1, 2), (1, 1), (0, 1), (1, 1), 1, 1, True, False),
-    "one-pixel": (2, 16, 16, (1, 1), (3, 3), (1, 1), (1, 1), (1, 1), 1, 1, True, True),
-    "odd-channels": (1, 9, 6, (6, 5), (2, 2), (1, 1), (1, 1), (1, 1), 1, 3, True, False),
+    "one-block": OperatorCase("one-block", 1, 16, 16, 9, 10, has_bias=False),
+    "two-blocks": OperatorCase("two-blocks", 2, 32, 32, 9, 10, stride=(2, 1)),
+    "v1": OperatorCase("v1", 1, 16, 16, 9, 10, kernel=(1, 3), padding=(0, 1), has_mask=False, has_bias=False),
+    "offset-groups": OperatorCase(
+        "offset-groups", 1, 32, 16, 9, 18, padding=(2, 2), dilation=(2, 2), offset_groups=2, has_bias=False
+    ),
+    "groups": OperatorCase("groups", 1, 8, 6, 9, 10, groups=2),
+    "groups-cross": OperatorCase(
+        "groups-cross", 1, 12, 6, 6, 5, kernel=(2, 2), groups=2, offset_groups=3, has_bias=False
+    ),
+    "many-channels": OperatorCase("many-channels", 1, 80, 80, 5, 5, kernel=(1, 2), padding=(0, 1), has_bias=False),
+    "one-pixel": OperatorCase("one-pixel", 2, 16, 16, 1, 1),
+    "odd-channels": OperatorCase("odd-channels", 1, 9, 6, 6, 5, kernel=(2, 2), offset_groups=3, has_bias=False),
 }
 
 
@@ -198,7 +210,9 @@ def test_offsets_that_are_not_finite_or_huge():
 @pytest.mark.parametrize("offset_groups", [1, 2], ids=["t_columns", "g_form"])
 def test_infinite_gradients_stay_in_their_tiles(offset_groups, workspace_bytes, monkeypatch):
     monkeypatch.setattr(workspace, "WORKSPACE_BYTES", workspace_bytes)
-    spec = (1, 4, 4, (40, 40), (1, 1), (1, 1), (0, 0), (1, 1), 1, offset_groups, False, False)
+    spec = OperatorCase(
+        "", 1, 4, 4, 40, 40, kernel=(1, 1), padding=(0, 0), offset_groups=offset_groups, has_mask=False, has_bias=False
+    )
     case = make_case(spec, torch.float32, DEVICE)
     case.tensors[1].zero_()
     case.grad_output[0, 0, 0, 0] = torch.inf
@@ -249,7 +263,7 @@ def test_half_input_with_float32_offsets():
 
 @pytest.mark.parametrize("spec", ["one-block", "offset-groups"])
 def test_empty_batch(spec):
-    case = make_case((0, *SPECS[spec][1:]), torch.float32, DEVICE)
+    case = make_case(replace(SPECS[spec], batch=0), torch.float32, DEVICE)
     results = run(case)
     assert results["output"].shape == case.geom.output_shape
     assert not results["grad_weight"].any()

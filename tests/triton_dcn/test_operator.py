@@ -1,11 +1,21 @@
 """The operators as torch sees them: every backend through one door, autograd, compile, autocast, meta tensors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
 
-from tests.triton_dcn.cases import CASES, QUIET, device_of, golden_case, make_case, relative
+from tests.triton_dcn.cases import (
+    CASES,
+    QUIET,
+    OperatorCase,
+    device_of,
+    golden_case,
+    make_case,
+    relative,
+)
 from triton_dcn import DeformConv2d, deform_conv2d
 from triton_dcn.functional import convolve
 from triton_dcn.operator import backward_op, forward_op
@@ -65,7 +75,7 @@ def test_half_is_as_good_as_the_reference_in_half(name, backend, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masks_outside_the_image_do_not_count(backend):
     """Not even NaN, beside an offset that is NaN or leads far away: every result is that with another mask there."""
-    case = make_case((2, 4, 2, (3, 4), (1, 2), (1, 1), (0, 1), (1, 1), 1, 2, True, True), torch.float32)
+    case = make_case(OperatorCase("", 2, 4, 2, 3, 4, kernel=(1, 2), padding=(0, 1), offset_groups=2), torch.float32)
     _, offset, mask, _ = case.tensors
     mask[..., :2] = 0.5
     offset[..., 0] = torch.nan
@@ -157,7 +167,7 @@ def test_compile_fullgraph(dynamic):
     """Without a break, static and dynamic shapes, forward and backward."""
     compiled = torch.compile(deform_conv2d, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for size in ((7, 9), (8, 6)):
-        case = make_case((2, 8, 6, size, *CASES["plain"][4:]), torch.float32)
+        case = make_case(replace(CASES["plain"], height=size[0], width=size[1]), torch.float32)
         leaves = [t.clone().requires_grad_() for t in case.tensors]
         x, offset, mask, weight = leaves
         output = compiled(x, offset, weight, **(case.arguments | {"mask": mask}))

@@ -4,7 +4,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.triton_dcn.cases import Case, device_of, make_case, relative, two_threads
+from tests.triton_dcn.cases import (
+    OperatorCall,
+    OperatorCase,
+    device_of,
+    make_case,
+    relative,
+    two_threads,
+)
 from triton_dcn import deform_conv2d
 
 UNUSUAL = (float("nan"), float("inf"), -float("inf"), 1e30, -3e9, 4e4, -7.0)
@@ -32,13 +39,24 @@ def specs(draw):
     batch = draw(integers(1, 2))
     with_mask = draw(st.booleans())
     with_bias = draw(st.booleans())
-    return (
-        batch, channels, out_channels, tuple(size), kernel, stride, padding, dilation, groups, offset_groups,
-        with_mask, with_bias,
-    )  # fmt: skip
+    return OperatorCase(
+        "",
+        batch,
+        channels,
+        out_channels,
+        *size,
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        offset_groups=offset_groups,
+        has_mask=with_mask,
+        has_bias=with_bias,
+    )
 
 
-def change_offsets(case: Case, kind: str) -> None:
+def change_offsets(case: OperatorCall, kind: str) -> None:
     """Round the offsets of a case to whole pixels, or replace some by values that are not finite or far away."""
     offset = case.tensors[1]
     if kind == "whole":
@@ -50,7 +68,7 @@ def change_offsets(case: Case, kind: str) -> None:
         offset.copy_(torch.where(replaced.to(offset.device), values.to(offset), offset))
 
 
-def run(case: Case, backend: str, dtype: torch.dtype):
+def run(case: OperatorCall, backend: str, dtype: torch.dtype):
     """Output and gradients of input, offset, mask, weight, bias, all in `dtype`."""
     leaves = []
     for tensor in (*case.tensors, case.bias):
@@ -61,7 +79,7 @@ def run(case: Case, backend: str, dtype: torch.dtype):
     return output, *(None if leaf is None else leaf.grad for leaf in leaves)
 
 
-def check_against_reference(backend: str, spec: tuple, dtype: torch.dtype, kind: str) -> None:
+def check_against_reference(backend: str, spec: OperatorCase, dtype: torch.dtype, kind: str) -> None:
     """Error against float64 on the same rounded inputs: at most twice that of the reference in this dtype."""
     case = make_case(spec, dtype, device_of(backend))
     change_offsets(case, kind)

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.triton_dcn.cases import (
     CASES,
     QUANTITIES,
-    Case,
+    OperatorCall,
+    OperatorCase,
     golden_case,
     make_case,
     relative,
@@ -79,7 +80,7 @@ def test_golden_with_convolutions(golden, name):
 @pytest.mark.parametrize("channels", [1, 4])
 def test_one_output_channel_with_convolutions(channels, size):
     """Rows of one channel have the strides of every layout."""
-    case = make_case((2, channels, 1, size, (3, 3), (1, 1), (1, 1), (1, 1), 1, 1, True, True), torch.float32)
+    case = make_case(OperatorCase("", 2, channels, 1, *size), torch.float32)
     target = run_in_float64(case)
     found = run(case)
     assert set(found) == set(target)
@@ -133,10 +134,21 @@ def specs(draw):
     with_mask = draw(st.booleans())
     with_bias = draw(st.booleans())
     batch = draw(integers(1, 3))
-    return (
-        batch, channels, out_channels, size, kernel, stride, padding, dilation, groups, offset_groups,
-        with_mask, with_bias,
-    )  # fmt: skip
+    return OperatorCase(
+        "",
+        batch,
+        channels,
+        out_channels,
+        *size,
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        offset_groups=offset_groups,
+        has_mask=with_mask,
+        has_bias=with_bias,
+    )
 
 
 def stored(tensor, layout):
@@ -200,7 +212,7 @@ def test_border_rule(axis):
         offset = torch.zeros(1, 2, height, width).double()
         offset[0, axis] = position - output_positions
         geom = ConvGeometry.of(x, offset, weight, None, (1, 1), (0, 0), (1, 1))
-        found = run(Case(geom, (x, offset, None, weight), None, torch.ones(geom.output_shape).double()))
+        found = run(OperatorCall(geom, (x, offset, None, weight), None, torch.ones(geom.output_shape).double()))
 
         has_gradient = found["grad_offset"][0, axis] != 0
         assert bool(has_gradient.all()) is bool(has_gradient.any()) is live
@@ -210,7 +222,7 @@ def test_border_rule(axis):
 
 def test_far_from_the_origin_fractions_are_as_precise():
     """Two thousand pixels to the right, where float32 positions have steps of 1/8192 pixel, errors are of 1e-7."""
-    case = make_case((1, 8, 8, (3, 2048), (3, 3), (1, 1), (1, 1), (1, 1), 1, 1, True, True), torch.float32)
+    case = make_case(OperatorCase("", 1, 8, 8, 3, 2048), torch.float32)
     target = run_in_float64(case)
     for key, value in run(case).items():
         assert relative(value, target[key]) < 1e-6, key
@@ -324,9 +336,9 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("spec", [
-    (4, 32, 8, (40, 40), (3, 3), (1, 1), (1, 1), (1, 1), 1, 1, True, True),
-    (4, 32, 32, (40, 40), (3, 3), (1, 1), (1, 1), (1, 1), 8, 4, True, True),
-    (1, 2, 2, (120, 120), (5, 5), (1, 1), (2, 2), (1, 1), 1, 1, True, True),
+    OperatorCase("", 4, 32, 8, 40, 40),
+    OperatorCase("", 4, 32, 32, 40, 40, groups=8, offset_groups=4),
+    OperatorCase("", 1, 2, 2, 120, 120, kernel=(5, 5), padding=(2, 2)),
 ], ids=["columns", "groups", "indices"])  # fmt: skip
 def test_memory_is_bounded(spec, monkeypatch):
     """No tensor is larger than the arguments and results, or than a chunk, which here is larger than three weights."""
@@ -346,7 +358,7 @@ def test_memory_is_bounded(spec, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_same_bits_every_time(dtype, monkeypatch):
     monkeypatch.setattr(torch_samples, "CHUNK_BYTES", 1 << 18)
-    case = make_case((2, 16, 8, (24, 25), (3, 3), (1, 1), (1, 1), (1, 1), 1, 1, True, True), dtype)
+    case = make_case(OperatorCase("", 2, 16, 8, 24, 25), dtype)
     first = run(case)
     for _ in range(3):
         assert all(torch.equal(value, first[key]) for key, value in run(case).items())
@@ -364,7 +376,9 @@ def test_deterministic_algorithms_are_allowed():
 
 def test_long_keys():
     """More rows than a 16-bit key can name."""
-    case = make_case((1, 2, 2, (300, 260), (1, 1), (1, 1), (0, 0), (1, 1), 1, 1, True, False), torch.float64, spread=90)
+    case = make_case(
+        OperatorCase("", 1, 2, 2, 300, 260, kernel=(1, 1), padding=(0, 0), has_bias=False), torch.float64, spread=90
+    )
     target = run(case, backend=reference)
     for key, value in run(case).items():
         assert relative(value, target[key]) < 1e-12, key

@@ -7,7 +7,7 @@ import torch
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.triton_dcn.cases import CASES, QUIET, make_case
+from tests.triton_dcn.cases import CASES, QUIET, OperatorCase, make_case
 from triton_dcn import ModulatedDeformConv2dPack, deform_conv2d
 
 NAMES = ("x", "offset", "mask", "weight", "bias")
@@ -32,7 +32,7 @@ def stack_cases(count=3):
 
 def small_tensors():
     """The tensors of one small case, in the order of `NAMES`."""
-    case = make_case((1, 4, 2, (3, 4), (3, 3), (1, 1), (1, 1), (1, 1), 2, 2, True, True), torch.float64)
+    case = make_case(OperatorCase("", 1, 4, 2, 3, 4, groups=2, offset_groups=2), torch.float64)
     return (*case.tensors, case.bias)
 
 
