@@ -53,8 +53,9 @@ class StopRequest:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if isinstance(error, Interrupted):
-            return  # a launcher may send further signals, and they must not cut off the last message
+        is_one_of_many_and_failed = error is not None and self.world.size > 1
+        if isinstance(error, Interrupted) or is_one_of_many_and_failed:
+            return  # a launcher then sends signals to all processes, and they must not cut off the last message
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 

@@ -57,3 +57,23 @@ def test_an_interrupted_run_still_catches_further_signals():
         stop_in_a_run()
     assert handlers() != before
     signal.raise_signal(signal.SIGTERM)  # a launcher's second one, while the last message is printed
+
+
+def fail_in_a_run(world):
+    with StopRequest(world):
+        raise ConnectionError("rank 1 is gone")
+
+
+def test_a_failed_process_of_several_still_catches_the_signal_of_its_launcher():
+    """torchrun sends SIGTERM to the others when one process dies; they must live on to say why they end."""
+    world = World(0, 2, 0, torch.device("cpu"))
+    with pytest.raises(ConnectionError):
+        fail_in_a_run(world)
+    signal.raise_signal(signal.SIGTERM)
+
+
+def test_handlers_come_back_after_an_error_of_a_single_process():
+    before = handlers()
+    with pytest.raises(ConnectionError):
+        fail_in_a_run(WORLD)
+    assert handlers() == before
