@@ -42,15 +42,15 @@ def deform_conv2d(
     """Convolve with taps displaced by `offset` and scaled by `mask`.
 
     Tap (i, j) of the output at (y, x) reads the input, bilinearly, at
-    (y * stride_y - padding_y + i * dilation_y + dy, x * stride_x - padding_x + j * dilation_x + dx). A position at or
-    beyond -1, H or W reads 0 and passes no gradient to offset and mask, and so does a position that is not finite;
-    at whole pixels the gradient of the offset is the right-sided one. Under autocast, `input`, `weight` and `bias` are
-    computed in the autocast dtype while `offset` and `mask` stay as they are.
+    (y * stride_y - padding_y + i * dilation_y + dy, x * stride_x - padding_x + j * dilation_x + dx). A sample at or
+    beyond -1, H or W is 0 and passes no gradient to offset and mask; so is a sample whose place is not finite. At whole
+    pixels the gradient of the offset is the right-sided one. Under autocast, `input`, `weight` and `bias` are cast to
+    the autocast dtype, while `offset` and `mask` stay as they are.
 
     Args:
         input: (B, C, H, W), float16, bfloat16, float32 or float64; any strides, B may be 0.
-        offset: (B, 2*D*K, Ho, Wo), pixels; channel 2*(d*K + k) is dy and the next dx of tap k (row-major) for the input
-            channels [d*C/D, (d+1)*C/D). The dtype of `input`, or float32 beside a half-precision input.
+        offset: (B, 2*D*K, Ho, Wo), pixels; channel 2*(d*K + k) is dy, and the one after it dx, of tap k (row-major) for
+            the input channels [d*C/D, (d+1)*C/D). The dtype of `input`, or float32 beside a half-precision input.
         weight: (O, C/groups, kh, kw), K = kh*kw, the dtype of `input`.
         bias: (O,) or None.
         stride: input pixels from one output position to the next, int or (y, x).
@@ -104,7 +104,7 @@ def convolve(
     dilation = pair("dilation", dilation)
 
     device = input.device.type
-    # torch knows no autocast of meta tensors; its function that says so does not compile in torch 2.11
+    # meta tensors have no autocast; torch.amp.is_autocast_available, which tells so, does not compile in torch 2.11
     if device != "meta" and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         input = _autocast(input, dtype)
@@ -146,20 +146,20 @@ def choose_backend(name: str | None, input: Tensor) -> str:
         return name
 
     if not HAS_TRITON:
-        raise ValueError("backend='triton' needs the package triton, which is not installed")
+        raise ValueError("backend='triton': expected the package triton, got none installed")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type == "cpu" and not interpreted:
         raise ValueError(
-            "backend='triton' on CPU tensors runs in Triton's interpreter: set TRITON_INTERPRET=1 before triton is "
-            "imported, or use backend=None"
+            "backend='triton': expected a GPU or Triton's interpreter, got CPU tensors; set TRITON_INTERPRET=1 before "
+            "triton is imported, or use backend=None"
         )
     if device.type not in ("cpu", "meta") and not tile_table.serves(device):
         raise ValueError(
-            "backend='triton' needs an AMD GPU or an NVIDIA GPU of compute capability 8.0 or later, got input on "
+            "backend='triton': expected an AMD GPU or an NVIDIA GPU of compute capability 8.0 or later, got input on "
             f"{device}; use backend=None"
         )
     if input.dtype == torch.float64:
-        raise ValueError("backend='triton' computes in float32 or half precision, got float64 input")
+        raise ValueError("backend='triton': expected an input in float32 or half precision, got float64")
     return name
 
 
@@ -181,7 +181,7 @@ def _is_integer(number: object) -> bool:
 
 
 def _to_int(number: int) -> int:
-    """Convert an integer of numpy and the like; one that torch.compile traces stays symbolic."""
+    """Convert an integer of numpy and the like; a symbolic one of torch.compile stays symbolic."""
     if isinstance(number, (int, torch.SymInt)):
         return number
     return operator.index(number)
@@ -201,7 +201,7 @@ def _convolve_by_reference(
 
 
 def _refuse_tangents(*tensors: Tensor | None) -> None:
-    """Raise NotImplementedError in forward mode, where PyTorch would take the derivative of its operators for zero."""
+    """Raise NotImplementedError in forward mode, where PyTorch would silently use 0 as the operator's derivative."""
     if forward_ad._current_level < 0:
         return
     for tensor in tensors:
@@ -213,12 +213,12 @@ def _refuse_tangents(*tensors: Tensor | None) -> None:
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast what autocast casts; other dtypes are left for `_check_dtypes_and_devices` to refuse."""
+    """Cast the dtypes that autocast casts; `_check_dtypes_and_devices` refuses the others."""
     return tensor.to(dtype) if tensor.dtype in (*HALF_DTYPES, torch.float32) else tensor
 
 
 def _check_tensors(**arguments: Tensor | None) -> None:
-    """Raise TypeError where an argument is no tensor, or a sparse one; bias and mask may be None."""
+    """Raise TypeError where an argument is not a tensor, or is a sparse one; bias and mask may be None."""
     for name, tensor in arguments.items():
         if tensor is None and name in ("bias", "mask"):
             continue

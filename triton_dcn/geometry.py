@@ -1,4 +1,4 @@
-"""Sizes of one deformable convolution, and every error about them."""
+"""`ConvGeometry`: the sizes of one call, derived from the shapes of its tensors, with the checks that these agree."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class ConvGeometry:
 
         kernel = weight.shape[2:]
         out_height, out_width = conv_output_size((height, width), kernel, stride, padding, dilation)
-        if out_height <= 0 or out_width <= 0:  # not min(): it would tie a compiled program to H < W, or to H > W
+        if out_height <= 0 or out_width <= 0:  # min() would make torch.compile guard on H < W
             raise ValueError(
                 f"output: expected at least 1x1, got {out_height}x{out_width} from an input of {height}x{width} with "
                 f"kernel {tuple(kernel)}, stride {tuple(stride)}, padding {tuple(padding)}, dilation {tuple(dilation)}"
@@ -141,7 +141,7 @@ def conv_output_size(
 
 
 def check_minimum(name: str, pair: Sequence[int], minimum: int) -> None:
-    """Raise ValueError, which names the argument, where one of a pair is below `minimum`."""
+    """Raise ValueError, which names the argument, if one value of a pair is below `minimum`."""
     if min(pair) < minimum:
         raise ValueError(f"{name}: expected at least {minimum} in both directions, got {tuple(pair)}")
 

@@ -1,7 +1,9 @@
 """One function per kernel: allocate what it writes, find its tile, compute the grid, launch.
 
-Receives channels-last tensors of one slice of images from `triton_backend`, and hands pointers and sizes to `kernels`.
-Sizes of zero never reach a kernel. Letters: see `triton_dcn.kernels.sampling`.
+Receives channels-last tensors of one slice of images from `triton_backend`: the input `x` (B, H, W, C), the weight `w`
+(O, K, C/G), grad_output `grad` (M, O). Hands pointers and sizes to `kernels`. No size is zero here.
+
+Letters: see `triton_dcn.kernels.sampling`.
 """
 
 from __future__ import annotations
@@ -34,9 +36,15 @@ FORWARD_KERNELS = {"forward_prefetch": forward_prefetch_kernel, "forward_transpo
 
 
 class SampleArrays(NamedTuple):
-    """Where the samples of a slice of images lie, and how much they count: what the kernels read of offset and mask.
+    """Where the samples of a slice of images lie, and their masks: what the kernels read instead of offset and mask.
 
-    Each is (D*K, M); `triton_dcn.kernels.sampling` says what they hold.
+    `triton_dcn.kernels.sampling` explains the values.
+
+    Attributes:
+        cell: (D*K, M) int32, the first existing corner pixel and four flags.
+        ly: (D*K, M) float32, y inside the cell.
+        lx: (D*K, M) float32, x inside the cell.
+        scale: (D*K, M) float32, the mask; 0 outside the image.
     """
 
     cell: Tensor
@@ -50,7 +58,7 @@ class Bins(NamedTuple):
 
     Attributes:
         start: (bins + 1,) int32, where the entries of each bin begin.
-        entry: int32, the entries of all bins.
+        entry: (4*D*K*M,) int32, the entries of all bins, then unused ones.
     """
 
     start: Tensor
@@ -58,7 +66,7 @@ class Bins(NamedTuple):
 
 
 def sample(geom: ConvGeometry, offset_mask: OffsetMask) -> SampleArrays:
-    """Launch `sampling_kernel`: compute the sample arrays."""
+    """Launch `sampling_kernel`: return the sample arrays of a slice of images."""
     offset = offset_mask.offset
     has_mask = offset_mask.mask is not None
     mask = offset if offset_mask.mask is None else offset_mask.mask  # without a mask, a pointer that is not read
@@ -82,7 +90,7 @@ def sample(geom: ConvGeometry, offset_mask: OffsetMask) -> SampleArrays:
 
 
 def columns(geom: ConvGeometry, x: Tensor, samples: SampleArrays, chunk: slice) -> Tensor:
-    """Launch `columns_kernel`: return the columns (G, rows, K*C/G) of a chunk of the positions."""
+    """Launch `columns_kernel`: return the columns (G, rows, K*C/G) of a chunk of the positions, dtype of `x`."""
     rows = chunk.stop - chunk.start
     columns = x.new_empty(geom.groups, rows, geom.taps * geom.in_channels // geom.groups)
     tile = find_tile("columns", geom, x)
@@ -149,7 +157,10 @@ def grad_sample(
     chunk: slice,
     grad_offset_mask: OffsetMaskGrad,
 ) -> None:
-    """Launch `grad_sample_kernel`: fill the gradients of offset and mask of a chunk from its column gradients."""
+    """Launch `grad_sample_kernel`: fill the gradients of offset and mask of a chunk of the positions.
+
+    `grad_columns` holds the column gradients of the chunk, (G, rows, K*C/G).
+    """
     rows = chunk.stop - chunk.start
     tile = find_tile("grad_sample", geom, x)
     grad_sample_kernel[(_cdiv(rows, tile.block_p) * geom.offset_groups * geom.taps,)](
@@ -163,12 +174,12 @@ def grad_sample(
 
 
 def binning_method() -> str:
-    """Return how samples are sorted into bins: by a stable "sort" if determinism is asked for, else by "ranks"."""
+    """Return how samples get into bins: by a stable "sort" if the user asks for determinism, else by "ranks"."""
     return "sort" if torch.are_deterministic_algorithms_enabled() else "ranks"
 
 
 def bin_samples(geom: ConvGeometry, samples: SampleArrays) -> Bins:
-    """Sort the samples into bins, in the way of `binning_method`."""
+    """Put the samples into bins by the `binning_method`."""
     tiles_y, tiles_x = input_tiles(geom)
     bins = geom.batch * geom.offset_groups * tiles_y * tiles_x * geom.taps
     if binning_method() == "sort":
@@ -181,8 +192,9 @@ def _bins_by_sort(geom: ConvGeometry, cell: Tensor, bins: int) -> Bins:
     key = cell.new_empty(4 * cell.numel())
     _bin_pass("keys", geom, bins, cell=cell, key=key)
     key, order = torch.sort(key, stable=True)
-    numbers = torch.arange(bins + 1, device=cell.device, dtype=torch.int32)
-    start = torch.searchsorted(key, numbers, out_int32=True)
+    bin_numbers = torch.arange(bins + 1, device=cell.device, dtype=torch.int32)
+    start = torch.searchsorted(key, bin_numbers, out_int32=True)
+    # 4 * sample + corner -> tap * M + position
     entry = order // 4 % (geom.taps * geom.batch * geom.positions)
     return Bins(start, entry.to(torch.int32))
 
@@ -209,8 +221,11 @@ def _bin_pass(
     entry: Tensor | None = None,
 ) -> None:
     """Launch `bin_kernel` for one of its passes, with the tensors that this pass reads or writes."""
-    # for the others it gets a pointer that it does not use
-    key, count, start, entry = (cell if tensor is None else tensor for tensor in (key, count, start, entry))
+    # without a tensor, a pointer that is not used
+    key = cell if key is None else key
+    count = cell if count is None else count
+    start = cell if start is None else start
+    entry = cell if entry is None else entry
     tile = find_tile("bins", geom, cell)
     bin_kernel[(_cdiv(cell.numel(), tile.block_p),)](
         cell, key, count, start, entry,
@@ -223,10 +238,10 @@ def _bin_pass(
 def t_columns(
     geom: ConvGeometry, grad: Tensor, samples: SampleArrays, bins: Bins, tiles: TileChunk
 ) -> tuple[Tensor, slice]:
-    """Launch `t_columns_kernel` for some rows of tiles of some images.
+    """Launch `t_columns_kernel` for a chunk of the input tiles.
 
     Returns:
-        T (G, rows, K*O/G), and the input pixels that it is for, numbered over all images of the slice.
+        T (G, rows, K*O/G), dtype of `grad`, and the input pixels of its rows, counted over all images of the slice.
     """
     first_y = tiles.tile_row * TILE_H
     height = min(geom.height - first_y, tiles.tile_rows * TILE_H)
@@ -252,7 +267,7 @@ def g_form(
 ) -> None:
     """Launch `g_form_kernel`: fill grad_input (B, H, W, C) from the column gradients of a chunk of the positions.
 
-    The first chunk writes in full what the later ones add to.
+    The first chunk writes grad_input in full, the later ones add to it.
     """
     rows = chunk.stop - chunk.start
     positions = geom.batch * geom.positions
@@ -274,16 +289,16 @@ def _words(geom: ConvGeometry, x: Tensor) -> Tensor:
     if not PAIRS or x.dtype != torch.bfloat16 or geom.in_channels // geom.offset_groups % 2:
         return x
     aligned = x.data_ptr() % 4 == 0 and x.storage_offset() % 2 == 0
-    return x.view(-1).view(torch.int32) if aligned else x  # flat, because the strides of sizes of 1 may be odd
+    return x.view(-1).view(torch.int32) if aligned else x  # flat: a dimension of size 1 may have an odd stride
 
 
 def _cdiv(count: int, block: int) -> int:
-    """Return how many blocks cover `count`; triton.cdiv, which may be called in kernels, too, takes 3 us."""
+    """Return how many blocks cover `count`. A call of triton.cdiv on the host takes 3 us."""
     return -(-count // block)
 
 
 def _gradient_tensors(grads: OffsetMaskGrad, samples: SampleArrays) -> tuple[Tensor, Tensor]:
-    """Return the tensors to fill; for a gradient that is not needed, some tensor whose pointer is not used."""
+    """Return the tensors to fill; for a gradient that is not needed, a pointer that is not used."""
     grad_offset = samples.scale if grads.offset is None else grads.offset
     grad_mask = samples.scale if grads.mask is None else grads.mask
     return grad_offset, grad_mask

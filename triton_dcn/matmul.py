@@ -1,11 +1,11 @@
-"""Library matrix products over channel groups for the Triton backend, which hands them columns of samples.
+"""Library matrix products over channel groups: what `triton_backend` does with columns, column gradients and T.
 
 They accumulate in float32, whatever the dtype and the device. On a GPU these are cuBLAS calls in the dtype of the
 operands, and the user's settings in `torch.backends.cuda.matmul` apply as to every product: TF32 where it is allowed,
 in half precision `allow_*_reduced_precision_reduction` and `allow_fp16_accumulation`. On a CPU, operands in half
 precision are converted to float32 first, because products there need not accumulate in float32.
 
-Letters: G channel groups; rows, k and n are the sizes of a product.
+Letters: G channel groups; rows, m, k and n are the sizes of a product.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def accumulate(out: Tensor, left: Tensor, right: Tensor) -> None:
         out.baddbmm_(_float32_on_cpu(left), _float32_on_cpu(right))
         return
 
-    # with a float32 product, the product of a chunk is not rounded to half precision before it is added
+    # a float32 product is not rounded to half precision before it is added
     if HAS_OUT_DTYPE and not _sums_in_float16(left):
         out += torch.bmm(left, right, out_dtype=torch.float32)
     else:
@@ -61,7 +61,7 @@ def accumulate(out: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _sums_in_float16(tensor: Tensor) -> bool:
-    """Tell whether the user allows sums in float16, with which cuBLAS has no float32 product; torch 2.7 or later."""
+    """Tell whether the user allows sums in float16, for which cuBLAS has no float32 output; torch 2.7 or later."""
     allowed = getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
     return tensor.dtype == torch.float16 and allowed
 

@@ -1,6 +1,6 @@
-"""Modules: one that is given its offsets, two that predict them. `fuse_batch_norm` for inference.
+"""Layers: `DeformConv2d` is given its offsets, the two packs predict them; and `fuse_batch_norm` for inference.
 
-Receives the input of a network's layer. Hands it, the offsets and the parameters to `functional`.
+Receives a feature map, and for `DeformConv2d` its offsets. Hands both and the parameters of the layer to `functional`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class DeformConv2d(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weight as torch.nn.Conv2d does."""
+        """Draw weight and bias as torch.nn.Conv2d does."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
             bound = 1 / math.sqrt(self.weight[0].numel())
@@ -71,7 +71,7 @@ class DeformConv2d(nn.Module):
         """Return (B, O, Ho, Wo); see `triton_dcn.deform_conv2d`.
 
         Raises:
-            ValueError: as there, or `input` has other channels than the layer.
+            ValueError: as there, or `input` has another number of channels than `in_channels`.
         """
         if input.dim() == 4 and input.shape[1] != self.in_channels:
             raise ValueError(f"input: expected {self.in_channels} channels (in_channels), got {input.shape[1]}")
@@ -100,12 +100,12 @@ class DeformConv2dPack(nn.Module):
     """Deformable convolution v1 that predicts its own offsets from its input.
 
     Parameters are mmcv's: `weight`, `bias`, `conv_offset.weight`, `conv_offset.bias`. `conv_offset` starts at zero, so
-    that the layer starts as a plain convolution (version 2: half of one, sigmoid(0) being 0.5).
+    that the layer starts as a plain convolution (version 2: half of one, because sigmoid(0) is 0.5).
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in `DeformConv2d`.
         deform_groups: groups D of input channels that share offsets.
-        bias: whether to learn a bias; None: as in mmcv, where version 2 does and version 1 cannot.
+        bias: whether to learn a bias; None: as in mmcv, where version 2 has one and version 1 has none.
 
     Shape:
         (B, C, H, W) -> (B, O, Ho, Wo).
@@ -225,7 +225,7 @@ def fuse_batch_norm(
     are predicted as before.
 
     Args:
-        layer: a `DeformConv2d` or one of the packs, any floating dtype; the copy has it, too.
+        layer: a `DeformConv2d` or one of the packs, any floating dtype; the copy keeps the dtype.
         norm: in evaluation mode, with running statistics, for the output channels of `layer`.
         relu: negative outputs become 0, before the kernel writes them.
 
@@ -245,13 +245,14 @@ def fuse_batch_norm(
     if layer.relu:
         raise ValueError("layer: expected one without relu, got one that is fused already")
     if norm.training or norm.running_mean is None or norm.running_var is None:
-        raise ValueError("norm: expected evaluation mode and running statistics; call norm.eval() first")
+        state = "training mode" if norm.training else "no running statistics"
+        raise ValueError(f"norm: expected evaluation mode and running statistics, got {state}; call norm.eval() first")
     if norm.num_features != layer.out_channels:
         raise ValueError(
             f"norm: expected {layer.out_channels} channels like the output of the layer, got {norm.num_features}"
         )
 
-    dtype = torch.promote_types(layer.weight.dtype, torch.float32)  # of the computation
+    dtype = torch.promote_types(layer.weight.dtype, torch.float32)  # of the computation below
     scale = (norm.running_var.to(dtype) + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.detach().to(dtype)

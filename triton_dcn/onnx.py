@@ -37,7 +37,7 @@ def deform_conv2d(
 
     Args:
         input, offset, mask, weight, bias, stride, padding, dilation: as in `triton_dcn.deform_conv2d`.
-        backend: without meaning in the graph.
+        backend: ignored.
         mask_logits: `offset` holds in its last third of channels the logits of the mask; `mask` is None.
         relu: whether negative outputs become 0.
 

@@ -3,8 +3,8 @@
 Receives checked tensors and the name of a backend from `functional`. Hands them on to the backend, `triton_backend` or
 `torch_backend`, as a `ConvGeometry` and an `OffsetMask`.
 
-Both are functional: they write nothing that they were given. The backward operator returns an empty tensor for each
-gradient that was not asked for.
+Both are functional: they do not write into their arguments. The backward operator returns an empty tensor for each
+gradient that is not needed.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def backward_op(
     needs: list[bool],
     mask_logits: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of input, offset, mask and weight; an empty tensor where `needs` is false.
+    """Return the gradients of input, offset, mask and weight, each in the shape and dtype of its tensor.
+
+    Where `needs` is false, an empty tensor stands for the gradient.
 
     Args:
         grad_output: (B, O, Ho, Wo), any strides.
@@ -142,7 +144,7 @@ def _backward_fake(
 def store_like(tensor: Tensor, like: Tensor) -> Tensor:
     """Return `tensor` stored channels-last if `like` is, and not also contiguous; else contiguous.
 
-    Under vmap, torch answers questions about `memory_format` with an error, so that this one is asked by `permute`.
+    Under vmap, `is_contiguous(memory_format=...)` raises an error; a permuted view answers the same question.
     """
     if like.permute(0, 2, 3, 1).is_contiguous() and not like.is_contiguous():
         return tensor.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
@@ -150,7 +152,7 @@ def store_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _module_of(backend: str) -> ModuleType:
-    """Import a backend. Triton's is imported when it is used, because the other runs where triton is not installed."""
+    """Return the module of a backend. Triton's is imported at its first use: the other runs without triton."""
     if backend == "torch":
         return torch_backend
     if backend == "triton":
@@ -161,7 +163,7 @@ def _module_of(backend: str) -> ModuleType:
 
 
 def _empty_gradient(tensor: Tensor, backend: str) -> Tensor:
-    """Allocate the gradient of offset or mask; the Triton kernels write it plane by plane."""
+    """Allocate the gradient of offset or mask, contiguous for the Triton kernels, else stored like `tensor`."""
     gradient = torch.empty_like(tensor, memory_format=torch.contiguous_format)
     return gradient if backend == "triton" else store_like(gradient, tensor)
 
@@ -177,7 +179,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, offset, mask, weight, rectified_output = ctx.saved_tensors
     if rectified_output is not None:
-        grad_output = torch.where(rectified_output <= 0, 0, grad_output)  # not "> 0": NaN passes it on, as in torch
+        # not "> 0", because NaN passes the gradient on, as in torch
+        grad_output = torch.where(rectified_output <= 0, 0, grad_output)
 
     needs = list(ctx.needs_input_grad[:4])
     grads: list[Tensor | None] = [None] * 4
@@ -186,7 +189,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grads = [grad if need else None for grad, need in zip(computed, needs, strict=True)]
 
     grad_bias = grad_output.sum((0, 2, 3), dtype=ctx.bias_dtype) if ctx.needs_input_grad[4] else None
-    return *grads, grad_bias, None, None, None, None, None, None  # none for the settings
+    return *grads, grad_bias, None, None, None, None, None, None  # no gradients of the settings
 
 
 def _second_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -226,7 +229,7 @@ def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple
 def _vmap_backward(
     info: Any, in_dims: tuple[Any, ...], *arguments: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """Do as `_vmap_forward`; each element has its own weight gradient, so that this one needs a call per element."""
+    """Do as `_vmap_forward`; the gradient of the weight needs one call per element, because each has its own."""
     tensors = arguments[:5]
     settings = arguments[5:]
     needs = settings[4]

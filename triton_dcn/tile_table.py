@@ -2,8 +2,8 @@
 
 Receives the geometry and a tensor of a call from `triton_backend` and `launchers`, and returns a row, or its tile.
 
-The first row that fits task, architecture, arithmetic and number of channels is taken. Where none of "forward" or
-"grad_sample_fused" fits, the work is done by columns and a library product, whose tasks have a row for all sizes.
+The first row that fits task, architecture, arithmetic and number of channels is taken. Where no row of "forward" or
+"grad_sample_fused" fits, columns and a library product do the work: the other tasks have a row for all sizes.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Tile:
         block_p: output positions; samples of a bin for "t_columns" and "g_form".
         block_o: output channels, 0 where the kernel has no block of them.
         block_c: input channels, 0 where the kernel has no block of them.
-        num_warps: per block.
-        max_registers: bound for each thread, so that more blocks fit a multiprocessor, on NVIDIA; 0 leaves it to the
-            compiler.
+        num_warps: per program.
+        max_registers: limit for each thread, so that more programs fit a multiprocessor, on NVIDIA; 0 leaves it to
+            the compiler.
     """
 
     block_p: int
@@ -61,7 +61,8 @@ class TileRow:
         kernel: which kernel does it, without "_kernel".
         archs: "sm80", "sm90", "sm100", "gfx942" (by family: 12.x is served as sm80) or "interpreter".
         arithmetic: "half", "tf32", "float32" or "any".
-        channels: the most that it is for: input channels of an offset group; for "t_columns", output channels.
+        channels: the largest number that the row fits: input channels of an offset group; for "t_columns", output
+            channels.
         tile: block sizes.
     """
 
@@ -130,7 +131,7 @@ def find_row(task: str, geom: ConvGeometry, tensor: Tensor) -> TileRow | None:
     Args:
         task: as in `TileRow`.
         geom: of the call.
-        tensor: any of the call's; its device and dtype count.
+        tensor: one of the call's tensors; only its device and dtype are used.
     """
     if task in EXACT_TASKS and geom.groups > 1:
         return None
@@ -167,10 +168,10 @@ def match_row(task: str, arch: str, arithmetic: str, channels: int, out_channels
 
 
 def serves(device: torch.device) -> bool:
-    """Tell whether the table is for `device`: on older GPUs its tiles fit neither registers nor shared memory."""
+    """Tell whether the table has rows for `device`. On older GPUs the tiles exceed registers and shared memory."""
     if device.type != "cuda":
         return False
-    if torch.version.hip or not torch.cuda.is_available():  # the latter: a fake tensor
+    if torch.version.hip or not torch.cuda.is_available():  # no GPU here: a fake tensor
         return True
     return bool(torch.cuda.get_device_properties(device).major >= 8)
 
@@ -192,7 +193,7 @@ def arithmetic(tensor: Tensor) -> str:
     if not tensor.is_cuda or torch.version.hip:
         return "float32"
     matmul = torch.backends.cuda.matmul
-    # the setting was renamed in torch 2.9, where to read the old name after the new one was set is an error
+    # renamed in torch 2.9, which raises an error when the old name is read after the new one was set
     allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     return "tf32" if allowed else "float32"
 
@@ -203,7 +204,7 @@ def dot_precision(tensor: Tensor) -> str:
 
 
 def precision(arch: str, arithmetic: str) -> str:
-    """Return `input_precision` of tl.dot; three TF32 products stand in for float32, which has no tensor-core form."""
+    """Return `input_precision` of tl.dot; three TF32 products replace one in float32, which tensor cores lack."""
     if arithmetic == "tf32":
         return "tf32"
     if arithmetic == "float32" and arch.startswith("sm"):
@@ -212,5 +213,5 @@ def precision(arch: str, arithmetic: str) -> str:
 
 
 def strip_width(out_width: int) -> int:
-    """Return the width of the strips in which output positions are numbered, 0 for row-major order."""
+    """Return the constant STRIP of `kernels.sampling.swizzle`: the width of a strip, 0 for row-major order."""
     return STRIP if out_width >= STRIP_MIN_WIDTH else 0

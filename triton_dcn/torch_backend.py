@@ -1,6 +1,6 @@
 """Backend "torch": fast library calls on any device, written for CPUs. Entry points: `forward` and `backward`.
 
-Receives the tensors and the geometry of a call from `operator`, and writes the results.
+Receives the tensors and the geometry of a call from `operator`. Returns the output or the gradients.
 
 A bilinear sample is a weighted sum of four rows of a table that has one row of channels per pixel, which is what
 `embedding_bag` computes. Its transpose, the gradient of the input, is another `embedding_bag` over the samples, sorted
@@ -52,15 +52,15 @@ def forward(
         geom: from `ConvGeometry.of` for these tensors.
         input: (B, C, H, W), any floating dtype and strides; float16 and bfloat16 are computed in float32.
         offset_mask: any strides; samples at offsets that are not finite are 0.
-        weight: (O, C/G, kh, kw).
-        bias: (O,) or None.
+        weight: (O, C/G, kh, kw), dtype of `input`.
+        bias: (O,), dtype of `input`, or None.
         relu: negative outputs become 0.
 
     Returns:
         (B, O, Ho, Wo), dtype of `input`; channels_last if `input` is, else contiguous.
     """
     dtype = _compute_dtype(input)
-    kernel = _kernel_matrix(geom, weight.to(dtype))
+    weight_matrix = _weight_matrix(geom, weight.to(dtype))
     mask = offset_mask.modulation()
     grid = tap_grid(geom, input.device)
     output = input.new_empty(geom.output_shape).to(memory_format=_memory_format(input))
@@ -72,8 +72,9 @@ def forward(
             samples = make_samples(geom, offset_mask.offset, mask, images, block.positions, grid, dtype)
             block_rows = output_rows[:, images, block.positions]
             for chunk in block.chunks:
-                # columns have no name, so that their memory, which is in the cache, is free for the next chunk
-                product = _matmul(_sample_columns(geom, table, *samples.chunk(chunk)), kernel.mT)  # (G, n * p, O/G)
+                # no variable holds the columns: so the next chunk can reuse their memory, which is in the cache
+                product = _matmul(_sample_columns(geom, table, *samples.chunk(chunk)), weight_matrix.mT)
+                # product is (G, n * p, O/G)
                 if bias is not None:
                     product.add_(bias.view(geom.groups, 1, -1))
                 if relu:
@@ -103,8 +104,8 @@ def backward(
         input: as for `forward`.
         offset_mask: as for `forward`.
         weight: as for `forward`.
-        grad_offset_mask: where to write the gradients of offset and mask, contiguous or channels_last but for the
-            stride of the batch. They are 0 for samples outside the image.
+        grad_offset_mask: receives the gradients of offset and mask, written in full; contiguous or channels_last,
+            except for the stride of the batch. The gradients are 0 for samples outside the image.
         needs_input: whether to compute the gradient of the input.
         needs_weight: whether to compute the gradient of the weight.
 
@@ -112,12 +113,12 @@ def backward(
         Gradients of input and weight in the dtype of each, None where not needed.
     """
     dtype = _compute_dtype(input)
-    kernel = _kernel_matrix(geom, weight.to(dtype))
+    weight_matrix = _weight_matrix(geom, weight.to(dtype))
     mask = offset_mask.modulation()
     grid = tap_grid(geom, input.device)
     grad_rows = _view_rows(geom, grad_output)
     grad_input = torch.empty_like(input, memory_format=_memory_format(input)) if needs_input else None
-    grad_kernel = torch.zeros_like(kernel, memory_format=torch.contiguous_format) if needs_weight else None
+    grad_matrix = torch.zeros_like(weight_matrix, memory_format=torch.contiguous_format) if needs_weight else None
 
     for images, blocks in divide_work(geom, dtype.itemsize):
         table = make_table(geom, input[images], dtype)
@@ -129,12 +130,12 @@ def backward(
                 rows, weights = samples.chunk(chunk)
                 grad = grad_rows[:, images, block.positions][:, :, chunk].to(dtype)
                 grad = grad.flatten(1, 2).contiguous()  # (G, n * p, O/G)
-                if grad_kernel is not None:
-                    grad_kernel.baddbmm_(grad.mT, _sample_columns(geom, table, rows, weights))
+                if grad_matrix is not None:
+                    grad_matrix.baddbmm_(grad.mT, _sample_columns(geom, table, rows, weights))
                 if grad_table is None and corner_dots is None:
                     continue
 
-                grad_columns = _matmul(grad, kernel)
+                grad_columns = _matmul(grad, weight_matrix)
                 if grad_table is not None:
                     _scatter_add(geom, grad_columns, rows, weights, grad_table)
                 if corner_dots is not None:
@@ -147,7 +148,7 @@ def backward(
 
     if offset_mask.mask_logits:
         _apply_sigmoid_gradient(grad_offset_mask.mask, mask)
-    grad_weight = None if grad_kernel is None else _to_weight(geom, grad_kernel).to(weight.dtype).contiguous()
+    grad_weight = None if grad_matrix is None else _to_weight(geom, grad_matrix).to(weight.dtype).contiguous()
     return grad_input, grad_weight
 
 
@@ -163,41 +164,41 @@ def _memory_format(tensor: Tensor) -> torch.memory_format:
 
 
 def _view_rows(geom: ConvGeometry, tensor: Tensor) -> Tensor:
-    """View a tensor like the output, (B, O, Ho, Wo), as rows of channels: (G, B, P, O/G)."""
+    """View output or grad_output, (B, O, Ho, Wo), as one row of channels per position: (G, B, P, O/G)."""
     by_group: Tensor = tensor.flatten(2).unflatten(1, (geom.groups, -1))
     return by_group.permute(1, 0, 3, 2)
 
 
-def _kernel_matrix(geom: ConvGeometry, weight: Tensor) -> Tensor:
-    """Return the weight as the matrix that multiplies columns: (G, O/G, K * C/G)."""
+def _weight_matrix(geom: ConvGeometry, weight: Tensor) -> Tensor:
+    """Return the weight as the matrix that multiplies columns: (G, O/G, K*C/G)."""
     return weight.permute(0, 2, 3, 1).reshape(geom.groups, geom.out_channels // geom.groups, -1)
 
 
-def _to_weight(geom: ConvGeometry, kernel: Tensor) -> Tensor:
-    """Undo `_kernel_matrix`: (O, C/G, kh, kw)."""
-    taps_first = kernel.view(geom.out_channels, geom.taps, -1)
+def _to_weight(geom: ConvGeometry, matrix: Tensor) -> Tensor:
+    """Undo `_weight_matrix`: return (O, C/G, kh, kw)."""
+    taps_first = matrix.view(geom.out_channels, geom.taps, -1)
     return taps_first.mT.reshape(geom.out_channels, -1, *geom.kernel)
 
 
 def _sample_columns(geom: ConvGeometry, table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """Sample the columns of a chunk: (G, n * p, K * C/G)."""
+    """Compute the columns of a chunk: (G, n * p, K*C/G); rows and weights from `BilinearSamples.chunk`."""
     starts = torch.arange(0, len(rows), 4, dtype=rows.dtype, device=rows.device)
     columns, *_ = torch.embedding_bag(view_slices(geom, table), rows, starts, per_sample_weights=weights)
     return columns.view(geom.groups, -1, geom.taps * geom.in_channels // geom.groups)
 
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:
-    """Multiply (G, M, N) by (G, N, O): (G, M, O)."""
+    """Return left (G, rows, k) @ right (G, k, n)."""
     if not _is_faster_as_convolution(left):
         return torch.bmm(left, right)
-    image = left.unsqueeze(2).permute(0, 3, 1, 2)  # (1, N, M, 1) with the strides of channels_last: not copied
+    image = left.unsqueeze(2).permute(0, 3, 1, 2)  # (1, k, rows, 1) with the strides of channels_last, not copied
     return F.conv2d(image, right[0].t()[:, :, None, None]).permute(0, 2, 3, 1).squeeze(2)
 
 
 def _is_faster_as_convolution(left: Tensor) -> bool:
-    """Tell whether a 1x1 convolution runs in oneDNN, faster than BLAS; with one thread torch does not use oneDNN.
+    """Tell whether a product runs faster as a 1x1 convolution in oneDNN; with one thread torch does not use oneDNN.
 
-    With one channel the image would be contiguous in both formats, and the output would not be channels_last.
+    An image of one channel is contiguous in both formats, so that the output would not be channels_last.
     """
     groups, _, channels = left.shape
     if groups > 1 or channels == 1 or left.dtype != torch.float32 or not left.is_cpu:
@@ -206,10 +207,10 @@ def _is_faster_as_convolution(left: Tensor) -> bool:
 
 
 def _scatter_add(geom: ConvGeometry, grad_columns: Tensor, rows: Tensor, weights: Tensor, grad_table: Tensor) -> None:
-    """Add to each table row the gradients of the samples that read it, times their weights, in the samples' order."""
+    """Add to each table row the weighted gradients of the samples that read it, in the order of the samples."""
     low, high = (int(limit) for limit in rows.aminmax())
     middle = (low + high + 1) // 2
-    key_dtype = torch.int16 if high - low < 2**16 else rows.dtype  # short keys, because sorting takes time per byte
+    key_dtype = torch.int16 if high - low < 2**16 else rows.dtype  # short keys are sorted faster
     sorted_keys, order = torch.sort((rows - middle).to(key_dtype), stable=True)
 
     table_keys = (torch.arange(low, high + 1, device=rows.device) - middle).to(key_dtype)
@@ -225,13 +226,20 @@ def _scatter_add(geom: ConvGeometry, grad_columns: Tensor, rows: Tensor, weights
 
 
 def _dot_with_corners(geom: ConvGeometry, table: Tensor, grad_columns: Tensor, rows: Tensor) -> Tensor:
-    """Return inner products of the gradient of each sample with its four corners, in the order of the corners."""
+    """Return the dot product of each sample's column gradient with each of its four corners, in the order of `rows`.
+
+    Args:
+        geom: of the call.
+        table: (R, C), from `make_table`.
+        grad_columns: (G, n * p, K*C/G).
+        rows: (G * n * p * K * J * 4,), from `BilinearSamples.chunk`.
+    """
     table = view_slices(geom, table)
     grads = view_slices(geom, grad_columns)
     if not rows.is_cpu:
         return torch.stack([(table[corner] * grads).sum(-1) for corner in rows.view(-1, 4).unbind(1)], 1)
 
-    # four entries per row of grads @ table.T
+    # only four entries of each row of grads @ table.T are computed
     starts = torch.arange(0, len(rows) + 1, 4, dtype=rows.dtype)
     zeros = table.new_zeros(len(rows))
     entries = torch.sparse_csr_tensor(starts, rows, zeros, size=(len(grads), len(table)), check_invariants=False)
@@ -247,8 +255,16 @@ def _write_sample_gradients(
     images: slice,
     positions: slice,
 ) -> None:
-    """Write the gradients of the offset and of the mask, (G, n, p, K, J, 4) inner products given, for a block."""
-    gradients = _blend(corner_dots, samples.fractions)
+    """Write the gradients of offset and mask for a block of positions.
+
+    Args:
+        geom: of the call.
+        corner_dots: (G, n, p, K, J, 4), from `_dot_with_corners`.
+        samples: of the block.
+        grad_offset_mask: of the whole call.
+        images, positions: what the block is of.
+    """
+    gradients = _sample_derivatives(corner_dots, samples.fractions)
     if grad_offset_mask.mask is not None:
         view_samples(geom, grad_offset_mask.mask, images, positions).copy_(gradients[:1])
     if grad_offset_mask.offset is not None:
@@ -258,14 +274,14 @@ def _write_sample_gradients(
         view_samples(geom, grad_offset_mask.offset, images, positions).copy_(grad_position)
 
 
-def _blend(corner_dots: Tensor, fractions: Tensor) -> Tensor:
-    """Return the derivative by the mask, and those by y and x without the mask: (3, n, p, K, D).
+def _sample_derivatives(corner_dots: Tensor, fractions: Tensor) -> Tensor:
+    """Return derivatives with respect to mask, y and x, the last two before the factor of the mask: (3, n, p, K, D).
 
     Args:
         corner_dots: (G, n, p, K, J, 4).
         fractions: (2, n, p, K, D).
     """
-    # sum over the slices of an offset group
+    # summed over the slices of an offset group
     dots = corner_dots.permute(5, 1, 2, 3, 0, 4).reshape(4, *fractions.shape[1:], -1).sum(-1)
     top_left, top_right, bottom_left, bottom_right = dots
     fraction_y, fraction_x = fractions
@@ -282,7 +298,7 @@ def _blend(corner_dots: Tensor, fractions: Tensor) -> Tensor:
 def _apply_sigmoid_gradient(grad: Tensor | None, mask: Tensor | None) -> None:
     """Turn the gradient of the mask into that of its logits, in place.
 
-    Outside the image the gradient of the mask is 0 and the logit may be NaN, so that 0 is kept.
+    Outside the image the gradient of the mask is 0 and stays 0, even if the logit is NaN there.
     """
     if grad is None or mask is None:
         return

@@ -1,12 +1,13 @@
 """What `torch_backend` samples with: tables of pixels, and the table rows and weights of each sample.
 
-Receives the tensors and the geometry of a call, a part of its images and positions at a time.
+Receives the tensors and the geometry of a call. Hands tables and samples to `torch_backend`, for some of the images and
+a block of their positions at a time.
 
-Letters: B images, n images of a part, C channels, G channel groups, D offset groups, K taps, P positions of an image,
-p positions of a part, L = lcm(G, D) slices of the channels, J = L / G slices of a group.
+Letters: B images, n images of one table, C channels, G channel groups, D offset groups, K taps, P positions of an
+image, p positions of a block or of a chunk, L = lcm(G, D) slices of the channels, J = L / G slices of a group.
 
-Within a slice all channels have the same group and the same offset group, so that a slice is what a sample reads at
-once. Samples are ordered (G, n, p, K, J).
+In this file and in `torch_backend`, a slice is a slice of the channels: all of its channels have the same group and the
+same offset group, so that a sample reads it at once. Samples are ordered (G, n, p, K, J).
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ from torch import Tensor
 from triton_dcn.geometry import ConvGeometry, even_slices
 
 CHUNK_BYTES = 8 << 20
-"""Size of the columns and indices of one chunk; the backward pass holds a few such buffers."""
+"""Bytes of the columns and indices of one chunk; the backward pass holds a few such buffers."""
 
 CHUNK_WEIGHTS = 3
-"""Columns of one chunk may be this many times as large as the weight, which the products rearrange for every chunk."""
+"""How many times the size of the weight a chunk may always have, because products rearrange the weight per chunk."""
 
 FAR = float(1 << 30)
-"""Pixels; larger offsets are limited to it, so that positions fit in int32."""
+"""Pixels. Offsets are clamped to it, so that the sampled coordinates fit in int32."""
 
 
 class Block(NamedTuple):
     """Positions whose samples are computed at once.
 
     Attributes:
-        positions: of the images.
-        chunks: positions within the block whose columns are computed, and contracted, at once.
+        positions: of each image, within range(P).
+        chunks: counted within the block; positions whose columns are computed and contracted at once.
     """
 
     positions: slice
@@ -59,7 +60,7 @@ class BilinearSamples(NamedTuple):
     mask: Tensor | None
 
     def chunk(self, positions: slice) -> tuple[Tensor, Tensor]:
-        """Return rows and weights of some positions, flat."""
+        """Return rows and weights of a chunk, each (G * n * p * K * J * 4,)."""
         return self.rows[:, :, positions].flatten(), self.weights[:, :, positions].flatten()
 
 
@@ -75,7 +76,7 @@ def divide_work(geom: ConvGeometry, itemsize: int) -> Iterator[tuple[slice, list
         itemsize: bytes of an element in the dtype of the computation.
 
     Yields:
-        Slices of the batch, and the blocks of each.
+        Some of the images, as a slice of the batch, and the blocks of their positions.
     """
     pixel_bytes = geom.in_channels * itemsize
     sample_bytes = 64 * geom.taps * slice_count(geom)  # per position: four rows and weights, and their order
@@ -104,12 +105,12 @@ def view_slices(geom: ConvGeometry, rows: Tensor) -> Tensor:
 
 
 def view_samples(geom: ConvGeometry, tensor: Tensor, images: slice, positions: slice) -> Tensor:
-    """View some positions of offsets (B, 2*D*K, Ho, Wo) as (2, n, p, K, D), or of masks (B, D*K, Ho, Wo) as (1, ...).
+    """View a block of offsets (B, 2*D*K, Ho, Wo) as (2, n, p, K, D), or of masks (B, D*K, Ho, Wo) as (1, n, p, K, D).
 
-    Height and width must lie in memory as one dimension if the view is to be written to.
+    To write through the view, height and width must lie in memory as one dimension; otherwise it is a copy.
     """
-    planes = tensor[images].flatten(2)[..., positions]
-    by_tap: Tensor = planes.unflatten(1, (geom.offset_groups, geom.taps, -1))
+    block = tensor[images].flatten(2)[..., positions]
+    by_tap: Tensor = block.unflatten(1, (geom.offset_groups, geom.taps, -1))
     return by_tap.permute(3, 0, 4, 2, 1)
 
 
@@ -235,7 +236,7 @@ def _clear_outside(geom: ConvGeometry, mask: Tensor, y: Tensor, x: Tensor) -> Te
 
 
 def _repeat_for_slices(geom: ConvGeometry, samples: Tensor) -> Tensor:
-    """Repeat values per offset group, (n, p, K, D), for the slices: (n, p, K, G, J)."""
+    """Repeat the value of each offset group, (n, p, K, D), for its slices: (n, p, K, G, J)."""
     slices = slice_count(geom)
     repeated = samples.repeat_interleave(slices // geom.offset_groups, -1)
     return repeated.view(*samples.shape[:-1], geom.groups, slices // geom.groups)

@@ -3,10 +3,11 @@
 Receives a `ConvGeometry`, an `OffsetMask` and tensors of any strides from `operator`. Hands slices of images, stored
 channels-last, to `launchers`, and chunks of columns to the library products of `matmul`. Nothing waits for the device.
 
-Inside, the input is (B, H, W, C), the weight (O, K, C/G), the output (B, Ho, Wo, O). The offsets become sample arrays,
-`SampleArrays`, in the first launch of each pass, and are not read again.
+Inside, the input `x` is (B, H, W, C), the weight `w` (O, K, C/G), output and grad_output `grad` (M, O). For each slice,
+the first launch computes the sample arrays, `SampleArrays`, from offsets and masks; nothing else reads these two.
 
-Letters: see `triton_dcn.kernels.sampling`; M is the number of output positions of the images in a slice.
+Letters: see `triton_dcn.kernels.sampling`; B and M count the images, and their output positions, of one slice. The rows
+of a column buffer are the output positions of one chunk.
 """
 
 from __future__ import annotations
@@ -54,15 +55,15 @@ def forward(
     row = tile_table.find_row("forward", geom, x)
 
     with _current_device(x.device):
-        for part, images in image_slices(geom, "arrays"):
-            samples = launchers.sample(part, offset_mask.images(images))
-            part_output = output[_positions(geom, images)]
+        for slice_geom, images in image_slices(geom, "arrays"):
+            samples = launchers.sample(slice_geom, offset_mask.images(images))
+            slice_output = output[_positions(geom, images)]
             if row is not None:
-                launchers.forward_fused(part, row, x[images], samples, w, bias, part_output, relu)
+                launchers.forward_fused(slice_geom, row, x[images], samples, w, bias, slice_output, relu)
             else:
-                _forward_by_columns(part, x[images], samples, w, bias, part_output)
+                _forward_by_columns(slice_geom, x[images], samples, w, bias, slice_output)
                 if relu:
-                    part_output.relu_()
+                    slice_output.relu_()
     return output.view(geom.batch, geom.out_height, geom.out_width, geom.out_channels).permute(0, 3, 1, 2)
 
 
@@ -83,7 +84,7 @@ def backward(
         geom: as given to `forward`.
         grad_output: (B, O, Ho, Wo), any strides.
         input, offset_mask, weight: as given to `forward`.
-        grad_offset_mask: written in full; contiguous but for the stride of the batch.
+        grad_offset_mask: written in full; contiguous except for the stride of the batch.
         needs_input: whether to compute the gradient of `input`.
         needs_weight: whether to compute the gradient of `weight`.
 
@@ -99,22 +100,22 @@ def backward(
     grad_input = torch.empty_like(x) if needs_input else None  # written in full
     kept = launchers.binning_method() if needs_input else "arrays"
 
-    # T is computed for the gradient of the input, and one more product makes that of the weight from it
+    # T, which the gradient of the input needs, also gives that of the weight, with one more product
     use_t_columns = needs_input and geom.offset_groups == 1
-    grad_weight = None  # added to, chunk by chunk
+    grad_weight = None  # each chunk adds its part
     if needs_weight:
         weight_matrix = _weight_for_t(geom, w) if use_t_columns else _weight_for_columns(geom, w)
         grad_weight = torch.zeros_like(weight_matrix, dtype=torch.float32)
     grads = _Gradients(grad_input, grad_offset_mask, grad_weight)
 
     with _current_device(x.device):
-        for part, images in image_slices(geom, kept):
-            samples = launchers.sample(part, offset_mask.images(images))
-            part_grad = grad[_positions(geom, images)]
+        for slice_geom, images in image_slices(geom, kept):
+            samples = launchers.sample(slice_geom, offset_mask.images(images))
+            slice_grad = grad[_positions(geom, images)]
             if use_t_columns:
-                _backward_by_t_columns(part, part_grad, x[images], samples, w, grads.images(images))
+                _backward_by_t_columns(slice_geom, slice_grad, x[images], samples, w, grads.images(images))
             else:
-                _backward_by_columns(part, part_grad, x[images], samples, w, grads.images(images))
+                _backward_by_columns(slice_geom, slice_grad, x[images], samples, w, grads.images(images))
 
     if grad_input is not None:
         grad_input = grad_input.permute(0, 3, 1, 2)
@@ -129,7 +130,7 @@ class _Gradients:
     """What a backward pass writes, None where not needed.
 
     Attributes:
-        input: (B, H, W, C).
+        input: (B, H, W, C), dtype of the input.
         offset_mask: gradients of offset and mask.
         weight: float32; (G, K*O/G, C/G) by T-columns, (G, O/G, K*C/G) by columns.
     """
@@ -139,7 +140,7 @@ class _Gradients:
     weight: Tensor | None
 
     def images(self, images: slice) -> _Gradients:
-        """Return the part of some images; the weight is that of all."""
+        """Select some images; the gradient of the weight belongs to all of them."""
         input = None if self.input is None else self.input[images]
         return _Gradients(input, self.offset_mask.images(images), self.weight)
 
@@ -157,7 +158,7 @@ def _forward_by_columns(
 def _backward_by_t_columns(
     geom: ConvGeometry, grad: Tensor, x: Tensor, samples: SampleArrays, w: Tensor, grads: _Gradients
 ) -> None:
-    """Fill the gradients of one slice of images; one offset group, gradient of the input needed."""
+    """Fill the gradients of one slice of images, if it has one offset group and the gradient of the input is needed."""
     assert grads.input is not None
     _fill_offset_mask_gradients(geom, grad, x, samples, w, grads.offset_mask)
 
@@ -175,7 +176,7 @@ def _backward_by_t_columns(
 def _backward_by_columns(
     geom: ConvGeometry, grad: Tensor, x: Tensor, samples: SampleArrays, w: Tensor, grads: _Gradients
 ) -> None:
-    """Fill the gradients of one slice of images; any offset groups, from column gradients and recomputed columns."""
+    """Fill the gradients of one slice of images from column gradients and recomputed columns; any offset groups."""
     if grads.input is None:
         _fill_offset_mask_gradients(geom, grad, x, samples, w, grads.offset_mask)
     else:
@@ -199,14 +200,14 @@ def _fill_input_gradient(
     """Fill the gradient of the input by the G-form, and those of offset and mask from the same column gradients."""
     bins = launchers.bin_samples(geom, samples)
     chunks = list(column_chunks(geom, x))
-    # several chunks add up in float32
+    # several chunks are summed in float32
     total = grad_input if len(chunks) == 1 else torch.empty_like(grad_input, dtype=torch.float32)
     for chunk in chunks:
         grad_columns = column_gradients(geom, grad[chunk], w)
         if grad_offset_mask.needed:
             launchers.grad_sample(geom, grad_columns, x, samples, chunk, grad_offset_mask)
         launchers.g_form(geom, grad_columns, samples, bins, chunk, total)
-        del grad_columns  # before the next are allocated
+        del grad_columns  # frees the memory before the next ones are allocated
     if total is not grad_input:
         grad_input.copy_(total)
 
@@ -273,10 +274,10 @@ def _taps_last(weight: Tensor) -> Tensor:
 
 
 def _positions(geom: ConvGeometry, images: slice) -> slice:
-    """Return the output positions of some images, numbered over all images."""
+    """Return the output positions of a slice of images, counted over all images."""
     return slice(images.start * geom.positions, images.stop * geom.positions)
 
 
 def _current_device(device: torch.device) -> AbstractContextManager[None]:
-    """Make a GPU the current one, where Triton launches."""
+    """Make `device` the current GPU, because Triton launches on that one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -22,7 +22,7 @@ MAX_PIXELS = 1 << 27
 MAX_SAMPLES = 1 << 29
 """Samples of the images in one slice: a sample has up to four entries in the bins, which are counted in 32 bits."""
 SAMPLE_BYTES = {"arrays": 16, "ranks": 32, "sort": 160}
-"""Bytes for each sample, by what is kept of it.
+"""Bytes of one sample, by what a slice keeps of it.
 
 "arrays": its sample arrays alone. "ranks": with its entries in the bins. "sort": with what the stable sort of the bins
 takes at its peak: the keys and their copy, the order in int64, and the buffers of the sort for both.
@@ -30,7 +30,14 @@ takes at its peak: the keys and their copy, the order in int64, and the buffers 
 
 
 class TileChunk(NamedTuple):
-    """Rows of input tiles: those of `tile_rows` rows from `tile_row` on, of `images` images from `image` on."""
+    """The input tiles of some images, or of some rows of tiles of one image.
+
+    Attributes:
+        image: the first image, counted within the slice.
+        images: number of images.
+        tile_row: the first row of tiles.
+        tile_rows: number of rows of tiles, in each image.
+    """
 
     image: int
     images: int
@@ -39,11 +46,13 @@ class TileChunk(NamedTuple):
 
 
 def image_slices(geom: ConvGeometry, kept: str) -> Iterator[tuple[ConvGeometry, slice]]:
-    """Yield even slices of images, each with its geometry, whose indices and per-image buffers fit.
+    """Yield slices of images, each with its geometry, whose indices fit 32 bits and whose buffers fit the workspace.
+
+    They are of nearly the same length. One image is a slice even if its buffers exceed the workspace.
 
     Args:
         geom: of all images.
-        kept: what is kept of each sample, a key of `SAMPLE_BYTES`.
+        kept: what the slice keeps of each sample, a key of `SAMPLE_BYTES`.
 
     Raises:
         ValueError: one image has too many pixels or samples.
@@ -55,7 +64,7 @@ def image_slices(geom: ConvGeometry, kept: str) -> Iterator[tuple[ConvGeometry, 
 
     bytes_per_image = samples * SAMPLE_BYTES[kept]
     if geom.offset_groups > 1 and kept != "arrays":
-        # one chunk of column gradients a slice, because each chunk goes through all bins of the slice
+        # one chunk of column gradients per slice, because every chunk reads all bins of the slice
         column_bytes = geom.positions * geom.taps * geom.in_channels * 4
         bytes_per_image = max(bytes_per_image, column_bytes)
     images_by_pixels = (MAX_PIXELS - 1) // pixels
@@ -67,7 +76,7 @@ def image_slices(geom: ConvGeometry, kept: str) -> Iterator[tuple[ConvGeometry, 
 
 
 def column_chunks(geom: ConvGeometry, x: Tensor) -> Iterator[slice]:
-    """Yield slices of the output positions, over all images, whose columns in the dtype of `x` fit the workspace."""
+    """Yield chunks of the output positions of all images, whose columns in the dtype of `x` fit the workspace."""
     positions = geom.batch * geom.positions
     position_bytes = geom.taps * geom.in_channels * x.element_size()
     length = max(1, WORKSPACE_BYTES // position_bytes)

@@ -39,7 +39,7 @@ class Patch:
             setattr(module, name, function)
 
     def __enter__(self) -> Patch:
-        """Return the patch; it is active since it was made."""
+        """Return the patch, which has been active since it was made."""
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -62,8 +62,8 @@ def import_library(name: str) -> ModuleType:
 def convert_layers(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]]) -> list[str]:
     """Give the layers of `model` new classes, in place.
 
-    Only the class changes; the object, its attributes, parameters and hooks stay. So the new class must work with the
-    attributes of the old one. Layers of a subclass are left alone, because their methods would be lost.
+    Only the class changes; the object, its attributes, parameters and hooks stay. The new class must therefore work
+    with the attributes of the old one. Layers of a subclass are left alone, because their methods would be lost.
 
     Args:
         model: may be such a layer itself.

@@ -1,7 +1,7 @@
-"""Products and rounding that give the same on a GPU and in the interpreter.
+"""Products and rounding that give the same results on a GPU and in Triton's interpreter.
 
 The interpreter multiplies bfloat16 tiles wrongly, and truncates where hardware rounds. The code that corrects this is
-left out when a kernel is compiled for a GPU.
+not in kernels that are compiled for a GPU.
 """
 
 import os
@@ -14,7 +14,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # triton.
 
 @triton.jit
 def contract(a, b, acc, PRECISION: tl.constexpr):
-    """Return acc + a @ b, accumulated in float32."""
+    """Return acc + a @ b, (m, n) + (m, k) @ (k, n), accumulated in float32."""
     if INTERPRETED and a.dtype == tl.bfloat16:
         a = a.to(tl.float32)
         b = b.to(tl.float32)

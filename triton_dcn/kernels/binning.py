@@ -2,13 +2,14 @@
 
 Receives the cells of the samples. Hands the entries of all bins on to `grad_input`.
 
-A bin is one (image, offset group, tile, tap), numbered in that order. It lists entries `tap * M + position`. A sample
-enters every tile that has one of its corners, one to four tiles, so that the gradient of a tile needs only its own
-bins. The lists are allocated for four entries of each sample: their lengths never travel to the host.
+A bin belongs to one (image, offset group, tile, tap), and bins are numbered in that order. Each lists its samples as
+entries `tap * M + position`; a place in the list of all entries is a slot. A sample enters the bin of every tile that
+has one of its corners, one to four tiles, so that the gradient of a tile needs only its own bins. There is memory for
+four entries of each sample, so that the host need not read how many there are.
 
 There are two ways to the same bins. With keys and a stable sort, the entries of a bin are in the order of the samples,
-and what is summed along a bin is reproducible bit by bit. Counting with integer atomics, a cumulative sum, and filling
-by rank moves fewer bytes, and leaves the order inside a bin to the hardware.
+and sums along a bin are reproducible bit by bit. The other way counts with integer atomics, takes a cumulative sum and
+fills the bins by rank; it moves fewer bytes, but the hardware decides the order inside a bin.
 
 Letters, names and sample arrays: see `sampling`.
 """
@@ -24,13 +25,13 @@ def cell_origin(cell, pixel, width):
     """Return y and x of the top left corner of each cell, -1 where it is outside.
 
     Args:
-        cell: of the samples.
-        pixel: index of each cell's pixel within its image.
+        cell: of the samples, (n,) int32.
+        pixel: (n,), index of each cell's pixel within its image.
         width: of the image.
     """
-    row = pixel // width
-    column = pixel - row * width
-    return tl.where((cell & 8) != 0, row, -1), tl.where((cell & 2) != 0, column, -1)
+    y = pixel // width
+    x = pixel - y * width
+    return tl.where((cell & 8) != 0, y, -1), tl.where((cell & 2) != 0, x, -1)
 
 
 @triton.jit
@@ -48,7 +49,14 @@ def entry_bin(
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
 ):
-    """Return bin and liveness of the entry for corner (DY, DX); a corner in the tile of an earlier one has none."""
+    """Return the bin of the entry for corner (DY, DX) of each sample, and whether there is such an entry.
+
+    There is none for a corner outside the image, nor for one in the same tile as an earlier corner.
+
+    Args:
+        y, x: of the top left corner, from `cell_origin`.
+        image_group: image * D + offset group.
+    """
     live_y = (cell & (4 if DY else 8)) != 0
     live_x = (cell & (1 if DX else 2)) != 0
     if DY == 1:

@@ -1,4 +1,4 @@
-"""The columns: every sample, blended and scaled, as the left operand of a library matrix product.
+"""The columns: all samples times their masks, as the left operand of a library matrix product.
 
 Receives the pixels of the input and the sample arrays. Hands on a column buffer (G, rows, K, C/G).
 
@@ -31,7 +31,7 @@ def columns_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sample the input at the positions [first_position, first_position + rows).
+    """Compute the columns of the positions [first_position, first_position + rows).
 
     Grid: (ceil(rows / BLOCK_P) * D*K,); a program owns BLOCK_P positions of one plane.
     Reads: input (B, H, W, C), or int32 (B, H, W, C/2), see `widen`; the sample arrays, (D*K, M).

@@ -2,11 +2,11 @@
 
 Receives the pixels of the input, the sample arrays, weight and bias. Hands on the output (M, O).
 
-There are two forms of the same product, and the tile table chooses. `prefetch` loads the corner pixels of the next step
-before it blends and multiplies those of this step, so that the loads take place behind the computation; it runs well
-everywhere. `transposed` computes the transposed product with the blended tile as right operand, which on sm_90 saves
-the change of layout from register to register of every blended tile. Both leave `num_stages` at 1: a pipelined load
-would bypass the L1 cache, which serves the pixels that neighboring samples share.
+There are two forms of the same product, and the tile table chooses one. `prefetch` loads the corner pixels of the next
+step before it blends and multiplies those of this step, so that loads and computation overlap; it runs well everywhere.
+`transposed` computes the transposed product with the blended tile as right operand: on sm_90 this saves a change of
+register layout for every blended tile. Both leave `num_stages` at 1: a pipelined load would bypass the L1 cache, from
+which neighboring samples get the pixels that they share.
 
 Letters, names and sample arrays: see `sampling`. One channel group (G = 1); C/D and O are multiples of the blocks.
 """
@@ -66,7 +66,7 @@ def forward_prefetch_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Compute an output tile, loading one channel block ahead of the product, also from one plane to the next.
+    """Compute an output tile; corners are loaded one channel block ahead of the product, also across planes.
 
     Grid: (ceil(M / BLOCK_P) * O / BLOCK_O,); a program owns a (BLOCK_P, BLOCK_O) tile.
     Reads: input (B, H, W, C), weight (O, K, C), bias (O,), the sample arrays.
@@ -137,7 +137,7 @@ def forward_transposed_kernel(
 ):
     """Compute the transposed output tile, weight on the left, channel blocks unrolled inside the loop over planes.
 
-    Grid, reads, writes, assumes: as `forward_prefetch_kernel`; or input int32 (B, H, W, C/2), see `widen`.
+    Grid, reads, writes, assumes: as `forward_prefetch_kernel`; the input may also be int32 (B, H, W, C/2), see `widen`.
     """
     PACK: tl.constexpr = 2 if input_ptr.dtype.element_ty == tl.int32 else 1
     PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS

@@ -7,15 +7,15 @@ The gradient of pixel q is the sum over samples s of hat(q, s) * grad_column(s),
 
     hat(q, s) = scale(s) * max(0, 1 - |p_y(s) - q_y|) * max(0, 1 - |p_x(s) - q_x|),
 
-non-zero at the four corners of s only. For a tile of pixels and the entries of its bin, hat is a small dense matrix,
-and the sum is a product for tensor cores. There are no atomics, nothing is set to zero before, and results are written
-once in their own dtype.
+non-zero only at the four corners of s. For a tile of pixels and the entries of its bin, hat is a small dense matrix,
+and the sum is a product for tensor cores. There are no atomics, no buffer has to be cleared first, and results are
+written once, in their own dtype.
 
 T-columns put hat between grad_output and weight: with T(q, k) = sum_s hat(q, s) * grad_output(s) over the bin of tap k,
 
     grad_input = sum_k T(k) @ weight(k)        grad_weight(k) = T(k)^T @ input,
 
-two library products on one buffer, for one offset group. The G-form takes any number of them, from column gradients.
+two library products on one buffer, for one offset group. The G-form, from column gradients, is for any number of them.
 
 Letters, names and sample arrays: see `sampling`; bins: see `binning`.
 """
@@ -45,13 +45,14 @@ def hat_matrix(
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
 ):
-    """Return hat(q, s) in `dtype`, (TILE_H * TILE_W, samples), of the pixels of a tile; zero where not `live`.
+    """Return hat(q, s) in `dtype`, (TILE_H * TILE_W, BLOCK_S), for the pixels of a tile; zero where not `live`.
 
-    Its two factors are computed apart, for the rows and for the columns of the tile, and multiplied last.
+    Its two factors are computed separately, for the rows and for the columns of the tile, and multiplied last.
 
     Args:
-        sample: numbers in the sample arrays, (samples,); all lie in the image that begins at `first_pixel`.
-        tile_y, tile_x: position of the tile, in tiles.
+        sample: (BLOCK_S,), indices into the sample arrays; all lie in the image that begins at `first_pixel`.
+        live: (BLOCK_S,), whether the entry belongs to the bin.
+        tile_y, tile_x: row and column of the tile, in tiles.
     """
     cell = tl.load(cell_ptr + sample)
     ly = tl.load(ly_ptr + sample)
@@ -95,7 +96,7 @@ def t_columns_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """Compute T for a chunk of the input: `tile_rows` rows of tiles from `first_tile_row` on, of some images.
+    """Compute T for a chunk of the input tiles: `tile_rows` rows of tiles from `first_tile_row` on, of some images.
 
     Grid: (images * tile_rows * tiles_x * K * ceil(O / BLOCK_O),); a program owns a tile, a tap and BLOCK_O channels.
     Reads: grad_output (M, O), the sample arrays, start (bins + 1,), entry.
@@ -115,13 +116,13 @@ def t_columns_kernel(
     bin = ((b * tiles_y + tile_y) * tiles_x + tile_x) * TAPS + tap
     begin = tl.load(start_ptr + bin)
     end = tl.load(start_ptr + bin + 1)
-    first_entry = tl.load(entry_ptr + begin, mask=begin < end, other=0)  # stands for those beyond the last
+    first_entry = tl.load(entry_ptr + begin, mask=begin < end, other=0)  # read in place of those beyond the last
     live_o = (o < OUT_CHANNELS)[None, :]
     acc = tl.zeros((TILE_H * TILE_W, BLOCK_O), tl.float32)
-    for first in tl.range(begin, end, BLOCK_S, num_stages=1):
-        number = first + tl.arange(0, BLOCK_S)
-        live = number < end
-        entry = tl.load(entry_ptr + number, mask=live, other=first_entry)
+    for first_slot in tl.range(begin, end, BLOCK_S, num_stages=1):
+        slot = first_slot + tl.arange(0, BLOCK_S)
+        live = slot < end
+        entry = tl.load(entry_ptr + slot, mask=live, other=first_entry)
         hat = hat_matrix(
             cell_ptr,
             ly_ptr,
@@ -179,15 +180,15 @@ def g_form_kernel(
 ):
     """Compute grad_input from the column gradients of the positions [first_position, first_position + rows).
 
-    Grid: (B * D * tiles_y * tiles_x * ceil(C/D / BLOCK_C),); a program owns a tile and BLOCK_C channels of a group.
+    Grid: (B * D * tiles_y * tiles_x * ceil(C/D / BLOCK_C),); a program owns a tile and BLOCK_C channels.
     Reads: grad_column (G, rows, K, C/G), the sample arrays, start (bins + 1,), entry.
-    Writes: grad_input (B, H, W, C), in full; ADD: adds to it. PART: rows < M, these positions are not all.
+    Writes: grad_input (B, H, W, C), in full; with ADD, adds to it. PART: these are not all positions, rows < M.
     """
     PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
     EVEN: tl.constexpr = PER_OFFSET % BLOCK_C == 0
     BLOCKS_C: tl.constexpr = (PER_OFFSET + BLOCK_C - 1) // BLOCK_C
     c_in_group = tl.program_id(0) % BLOCKS_C * BLOCK_C + tl.arange(0, BLOCK_C)
-    tile = tl.program_id(0) // BLOCKS_C  # of (image, offset group, tile); the bins of its taps follow each other
+    tile = tl.program_id(0) // BLOCKS_C  # of (image, offset group, tile); its bins, one per tap, are adjacent
     tile_x = tile % tiles_x
     tile_y = tile // tiles_x % tiles_y
     offset_group = tile // (tiles_x * tiles_y) % OFFSET_GROUPS
@@ -198,14 +199,14 @@ def g_form_kernel(
     x = tile_x * TILE_W + q % TILE_W
     begin = tl.load(start_ptr + tile * TAPS)
     end = tl.load(start_ptr + tile * TAPS + TAPS)
-    first_entry = tl.load(entry_ptr + begin, mask=begin < end, other=0)  # stands for those beyond the last
+    first_entry = tl.load(entry_ptr + begin, mask=begin < end, other=0)  # read in place of those beyond the last
     first_sample = offset_group * TAPS * positions
     live_c = (c_in_group < PER_OFFSET)[None, :]
     acc = tl.zeros((TILE_H * TILE_W, BLOCK_C), tl.float32)
-    for first in tl.range(begin, end, BLOCK_S, num_stages=1):
-        number = first + tl.arange(0, BLOCK_S)
-        live = number < end
-        entry = tl.load(entry_ptr + number, mask=live, other=first_entry)
+    for first_slot in tl.range(begin, end, BLOCK_S, num_stages=1):
+        slot = first_slot + tl.arange(0, BLOCK_S)
+        live = slot < end
+        entry = tl.load(entry_ptr + slot, mask=live, other=first_entry)
         row = entry % positions
         if PART:
             row -= first_position

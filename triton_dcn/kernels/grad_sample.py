@@ -3,8 +3,8 @@
 Receives grad_output and the weight, or column gradients, with the pixels of the input and the sample arrays. Hands on
 grad_offset and grad_mask.
 
-With g the gradient of a column (a sample over its channels) and x_j the four corner pixels, d_j = <g, x_j> is all that
-the channels contribute. The rest are scalars of the sample, zero for corners outside the image:
+With g the gradient of a sample's column (all its channels) and x_j the four corner pixels, only the dot products
+d_j = <g, x_j>, zero for corners outside the image, run over the channels. The rest are scalars of the sample:
 
     grad_mask = sum_j d_j * bilinear_j        grad_y = scale * ((1 - lx) * (d10 - d00) + lx * (d11 - d01))
                                               grad_x = scale * ((1 - ly) * (d01 - d00) + ly * (d11 - d10))
@@ -22,20 +22,24 @@ from triton_dcn.kernels.sampling import column_offset, corner_rows, load_corners
 
 @triton.jit
 def runs(x, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Return (BLOCK_P, BLOCK_C) in runs of eight channels, (BLOCK_P, BLOCK_C // 8, 8), in float32.
+    """Return a tile (BLOCK_P, BLOCK_C) as runs of eight channels, (BLOCK_P, BLOCK_C // 8, 8), in float32.
 
-    A run is what one thread loads at once. Column gradients that a product has left in its own layout are brought to
-    the layout of the runs here, once and in their narrow dtype. If they were multiplied first, the compiler would bring
-    all four corner tiles to the layout of the product, and four tiles of float32 back.
+    A run is what one thread loads at once. Column gradients come from a product in another register layout, and are
+    converted to the layout of the runs here, once and in their narrow dtype. If they were multiplied first, the
+    compiler would convert all four corner tiles to the layout of the product, and four tiles of float32 back.
     """
     return tl.reshape(widen(x), (BLOCK_P, BLOCK_C // 8, 8))
 
 
 @triton.jit
 def partial_dot(grad, x, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Return <grad, x> summed over runs only, (BLOCK_P, BLOCK_C // 8); `grad` is in runs already.
+    """Return grad * x summed over each run, (BLOCK_P, BLOCK_C // 8).
 
-    So no values are exchanged between threads inside the channel loop.
+    Sums across runs follow after the channel loop, so that its threads exchange no values.
+
+    Args:
+        grad: from `runs`.
+        x: (BLOCK_P, BLOCK_C), or words of two, see `widen`.
     """
     return tl.sum(grad * runs(x, BLOCK_P, BLOCK_C), 2)
 
@@ -62,7 +66,10 @@ def store_gradients(
     WANT_MASK: tl.constexpr,
     MASK_LOGITS: tl.constexpr,
 ):
-    """Combine the four dot products of each sample and store its gradients at its output position."""
+    """Combine the four dot products of each sample and store its gradients at its output position.
+
+    d00 to scale, `position` and `live` are (BLOCK_P,). A corner exists where the flags of its row and column are set.
+    """
     d00 = tl.where((cell & 10) == 10, d00, 0.0)
     d01 = tl.where((cell & 9) == 9, d01, 0.0)
     d10 = tl.where((cell & 6) == 6, d10, 0.0)
@@ -117,8 +124,8 @@ def grad_sample_fused_kernel(
     """Compute the column gradients tile by tile from grad_output and weight, and reduce them at once.
 
     Grid: (ceil(M / BLOCK_P) * D*K,); a program owns BLOCK_P positions of one plane.
-    Reads: grad_output (M, O), input (B, H, W, C), or int32 (B, H, W, C/2), see `widen`; weight (O, K, C), the samples.
-    Writes: grad_offset (B, 2*D*K, Ho, Wo) and grad_mask (B, D*K, Ho, Wo), in full; only batch strides may vary.
+    Reads: grad_output (M, O), input (B, H, W, C) or int32 (B, H, W, C/2), weight (O, K, C), the sample arrays.
+    Writes: grad_offset (B, 2*D*K, Ho, Wo) and grad_mask (B, D*K, Ho, Wo), in full; contiguous except for the batch.
     Assumes: one channel group, BLOCK_C divides C/D, BLOCK_O divides O.
     """
     PACK: tl.constexpr = 2 if input_ptr.dtype.element_ty == tl.int32 else 1
@@ -205,11 +212,12 @@ def grad_sample_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Reduce column gradients from a library product, of positions [first_position, first_position + rows); any sizes.
+    """Reduce the column gradients of the positions [first_position, first_position + rows), from a library product.
 
     Grid: (ceil(rows / BLOCK_P) * D*K,); a program owns BLOCK_P positions of one plane.
     Reads: grad_column (G, rows, K, C/G), input (B, H, W, C) or int32 (B, H, W, C/2), the sample arrays.
     Writes: as `grad_sample_fused_kernel`, for these positions.
+    Assumes: nothing, it works for any sizes.
     """
     PACK: tl.constexpr = 2 if input_ptr.dtype.element_ty == tl.int32 else 1
     PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS

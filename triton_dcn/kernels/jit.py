@@ -1,4 +1,4 @@
-"""How the kernels are compiled: once, and not again for sizes that are 1 or a multiple of 16."""
+"""How the kernels are compiled: not again for run-time integers that are 1 or a multiple of 16."""
 
 import inspect
 from collections.abc import Callable
@@ -9,11 +9,12 @@ import triton.language as tl
 
 
 def kernel(function: Callable[..., None]) -> Any:
-    """Make a Triton kernel without a variant for each of its run-time integers.
+    """Make a Triton kernel that is not specialized for the values of its run-time integers.
 
-    Triton would compile a kernel again when one of them becomes 1 or divisible by 16, or is so no longer: in a training
-    run on images of many sizes about ten times per kernel, for machine code that is the same where it matters
-    (`bench.compiled_code` reads that of the one variant). Pointers keep their variants: wide loads need the alignment.
+    By default Triton compiles another variant whenever one of them becomes 1 or divisible by 16, or stops being so: in
+    a training run on images of many sizes about ten variants per kernel, whose machine code is the same where it
+    matters (`bench.compiled_code` examines that of the only variant here). Pointers are still specialized, because wide
+    loads need to know their alignment.
     """
     integers = []
     for name, parameter in inspect.signature(function).parameters.items():

@@ -1,9 +1,10 @@
-"""Where each sample lies: the kernel that turns offsets and mask into sample arrays, and the helpers that read these.
+"""Where each sample lies: the kernel that turns offset and mask into sample arrays, and helpers for all kernels.
 
 Receives offset and mask. Hands the sample arrays on to every other kernel; none of them reads an offset.
 
 Letters: B images, C input channels, O output channels, H W input, K taps, G groups, D offset groups, M output positions
-of the images at hand (B * Ho * Wo). PER_OFFSET is C/D, the channels that share an offset, and PER_GROUP is C/G.
+of the images at hand (B * Ho * Wo). PER_OFFSET is C/D, the channels that share an offset, and PER_GROUP is C/G. PACK is
+the number of channels in one word of the input: 2 where pairs of bfloat16 channels are read as int32, see `widen`.
 
 A plane is one (offset group, tap) of the D*K, and a sample is one position of a plane: number `plane * M + position` in
 the sample arrays, which are (D*K, M):
@@ -12,13 +13,16 @@ the sample arrays, which are (D*K, M):
     ly, lx float32  y - floor(y) and x - floor(x), where the sample lies inside its cell
     scale  float32  the mask, 1 without one, 0 for a sample outside the image
 
-The cell of a sample is the square of the four pixels around it, its corners. The flags say which of its rows and
-columns are inside the image; `pixel` = (b * H + y) * W + x is the first corner that is. A sample outside the image has
-no flags. Where one of two rows is missing, both are read from the other and the missing one has weight zero: loads of
-corners need no mask. An infinite or NaN pixel of the input may reach samples that do not touch it, as may one of
-grad_output or a mask.
+The cell of a sample is the square of the four pixels around it, its corners. The flags say which of its two rows and
+two columns are inside the image; `pixel` = (b * H + y) * W + x is the first corner that is inside. A sample outside the
+image has no flags. Where one of the two rows (or columns) is outside, the other is read in its place, with weight zero:
+so loads of corners need no mask. An infinite or NaN value of the input, of grad_output or of a mask may also reach
+results that should not depend on it, because its product with a weight of zero is NaN.
 
-In names, 00, 01, 10 and 11 are the corners: top left, top right, bottom left, bottom right.
+In names, 00, 01, 10 and 11 are the corners: top left, top right, bottom left, bottom right. `stride_ob` is the stride
+of offset along b, `stride_mx` that of mask along x; `stride_y` and `stride_x` are those of the convolution. Names that
+begin with `live` tell which elements of a block exist. A row of a column buffer is one position of a chunk, counted
+from `first_position`; a row of T is one input pixel.
 """
 
 import triton
@@ -28,9 +32,9 @@ from triton_dcn.kernels.jit import kernel
 
 TRITON_VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
 PAIRS = TRITON_VERSION >= (3, 4)
-"""Whether bfloat16 channels are read in pairs, see `widen`; older versions load the words one by one."""
+"""Whether bfloat16 channels are read in pairs, see `widen`; older versions of Triton load such pairs one by one."""
 LIMIT = tl.constexpr(1 << 30)
-"""Offsets beyond it, and NaN, lie outside; below it, the conversion from float32 to int32 is safe."""
+"""Pixels. A sample with a larger offset, or NaN, lies outside; smaller ones can be converted to int32."""
 
 
 @kernel
@@ -69,11 +73,11 @@ def sampling_kernel(
 ):
     """Compute the sample arrays from offset and mask.
 
-    An offset is split before the position of its tap is added: y = (tap_y + floor(dy)) + (dy - floor(dy)). So the cell
-    is exact, and `ly`, `lx` have the rounding of the offset alone, however large the image is.
+    An offset is split before the place of its tap is added: y = (tap_y + floor(dy)) + (dy - floor(dy)). So the cell is
+    exact, and `ly`, `lx` are rounded as the offset alone is, however large the image is.
 
     Grid: (ceil(D*K*M / BLOCK),); a program owns BLOCK samples.
-    Reads: offset (B, 2*D*K, Ho, Wo) and mask (B, D*K, Ho, Wo), any strides. MASK_LOGITS: the sigmoid of mask counts.
+    Reads: offset (B, 2*D*K, Ho, Wo) and mask (B, D*K, Ho, Wo), any strides. MASK_LOGITS: scale is the sigmoid of mask.
     Writes: cell, ly, lx, scale, each (D*K, M), in full.
     Assumes: B*H*W < 2**27, D*K*M < 2**29.
     """
@@ -85,19 +89,19 @@ def sampling_kernel(
     out_y = position // out_width % out_height
     b = position // (out_width * out_height)
 
-    position_at = b.to(tl.int64) * stride_ob + out_y.to(tl.int64) * stride_oy + out_x.to(tl.int64) * stride_ox
+    offset_at = b.to(tl.int64) * stride_ob + out_y.to(tl.int64) * stride_oy + out_x.to(tl.int64) * stride_ox
     channel_at = (2 * plane).to(tl.int64) * stride_oc
-    offset_y = tl.load(offset_ptr + position_at + channel_at, mask=live, other=0.0).to(tl.float32)
-    offset_x = tl.load(offset_ptr + position_at + channel_at + stride_oc, mask=live, other=0.0).to(tl.float32)
+    offset_y = tl.load(offset_ptr + offset_at + channel_at, mask=live, other=0.0).to(tl.float32)
+    offset_x = tl.load(offset_ptr + offset_at + channel_at + stride_oc, mask=live, other=0.0).to(tl.float32)
     if HAS_MASK:
-        position_at = b.to(tl.int64) * stride_mb + out_y.to(tl.int64) * stride_my + out_x.to(tl.int64) * stride_mx
-        scale = tl.load(mask_ptr + position_at + plane.to(tl.int64) * stride_mc, mask=live, other=0.0).to(tl.float32)
+        mask_at = b.to(tl.int64) * stride_mb + out_y.to(tl.int64) * stride_my + out_x.to(tl.int64) * stride_mx
+        scale = tl.load(mask_ptr + mask_at + plane.to(tl.int64) * stride_mc, mask=live, other=0.0).to(tl.float32)
         if MASK_LOGITS:
             scale = tl.sigmoid(scale)
     else:
         scale = tl.full((BLOCK,), 1.0, tl.float32)
 
-    # comparisons with NaN are false, so that nothing undefined reaches the conversion to integers
+    # comparisons with NaN are false: only finite numbers are converted to integers
     finite = (offset_y > -LIMIT) & (offset_y < LIMIT) & (offset_x > -LIMIT) & (offset_x < LIMIT)
     offset_y = tl.where(finite, offset_y, 0.0)
     offset_x = tl.where(finite, offset_x, 0.0)
@@ -126,10 +130,14 @@ def sampling_kernel(
 
 @triton.jit
 def corner_rows(cell, width, CHANNELS: tl.constexpr):
-    """Return where the channels of the four corner pixels begin in a channels-last input, in elements, int64."""
+    """Return where the channels of the four corner pixels begin in a channels-last input, in elements, int64.
+
+    CHANNELS is in elements of the input as it is read: C, or C/2 words, see `widen`.
+    """
     row = (cell >> 4).to(tl.int64) * CHANNELS
+    # one pixel to the right, and one image row down, only where both columns, and both rows, are inside
     right = (cell >> 1 & cell & 1) * CHANNELS
-    # a product, not a choice: Triton 3.8 and 3.9 then see its alignment, and load the lower corners 128 bits at a time
+    # a product, not tl.where: Triton 3.8 and 3.9 then see its alignment, and load the lower corners 128 bits at a time
     below = ((cell & 12) == 12).to(tl.int64) * (width.to(tl.int64) * CHANNELS)
     return row, row + right, row + below, row + below + right
 
@@ -152,7 +160,7 @@ def load_corners(input_ptr, row00, row01, row10, row11, c, live_c, MASKED: tl.co
         input_ptr: to the first channel of the offset group.
         row00, row01, row10, row11: of `corner_rows`, (BLOCK_P, 1).
         c: channels within the offset group, or words of two, see `widen`.
-        live_c: where it is false, and MASKED true, zero is returned in place of what is in memory.
+        live_c: (1, BLOCK_C), which channels exist; the others are zero. Not used if MASKED is false.
     """
     if MASKED:
         x00 = tl.load(input_ptr + row00 + c, mask=live_c, other=0.0)
@@ -173,8 +181,8 @@ def widen(x):
 
     A tile of int32, (BLOCK_P, BLOCK_C // 2), holds two neighboring bfloat16 channels in each word. The bits of a
     bfloat16 are the higher half of those of a float32: the lower channel is shifted there, and for the higher one the
-    lower half is cleared. From a tile of bfloat16, the compiler would first move every higher channel to the lower
-    half, which takes one instruction more.
+    lower half is cleared. With a tile of bfloat16, the compiler would first move every higher channel to the lower
+    half, which takes one more instruction.
     """
     if x.dtype == tl.int32:
         even = (x << 16).to(tl.float32, bitcast=True)
@@ -193,19 +201,19 @@ def blend(w00, w01, w10, w11, x00, x01, x10, x11):
 
 @triton.jit
 def swizzle(index, out_height, out_width, STRIP: tl.constexpr):
-    """Map running numbers to output positions so that neighbors in number are neighbors in both directions.
+    """Map consecutive numbers to output positions that are neighbors in both directions.
 
     Positions run row by row inside strips of STRIP columns, strips from left to right, images one after another. Then
-    the programs of consecutive numbers read input pixels that overlap. STRIP = 0 is row-major order.
+    programs of consecutive numbers read overlapping input pixels. STRIP = 0 is row-major order.
     """
     if STRIP == 0:
         return index
     image = index // (out_height * out_width)
     index_in_image = index % (out_height * out_width)
     strip_x = index_in_image // (out_height * STRIP) * STRIP
-    columns = tl.minimum(out_width - strip_x, STRIP)
+    strip_width = tl.minimum(out_width - strip_x, STRIP)
     index_in_strip = index_in_image - strip_x * out_height
-    return (image * out_height + index_in_strip // columns) * out_width + strip_x + index_in_strip % columns
+    return (image * out_height + index_in_strip // strip_width) * out_width + strip_x + index_in_strip % strip_width
 
 
 @triton.jit
