@@ -19,7 +19,7 @@ from tqdm import tqdm
 from bench.cases import Case, select_cases
 from bench.device import DTYPES, allow_tf32
 from bench.measure import (
-    check_inputs,
+    comparison_inputs,
     first_line,
     largest_error,
     provider_errors,
@@ -28,7 +28,7 @@ from bench.measure import (
 )
 from bench.providers import FACTORIES, OURS, Provider, load_providers
 from bench.report import markdown_table
-from bench.rows import Row, environment_columns, write_csv
+from bench.rows import ResultRow, environment_columns, write_csv
 
 QUANTITIES = ("output", "grad_input", "grad_offset", "grad_mask", "grad_weight")
 TF32_ROUNDING = 2**-10
@@ -40,7 +40,7 @@ Errors = dict[str, list[float]]
 def measure_errors(case: Case, dtype: str, device: torch.device, providers: dict[str, Provider]) -> Errors:
     """Return the errors by provider; one that cannot compute the case is named and left out."""
     with allow_tf32(False):
-        inputs = check_inputs(case, DTYPES[dtype], device, 2.0)
+        inputs = comparison_inputs(case, DTYPES[dtype], device, 2.0)
         expected = reference_results(inputs)
     errors: Errors = {}
     with allow_tf32(dtype == "tf32"):
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     ours = [name for name in OURS if name in names]
 
     environment = environment_columns(device)
-    rows: list[Row] = []
+    rows: list[ResultRow] = []
     lines: list[list[str]] = []
     violations: list[str] = []
     failed: list[str] = []
@@ -120,7 +120,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _rows(case: Case, dtype: str, errors: Errors, environment: Row) -> list[Row]:
+def _rows(case: Case, dtype: str, errors: Errors, environment: ResultRow) -> list[ResultRow]:
     """Return one row per provider and quantity."""
     rows = []
     for name, values in errors.items():

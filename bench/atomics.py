@@ -1,8 +1,10 @@
 """Time the gradients of input and weight by bins and by float atomics: `python -m bench.atomics --cases r50`.
 
-Atomics are how every peer scatters: column gradients from a library product, then four float32 additions per element to
-a buffer that was zeroed before and is cast after. The baseline here is atomics at their best, with channels innermost
-and four floats per instruction where the GPU has one. Also prints what the machine's atomics and its L2 cache can do.
+Every peer scatters with atomics: column gradients from a library product, then four float32 additions per element to a
+buffer that is zeroed before and converted to the dtype of the input afterwards. The baseline here is atomics at their
+best, with channels innermost and, where the GPU has such an instruction, four floats each. Also prints the speed of the
+machine's atomics and of its L2 cache.
+
 `--dry-run` makes the same calls on a CPU, in Triton's interpreter (TRITON_INTERPRET=1).
 """
 
@@ -24,7 +26,7 @@ from bench.ceilings import measure_ceilings
 from bench.device import DTYPES, allow_tf32, gpu_or_dry_run
 from bench.measure import (
     TOLERANCE,
-    check_inputs,
+    comparison_inputs,
     largest_error,
     record_failure,
     reference_results,
@@ -32,7 +34,7 @@ from bench.measure import (
     time_interleaved,
 )
 from bench.report import markdown
-from bench.rows import Row, environment_columns, timing_row, write_csv
+from bench.rows import ResultRow, environment_columns, timing_row, write_csv
 from bench.triton_calls import run_backward, select_gradients
 from bench.tuning_candidates import Candidate
 from triton_dcn import launchers, tile_table, triton_backend
@@ -42,13 +44,13 @@ from triton_dcn.matmul import accumulate
 from triton_dcn.offset_mask import OffsetMask
 from triton_dcn.workspace import column_chunks
 
-MODES = {
+GRADIENTS_OF_MODE = {
     "grad_input": ("grad_input",),
     "grad_input, grad_weight": ("grad_input", "grad_weight"),
 }
-"""Mode -> gradients. T-columns give that of the weight with one more product; atomics need the columns for it."""
+"""Mode -> gradients. For that of the weight, T-columns need one more product, and atomics need the columns."""
 
-Call = Callable[[], list[Tensor]]
+ScatterCall = Callable[[], list[Tensor]]
 
 
 @kernel
@@ -60,7 +62,7 @@ def scatter_kernel(
     scale_ptr,
     grad_input_ptr,
     positions,
-    first,
+    first_position,
     rows,
     width,
     CHANNELS: tl.constexpr,
@@ -70,17 +72,17 @@ def scatter_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Add the column gradients of positions [first, first + rows) to the pixels that they were read from.
+    """Add the column gradients of positions [first_position, first_position + rows) to the pixels they come from.
 
-    Grid: (ceil(rows / BLOCK_P) * D*K,); a program owns BLOCK_P positions of one (offset group, tap).
+    Grid: (ceil(rows / BLOCK_P) * D*K,); a program owns BLOCK_P positions of one plane (offset group, tap).
     Reads: grad_column (G, rows, K, C/G), the sample arrays of `triton_dcn.kernels.sampling`.
     Writes: grad_input (B, H, W, C), float32, by atomics.
     """
     PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
-    pid_s = tl.program_id(0) % (OFFSET_GROUPS * TAPS)
+    plane = tl.program_id(0) % (OFFSET_GROUPS * TAPS)
     row = tl.program_id(0) // (OFFSET_GROUPS * TAPS) * BLOCK_P + tl.arange(0, BLOCK_P)
-    live = row < rows
-    sample = pid_s * positions + first + tl.where(live, row, 0)
+    live_row = row < rows
+    sample = plane * positions + first_position + tl.where(live_row, row, 0)
     cell = tl.load(cell_ptr + sample)
     ly = tl.load(ly_ptr + sample)
     lx = tl.load(lx_ptr + sample)
@@ -88,19 +90,19 @@ def scatter_kernel(
     pixel_offsets = corner_rows(cell, width, CHANNELS)
     weights = corner_weights(cell, ly, lx, scale)
     for start in tl.range(0, PER_OFFSET, BLOCK_C, num_stages=1):
-        local = start + tl.arange(0, BLOCK_C)
-        c = (pid_s // TAPS * PER_OFFSET + local)[None, :]
-        live_c = live[:, None] & (local < PER_OFFSET)[None, :]
-        element = column_offset(row[:, None], pid_s % TAPS, c, rows, CHANNELS, GROUPS, TAPS)
-        grad = tl.load(grad_column_ptr + element, mask=live_c, other=0.0).to(tl.float32)  # (BLOCK_P, BLOCK_C)
+        c_in_group = start + tl.arange(0, BLOCK_C)[None, :]
+        c = plane // TAPS * PER_OFFSET + c_in_group
+        live = live_row[:, None] & (c_in_group < PER_OFFSET)
+        element = column_offset(row[:, None], plane % TAPS, c, rows, CHANNELS, GROUPS, TAPS)
+        grad = tl.load(grad_column_ptr + element, mask=live, other=0.0).to(tl.float32)  # (BLOCK_P, BLOCK_C)
         for corner in tl.static_range(4):
             corner_ptr = grad_input_ptr + pixel_offsets[corner][:, None] + c
             weight = weights[corner][:, None]
-            tl.atomic_add(corner_ptr, weight * grad, mask=live_c & (weight != 0), sem="relaxed")
+            tl.atomic_add(corner_ptr, weight * grad, mask=live & (weight != 0), sem="relaxed")
 
 
 def gradients_by_atomics(inputs: Inputs, mode: str) -> list[Tensor]:
-    """Return the gradient of the input (B, C, H, W), stored channels-last, and what else `MODES` asks for."""
+    """Return the gradient of the input (B, C, H, W), stored channels-last, and of the weight if the mode has it."""
     geom = inputs.geometry
     x, offset, mask, weight = (leaf.detach() for leaf in inputs.leaves)
     x_last = x.permute(0, 2, 3, 1).contiguous()
@@ -109,7 +111,7 @@ def gradients_by_atomics(inputs: Inputs, mode: str) -> list[Tensor]:
 
     grad_input = torch.zeros(geom.batch, geom.height, geom.width, geom.in_channels, device=x.device)
     grad_weight = None
-    if "grad_weight" in MODES[mode]:
+    if "grad_weight" in GRADIENTS_OF_MODE[mode]:
         out_per_group = geom.out_channels // geom.groups
         grad_weight = torch.zeros(geom.groups, out_per_group, w[0].numel(), device=x.device)
 
@@ -145,13 +147,13 @@ def gradients_by_atomics(inputs: Inputs, mode: str) -> list[Tensor]:
     return results
 
 
-def scatter_methods(inputs: Inputs, mode: str) -> dict[str, Call]:
-    """Return what is timed, by name; each method gives the gradients of `MODES`."""
+def scatter_methods(inputs: Inputs, mode: str) -> dict[str, ScatterCall]:
+    """Return the functions to time, by name; each returns the gradients of the mode."""
 
-    def by_bins(candidate: Candidate) -> Call:
+    def by_bins(candidate: Candidate) -> ScatterCall:
         def call() -> list[Tensor]:
             with candidate.applied():
-                return run_backward(inputs, MODES[mode])
+                return run_backward(inputs, GRADIENTS_OF_MODE[mode])
 
         return call
 
@@ -178,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.exit(f"bench: {error}")
 
     environment = environment_columns(device)
-    rows: list[Row] = []
+    rows: list[ResultRow] = []
     failed: list[str] = []
     with record_failure("ceilings", failed):
         ceilings = measure_ceilings(device, failed, 2 * options.seconds, **ceiling_sizes)
@@ -207,10 +209,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _measure(
-    case: Case, dtype: str, device: torch.device, options: argparse.Namespace, environment: Row, failed: list[str]
-) -> list[Row]:
+    case: Case, dtype: str, device: torch.device, options: argparse.Namespace, environment: ResultRow, failed: list[str]
+) -> list[ResultRow]:
     """Return the rows of one case: every method that agrees with the reference, in every mode."""
-    one_image = check_inputs(case, DTYPES[dtype], device, 2.0)
+    one_image = comparison_inputs(case, DTYPES[dtype], device, 2.0)
     inputs = make_inputs(case, DTYPES[dtype], device, 2.0, channels_last=True, smooth=options.smooth)
     expected = reference_results(one_image)
     shape = case.shape
@@ -218,7 +220,7 @@ def _measure(
         shape += " smooth"
 
     rows = []
-    for mode in MODES:
+    for mode in GRADIENTS_OF_MODE:
         with allow_tf32(dtype == "tf32"):
             methods = scatter_methods(inputs, mode)
             agreeing = _agreeing_methods(one_image, expected, dtype, mode, failed)
@@ -237,10 +239,10 @@ def _agreeing_methods(inputs: Inputs, expected: list[Tensor], dtype: str, mode: 
         inputs: to compare on.
         expected: `reference_results` of these inputs.
         dtype: of `DTYPES`.
-        mode: of `MODES`.
+        mode: of `GRADIENTS_OF_MODE`.
         failed: receives the methods that are left out.
     """
-    expected_grads = select_gradients(expected, MODES[mode])
+    expected_grads = select_gradients(expected, GRADIENTS_OF_MODE[mode])
     agreeing = []
     for name, call in scatter_methods(inputs, mode).items():
         what = f"{inputs.case.name} {dtype} {mode}: {name}"

@@ -59,7 +59,7 @@ class Case:
     def shape(self) -> str:
         """The sizes for the CSV: batch x channels x height x width, and what is not 3x3, stride 1, dilation 1."""
         text = f"{self.batch}x{self.channels}x{self.height}x{self.width}"
-        labelled_values = (
+        labeled_values = (
             ("o", self.out_channels, self.channels),
             ("k", self.kernel, (3, 3)),
             ("s", self.stride, (1, 1)),
@@ -67,8 +67,8 @@ class Case:
             ("g", self.groups, 1),
             ("dg", self.offset_groups, 1),
         )
-        for label, value, usual in labelled_values:
-            if value == usual:
+        for label, value, default in labeled_values:
+            if value == default:
                 continue
             numbers = value if isinstance(value, tuple) else (value,)
             text += f" {label}" + "x".join(str(number) for number in numbers)
@@ -190,7 +190,7 @@ class Inputs:
         return ConvGeometry.of(*tensors, case.stride, case.padding, case.dilation)
 
 
-COARSE = 8
+COARSE_SPACING = 8
 """Positions from one independent value of a smooth field of offsets to the next."""
 
 
@@ -229,17 +229,17 @@ def make_inputs(
     weight = randn(case.out_channels, in_per_group, *case.kernel) / (in_per_group * case.taps) ** 0.5
     grad_output = randn(case.batch, case.out_channels, *case.out_size)
 
-    def leaf(tensor: Tensor, last: bool) -> Tensor:
-        layout = torch.channels_last if last else torch.contiguous_format
+    def convert(tensor: Tensor, channels_last: bool = False) -> Tensor:
+        layout = torch.channels_last if channels_last else torch.contiguous_format
         return tensor.to(device, dtype).contiguous(memory_format=layout)
 
     return Inputs(
         case,
-        input=leaf(input, channels_last).requires_grad_(),
-        offset=leaf(offset, False).requires_grad_(),
-        mask=leaf(mask, False).requires_grad_(),
-        weight=leaf(weight, channels_last).requires_grad_(),
-        grad_output=leaf(grad_output, channels_last),
+        input=convert(input, channels_last).requires_grad_(),
+        offset=convert(offset).requires_grad_(),
+        mask=convert(mask).requires_grad_(),
+        weight=convert(weight, channels_last).requires_grad_(),
+        grad_output=convert(grad_output, channels_last),
     )
 
 
@@ -247,7 +247,7 @@ def _draw_offsets(shape: tuple[int, ...], magnitude: float, smooth: bool, genera
     """Return normal offsets (B, 2*D*K, Ho, Wo) with `magnitude` pixels as standard deviation."""
     if not smooth:
         return torch.randn(shape, generator=generator) * magnitude
-    coarse_size = [math.ceil(size / COARSE) + 1 for size in shape[2:]]
+    coarse_size = [math.ceil(size / COARSE_SPACING) + 1 for size in shape[2:]]
     coarse = torch.randn(*shape[:2], *coarse_size, generator=generator)
     field = F.interpolate(coarse, shape[2:], mode="bilinear", align_corners=True)
     return field * (magnitude / field.std())

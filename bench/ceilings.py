@@ -1,10 +1,9 @@
 """Limits of the machine beside `bench.roofline`: reads from the L2 cache and float32 atomics.
 
 Both are measured by kernels of a few lines, on any GPU that Triton compiles for. Atomics add rows of 64 and 256
-floats, a quarter and all of a kilobyte, at random places of a buffer that the L2 cache holds, and of one that it does
-not hold. They add four floats per instruction where the hardware can, or one, which a pointer that is not a multiple of
-16 bytes enforces. The clock empties the cache before each call, so that one of READS passes, and the first visit of a
-row, come from memory.
+floats at random places of a buffer: one that fits the L2 cache, and one that does not. They add four floats per
+instruction where the hardware can. A buffer that does not start at a multiple of 16 bytes forces single floats. The
+clock empties the cache before each call, so the first of READS passes, and the first access to a row, go to memory.
 """
 
 from __future__ import annotations
@@ -37,23 +36,23 @@ def read_kernel(source_ptr, sum_ptr, READS: tl.constexpr, BLOCKS: tl.constexpr, 
     Writes: sum (BLOCKS,), float32.
     """
     pid = tl.program_id(0)
-    acc = tl.zeros((BLOCK,), tl.float32)
+    sums = tl.zeros((BLOCK,), tl.float32)
     for step in tl.range(0, READS, num_stages=1):
-        block = (pid + step * 977) % BLOCKS
-        acc += tl.load(source_ptr + block * BLOCK + tl.arange(0, BLOCK))
-    tl.store(sum_ptr + pid, tl.sum(acc, 0))
+        block = (pid + step * 977) % BLOCKS  # far from the block before
+        sums += tl.load(source_ptr + block * BLOCK + tl.arange(0, BLOCK))
+    tl.store(sum_ptr + pid, tl.sum(sums, 0))
 
 
 @triton.jit
-def add_kernel(target_ptr, row_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def add_kernel(buffer_ptr, row_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Add 1 to every float of the rows that `row` lists, by float32 atomics.
 
     Grid: (rows / BLOCK,); a program owns BLOCK entries of the list.
     Reads: row (rows,), int32, in units of WIDTH floats.
-    Writes: target, by atomics.
+    Writes: buffer, by atomics.
     """
     row = tl.load(row_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))
-    float_ptrs = target_ptr + row.to(tl.int64)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    float_ptrs = buffer_ptr + row.to(tl.int64)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     tl.atomic_add(float_ptrs, tl.full((BLOCK, WIDTH), 1.0, tl.float32), sem="relaxed")
 
 
@@ -70,20 +69,20 @@ def read_l2(device: torch.device, nbytes: int) -> tuple[Callable[[], object], in
     return call, READS * source.nbytes
 
 
-def add_rows(target: Tensor, width: int, rows: int) -> tuple[Callable[[], object], int]:
-    """Return a function that adds to random rows of `target`, and the bytes it adds.
+def add_rows(buffer: Tensor, width: int, rows: int) -> tuple[Callable[[], object], int]:
+    """Return a function that adds to random rows of `buffer`, and the bytes it adds.
 
     Args:
-        target: float32, a multiple of `width` long; the alignment of its start bounds the width of an atomic.
+        buffer: float32, a multiple of `width` long; the alignment of its start bounds the width of an atomic.
         width: floats of a row.
-        rows: how many to add to, a multiple of 16.
+        rows: how many additions of a whole row, a multiple of 16.
     """
     generator = torch.Generator().manual_seed(0)
-    row_numbers = torch.randint(len(target) // width, (rows,), dtype=torch.int32, generator=generator)
-    row_numbers = row_numbers.to(target.device)
+    row_numbers = torch.randint(len(buffer) // width, (rows,), dtype=torch.int32, generator=generator)
+    row_numbers = row_numbers.to(buffer.device)
 
     def call() -> object:
-        return add_kernel[(rows // 16,)](target, row_numbers, WIDTH=width, BLOCK=16)
+        return add_kernel[(rows // 16,)](buffer, row_numbers, WIDTH=width, BLOCK=16)
 
     return call, rows * width * 4
 
@@ -95,7 +94,7 @@ def measure_ceilings(
 
     Args:
         device: a GPU, or the CPU for a dry run in the interpreter.
-        failed: what cannot be measured is added.
+        failed: receives the names of what cannot be measured.
         seconds: for all rounds together.
         nbytes: of the buffer of the atomics.
         rows: that atomics add.

@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.compiled_code_limits import CHECKED_ARCHS, SHARED_LIMIT, limits_for, write_numbers
-from bench.compiled_code_table import HEADER, LEGEND, NAMES, occupancy, page, table_line
+from bench.compiled_code_table import ARCH_NAMES, HEADER, LEGEND, occupancy, page, table_line
 from bench.machine_code import CodeReport, read_amdgcn, read_cubin
 from triton_dcn import tile_table
 from triton_dcn.kernels import binning, columns, forward, grad_input, grad_sample, sampling
@@ -138,8 +138,8 @@ def check(row: TileRow, arch: str, report: CodeReport) -> list[str]:
     """Return what `report` violates: one line each, empty if all is well.
 
     No spills. At most the recorded registers, shared memory, narrow loads and barriers; an additional barrier in a loop
-    is the sign of a tile that changes its layout and comes back. 128-bit loads in every gather, none of them past the
-    registers; matrix instructions in every product. No float atomics anywhere: this makes the results reproducible.
+    is the sign of a tile that changes its layout and comes back. 128-bit loads in every gather, none of which bypass
+    the registers; matrix instructions in every product. No float atomics anywhere: this makes the results reproducible.
     """
     limits = limits_for(row, arch, triton.__version__)
     shared = min(limits.shared, SHARED_LIMIT)
@@ -151,7 +151,7 @@ def check(row: TileRow, arch: str, report: CodeReport) -> list[str]:
             report.narrow_loads <= limits.narrow_loads
         ),
         "no 128-bit load": row.kernel not in GATHER_KERNELS or report.wide_loads > 0,
-        f"{report.async_copies} copies past the registers": report.async_copies == 0,
+        f"{report.async_copies} copies that bypass the registers": report.async_copies == 0,
         "no matrix instruction": row.kernel not in PRODUCT_KERNELS or report.tensor_core > 0,
         f"{report.barriers} barriers, expected at most {limits.barriers}": report.barriers <= limits.barriers,
         f"{report.float_atomics} float atomics": report.float_atomics == 0,
@@ -187,7 +187,7 @@ def main() -> int:
     print(LEGEND)
     for row, arch in select_rows(options.arch, options.task, options.first):
         if not entries or entries[-1][1] != arch:
-            print(f"\n{NAMES[arch]}\n{HEADER}")
+            print(f"\n{ARCH_NAMES[arch]}\n{HEADER}")
         report = compile_row(row, arch)
         entries.append((row, arch, report))
         print(table_line(row, arch, report), flush=True)
@@ -222,7 +222,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--record", action="store_true", help="make the numbers the limits of this Triton version")
     options = parser.parse_args()
     if (options.markdown or options.record) and (options.arch or options.task or options.first):
-        parser.error("--markdown and --record are for the whole table: leave out --arch, --task and --first")
+        parser.error("--markdown, --record: expected the whole table, got --arch, --task or --first")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET: expected unset, got 1; the interpreter compiles nothing")
     return options

@@ -25,7 +25,7 @@ CHECKED_ARCHS = ("sm80", "sm90", "gfx942")
 SHARED_LIMIT = 99 << 10
 """Bytes of shared memory that one block may use on every NVIDIA GPU that the table serves."""
 REGISTER_SLACK = 8
-"""Registers are allocated by eights."""
+"""Registers are allocated in groups of eight."""
 BARRIER_SLACK = 4
 """A tile that changes its layout through shared memory costs two barriers."""
 LOAD_SLACK = 4
@@ -95,7 +95,10 @@ def limits_for(row: TileRow, arch: str, version: str) -> CodeLimits:
     """
     by_version = read_numbers().get(row_key(row, arch))
     if by_version is None:
-        raise KeyError(f"{row_key(row, arch)}: not in {FILE.name}, run python -m bench.compiled_code --record")
+        raise KeyError(
+            f"{FILE.name}: expected a line for {row_key(row, arch)}, got none; "
+            "run python -m bench.compiled_code --record"
+        )
 
     version = minor_version(version)
     if version in by_version:

@@ -8,7 +8,7 @@ from bench.machine_code import CodeReport
 from triton_dcn import tile_table
 from triton_dcn.tile_table import TileRow
 
-NAMES = {
+ARCH_NAMES = {
     "sm80": "sm_80 (A100)",
     "sm90": "sm_90 (H100, H200)",
     "sm100": "sm_100 (B200)",
@@ -17,13 +17,13 @@ NAMES = {
 PARTITIONS = 4
 """Partitions of a multiprocessor or compute unit; each has registers and places for warps of its own."""
 LANE_REGISTERS = 512
-"""Registers of a partition for each lane; they are allocated by eights."""
+"""Registers of a partition for each lane; they are allocated in groups of eight."""
 WARPS_PER_PARTITION = {"sm80": 16, "sm90": 16, "sm100": 16, "gfx942": 8}
-BLOCKS = 32
+MAX_BLOCKS = 32
 """The most blocks that a multiprocessor holds."""
-SHARED = {"sm80": 164 << 10, "sm90": 228 << 10, "sm100": 228 << 10, "gfx942": 64 << 10}
+SHARED_BYTES = {"sm80": 164 << 10, "sm90": 228 << 10, "sm100": 228 << 10, "gfx942": 64 << 10}
 """Bytes of shared memory of a multiprocessor."""
-RESERVED = {"sm80": 1 << 10, "sm90": 1 << 10, "sm100": 1 << 10, "gfx942": 0}
+RESERVED_BYTES = {"sm80": 1 << 10, "sm90": 1 << 10, "sm100": 1 << 10, "gfx942": 0}
 """Bytes of shared memory that the system takes for each block."""
 LEGEND = (
     "regs: registers a thread; spl: spills; KiB: shared memory; occ: occupancy at\n"
@@ -84,12 +84,12 @@ def occupancy(arch: str, warps: int, registers: int, shared: int) -> tuple[float
     assert warps % PARTITIONS == 0, warps
     places = PARTITIONS * WARPS_PER_PARTITION[arch]
     allocated = -(-registers // 8) * 8
-    used = shared + RESERVED[arch]
+    used = shared + RESERVED_BYTES[arch]
     blocks = {
         "": places // warps,
         "registers": PARTITIONS * (LANE_REGISTERS // allocated) // warps,
-        "shared memory": SHARED[arch] // used if used else BLOCKS,
-        "blocks": BLOCKS,
+        "shared memory": SHARED_BYTES[arch] // used if used else MAX_BLOCKS,
+        "blocks": MAX_BLOCKS,
     }
     bound = min(blocks, key=lambda name: blocks[name])  # the first of equals
     return blocks[bound] * warps / places, bound
@@ -148,7 +148,7 @@ def page(entries: Iterable[tuple[TileRow, str, CodeReport]], version: str, large
     for row, arch, report in entries:
         if arch != last_arch:
             blank = "" if last_arch is None else "\n"
-            lines.append(f"{blank}## {NAMES[arch]}\n")
+            lines.append(f"{blank}## {ARCH_NAMES[arch]}\n")
             lines.append(_markdown_row(PAGE_COLUMNS))
             lines.append("|" + "---|" * len(PAGE_COLUMNS))
             last_arch = arch

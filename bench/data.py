@@ -162,31 +162,31 @@ def private_mib() -> float:
 def open_measured(name: str, make: Callable[[], Sequence]) -> Sequence:
     """Open a data set and print what that costs: time, memory, and growth of a forked worker that reads all of it."""
     gc.collect()
-    before = private_mib()
+    mib_before = private_mib()
     start = time.perf_counter()
     dataset = make()
-    opened = time.perf_counter() - start
+    seconds = time.perf_counter() - start
     gc.collect()
-    held = private_mib() - before
+    mib = private_mib() - mib_before
 
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe()
     worker = fork.Process(target=read_all_annotations, args=(dataset, sender))
     worker.start()
-    grown = receiver.recv()
+    worker_mib = receiver.recv()
     worker.join()
-    print(f"{name:<12} open {opened:5.1f} s, {held:6.1f} MiB; each worker +{grown:6.1f} MiB")
+    print(f"{name:<12} open {seconds:5.1f} s, {mib:6.1f} MiB; each worker +{worker_mib:6.1f} MiB")
     return dataset
 
 
 def read_all_annotations(dataset: Sequence, sender: multiprocessing.connection.Connection) -> None:
     """Read every annotation in random order, as the worker of an epoch does; send the MiB that this took."""
-    read = dataset.ground_truth if isinstance(dataset, CocoDetection) else dataset.annotations
+    read_annotations = dataset.ground_truth if isinstance(dataset, CocoDetection) else dataset.annotations
     order = np.random.default_rng(0).permutation(len(dataset))
-    before = private_mib()
+    mib_before = private_mib()
     for index in order:
-        read(int(index))
-    sender.send(private_mib() - before)
+        read_annotations(int(index))
+    sender.send(private_mib() - mib_before)
 
 
 @dataclass(frozen=True)
@@ -279,21 +279,23 @@ def check_equal(ours: DataLoader, plain: DataLoader) -> None:
         counts = [len(image_boxes) for image_boxes in boxes]
         our_counts = [len(target.boxes) for target in loaded.batch.targets]
         if not torch.equal(loaded.batch.images, images) or counts != our_counts:
-            raise RuntimeError(f"batch {number} of the two loops differs")
+            raise RuntimeError(
+                f"batch {number}: expected the same images and boxes from both loops, got different ones"
+            )
         if number == WARM_UP_BATCHES:
             break
 
 
 def needed_workers(cost: LoadingCost, workers: int) -> str:
     """Say how many workers feed the GPUs, at the rate measured and at that of a worker with a core to itself."""
-    measured = cost.rate / workers
-    alone = 1e3 / cost.worker_ms
-    by_measured = math.ceil(IMAGES_PER_GPU_SECOND / measured)
-    by_alone = math.ceil(IMAGES_PER_GPU_SECOND / alone)
-    cores = GPUS * IMAGES_PER_GPU_SECOND / alone
+    measured_rate = cost.rate / workers
+    rate_alone = 1e3 / cost.worker_ms
+    workers_measured = math.ceil(IMAGES_PER_GPU_SECOND / measured_rate)
+    workers_alone = math.ceil(IMAGES_PER_GPU_SECOND / rate_alone)
+    cores = GPUS * IMAGES_PER_GPU_SECOND / rate_alone
     return (
-        f"{GPUS} GPUs at {IMAGES_PER_GPU_SECOND} images/s each: {by_measured} workers per GPU at the measured "
-        f"{measured:.0f} images/s, {by_alone} at {alone:.0f}, a core for each ({cores:.1f} cores in all)"
+        f"{GPUS} GPUs at {IMAGES_PER_GPU_SECOND} images/s each: {workers_measured} workers per GPU at the measured "
+        f"{measured_rate:.0f} images/s, {workers_alone} at {rate_alone:.0f}, a core for each ({cores:.1f} cores in all)"
     )
 
 

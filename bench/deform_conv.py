@@ -21,7 +21,7 @@ from bench.measure import (
     MODES,
     TOLERANCE,
     Timing,
-    check_inputs,
+    comparison_inputs,
     first_line,
     largest_error,
     provider_errors,
@@ -33,7 +33,7 @@ from bench.measure import (
 from bench.providers import FACTORIES, OURS, Provider, load_providers
 from bench.report import markdown
 from bench.roofline import Machine, measure_machine
-from bench.rows import Row, environment_columns, timing_row, write_csv
+from bench.rows import ResultRow, environment_columns, timing_row, write_csv
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class _Settings:
     providers: dict[str, Provider]
     machine: Machine
     options: argparse.Namespace
-    environment: Row
+    environment: ResultRow
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"skipped {name}: {reason}", file=sys.stderr)
 
     environment = environment_columns(device)
-    rows: list[Row] = []
+    rows: list[ResultRow] = []
     failed: list[str] = []
     for dtype in options.dtypes:
         with record_failure(dtype, failed), allow_tf32(dtype == "tf32"):
@@ -100,7 +100,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _measure(case: Case, settings: _Settings, failed: list[str]) -> list[Row]:
+def _measure(case: Case, settings: _Settings, failed: list[str]) -> list[ResultRow]:
     """Return the rows of one case: every provider that agrees, in every mode, and the roofline."""
     options = settings.options
     dtype = settings.dtype
@@ -142,7 +142,7 @@ def _measure(case: Case, settings: _Settings, failed: list[str]) -> list[Row]:
 def _agreeing_providers(case: Case, settings: _Settings) -> dict[str, Provider]:
     """Return the providers whose output and gradients agree with the reference, and the limits; name the others."""
     dtype = settings.dtype
-    inputs = check_inputs(case, DTYPES[dtype], settings.device, settings.options.offset_magnitude)
+    inputs = comparison_inputs(case, DTYPES[dtype], settings.device, settings.options.offset_magnitude)
     expected = reference_results(inputs)
     agreeing = {}
     for name, provider in settings.providers.items():

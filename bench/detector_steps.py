@@ -34,7 +34,7 @@ from bench.device import allow_tf32
 from bench.measure import Timing, peak_memory, record_failure, time_interleaved
 from bench.model_parts import WHOLE, PartTimer
 from bench.report import markdown
-from bench.rows import COLUMNS, Row, environment_columns, timing_row, write_csv
+from bench.rows import COLUMNS, ResultRow, environment_columns, timing_row, write_csv
 from detector import Batch, FasterRCNNConfig, fuse_batch_norms
 from train.config import PRESETS
 
@@ -113,20 +113,20 @@ def run(make_step: MakeStep, mode: str, options: argparse.Namespace) -> int:
     groups = _groups_of_steps(options, mode, config, device)
     sizes = list(zip(options.size[::2], options.size[1::2], strict=True))
 
-    rows: list[Row] = []
+    rows: list[ResultRow] = []
     failed: list[str] = []
     for size, names in itertools.product(sizes, groups):
         seconds = options.seconds * len(names) / sum(len(group) for group in groups)
         shape = f"{options.batch_size}x3x{size[0]}x{size[1]}"
         what = f"{mode} {shape}"
-        # torch's default lets cuDNN use tf32: in the convolutions called float32, but not in the deformable ones
+        # by default torch lets cuDNN use tf32 in float32 convolutions, which the deformable ones would not use
         with record_failure(f"{what} {', '.join(names)}", failed), allow_tf32(False):
             batch = make_batch(config, options.batch_size, size).to(device)
             steps = {}
             for name in names:
                 with record_failure(f"{what} {name}", failed):
                     steps[_provider(name)] = build_step(make_step, name, config, batch, size, device)
-            measurements = measure(steps, mode, options.batch_size, device, seconds, failed)
+            measurements = measure_steps(steps, mode, options.batch_size, device, seconds, failed)
             rows += _rows(measurements, config, shape, environment)
         write_csv(options.csv, rows)
 
@@ -258,10 +258,10 @@ class StepMeasurement:
     dtype: str
     mode: str
     timing: Timing
-    extra: Row
+    extra: ResultRow
 
 
-def measure(
+def measure_steps(
     steps: dict[str, Step], mode: str, batch_size: int, device: torch.device, seconds: float, failed: list[str]
 ) -> list[StepMeasurement]:
     """Time steps side by side, then count what they launch, then time the parts of their models.
@@ -272,7 +272,7 @@ def measure(
         batch_size: images of a step.
         device: where they run.
         seconds: for the rounds together.
-        failed: what fails is added.
+        failed: receives the names of what fails.
     """
     repeats = STEPS_PER_READING if device.type == "cuda" else 1
 
@@ -293,7 +293,7 @@ def measure(
         extra = {"images_per_second": f"{1000 * batch_size / timing.p50:.3g}"}
         measurements.append(StepMeasurement(provider, step.dtype, mode, timing, extra))
         with record_failure(f"{mode}: {provider}: counting", failed):
-            launches, waits = count(step, device)
+            launches, waits = count_launches(step, device)
             extra["launches"] = str(launches)
             extra["waits"] = "" if waits is None else str(waits)
         with record_failure(f"{mode}: {provider}: parts", failed):
@@ -315,7 +315,7 @@ def part_shares(step: Step, repeats: int = 3) -> dict[str, float]:
     return {part: milliseconds / whole for part, milliseconds in spent.items()}
 
 
-def count(step: Step, device: torch.device) -> tuple[int, int | None]:
+def count_launches(step: Step, device: torch.device) -> tuple[int, int | None]:
     """Return how many kernels a step launches and how often it waits for the device; on a CPU operators, and None."""
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU]
@@ -332,7 +332,9 @@ def count(step: Step, device: torch.device) -> tuple[int, int | None]:
     return launches, waits
 
 
-def _rows(measurements: list[StepMeasurement], config: FasterRCNNConfig, shape: str, environment: Row) -> list[Row]:
+def _rows(
+    measurements: list[StepMeasurement], config: FasterRCNNConfig, shape: str, environment: ResultRow
+) -> list[ResultRow]:
     """Return the rows of the CSV: `COLUMNS`, then `EXTRA_COLUMNS`."""
     case = f"r{config.depth} {config.dcn or 'plain'}"
     if config.mask:
@@ -345,7 +347,7 @@ def _rows(measurements: list[StepMeasurement], config: FasterRCNNConfig, shape: 
     return rows
 
 
-def _rate_line(row: Row) -> str:
+def _rate_line(row: ResultRow) -> str:
     """Return the line about images per second and counts of a step."""
     launches = row["launches"]
     waits = row["waits"]

@@ -43,7 +43,7 @@ def smooth_offsets(generator: np.random.Generator) -> np.ndarray:
     return top * (1 - ly) + bottom * ly
 
 
-def hat_matrix(positions: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def tile_hat_matrix(positions: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Return hat (TILE_H * TILE_W, n) of the samples at `positions` (n, 2), y and x, with masks `scale` (n,)."""
     rows = TOP + np.arange(TILE_H)
     columns = LEFT + np.arange(TILE_W)
@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.1), width_ratios=(1.75, 1), layout="constrained", dpi=150)
     draw_grid(left, origins, positions, in_bin, inside_tile)
-    draw_matrix(right, hat_matrix(positions[in_bin], scale[in_bin]), inside_tile[in_bin])
+    draw_matrix(right, tile_hat_matrix(positions[in_bin], scale[in_bin]), inside_tile[in_bin])
     for axes in (left, right):
         axes.spines[:].set_color(GRAY)
     options.out.parent.mkdir(parents=True, exist_ok=True)

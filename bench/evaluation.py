@@ -30,7 +30,7 @@ TIMED_METHODS = ("createIndex", "loadRes", "evaluate", "accumulate")
 """Methods of the evaluators; loadRes calls createIndex, whose time counts for both."""
 
 
-def make_rows(dataset: CocoDetection, per_image: int) -> list[dict[str, Any]]:
+def make_detections(dataset: CocoDetection, per_image: int) -> list[dict[str, Any]]:
     """Return `per_image` detections of every image: shifted boxes of the ground truth, half of them of its class."""
     random = np.random.default_rng(1)
     rows = []
@@ -64,11 +64,11 @@ def time_evaluator(name: str, rows: list[dict[str, Any]], dataset: CocoDetection
     """Return COCO's twelve numbers, and the seconds of each method and in all."""
     seconds: Counter[str] = Counter()
     with ExitStack() as stack:
-        for owner in EVALUATORS[name]:
+        for evaluator_class in EVALUATORS[name]:
             for method_name in TIMED_METHODS:
-                if hasattr(owner, method_name):
-                    method = timed(getattr(owner, method_name), method_name, seconds)
-                    stack.enter_context(mock.patch.object(owner, method_name, method))
+                if hasattr(evaluator_class, method_name):
+                    method = timed(getattr(evaluator_class, method_name), method_name, seconds)
+                    stack.enter_context(mock.patch.object(evaluator_class, method_name, method))
         start = time.process_time()
         evaluation = run_coco_eval(rows, dataset, evaluator=name)
         seconds["all"] = time.process_time() - start
@@ -85,7 +85,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         annotations = make_coco(Path(folder), options.images, options.boxes, (480, 640))
         dataset = CocoDetection(annotations, Path(folder), Transform((1333, 800)), training=False)
-        rows = make_rows(dataset, options.detections)
+        rows = make_detections(dataset, options.detections)
         print(f"{len(dataset)} images, {len(dataset.boxes)} boxes, {len(rows)} detections")
 
         columns = ("all", *TIMED_METHODS)

@@ -74,7 +74,7 @@ def reference_results(inputs: Inputs) -> list[Tensor]:
     return [output.detach(), *grads]
 
 
-def check_inputs(case: Case, dtype: torch.dtype, device: torch.device, magnitude: float) -> Inputs:
+def comparison_inputs(case: Case, dtype: torch.dtype, device: torch.device, magnitude: float) -> Inputs:
     """Return one image to compare providers on; no offset is a whole pixel, where peers differ on purpose."""
     return make_inputs(replace(case, batch=1), dtype, device, max(magnitude, 1.0), seed=1)
 
@@ -130,8 +130,8 @@ def time_interleaved(
         functions: by name.
         device: chooses the clock.
         seconds: for all rounds together.
-        what: is timed, for messages.
-        failed: a function that fails is left out of the result, and added here.
+        what: what is timed, for messages.
+        failed: receives the functions that fail; they are left out of the result.
         min_rounds: made even if the time is up.
         max_rounds: never exceeded.
     """
@@ -163,7 +163,7 @@ def _summary(milliseconds: list[float], peak: float | None) -> Timing:
 
 
 def _cpu_clock(function: Callable[[], object]) -> float:
-    """Return the milliseconds of the second of two calls: the first pays for pages that other functions gave back."""
+    """Return the milliseconds of the second of two calls: the first may have to get its memory from the system."""
     function()
     start = time.perf_counter()
     function()

@@ -62,7 +62,7 @@ class PartTimer:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Time the block as a part, unless it is inside of another one."""
+        """Time the block as a part, unless it lies inside another part, which then counts it."""
         self._depth += 1
         start = self._now()
         try:

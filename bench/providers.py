@@ -23,37 +23,43 @@ from torch import Tensor
 from bench.cases import Inputs
 from triton_dcn import deform_conv2d
 
-Call = Callable[[Inputs], Tensor]
-
 
 @dataclass(frozen=True)
 class Provider:
     """One implementation to measure.
 
     Attributes:
-        call: inputs to output, differentiable.
-        checked: whether it computes the operator, so that its results are compared; a plain conv2d, whose time is a
-            limit, does not.
+        call: returns the output for the inputs, differentiable.
+        checked: whether its results are compared with the reference. Those of a plain conv2d are not: it computes
+            something else, and its time is a lower limit.
     """
 
-    call: Call
+    call: Callable[[Inputs], Tensor]
     checked: bool = True
 
 
 def _ours(backend: str) -> Callable[[], Provider]:
-    def call(t: Inputs) -> Tensor:
-        case = t.case
+    def call(inputs: Inputs) -> Tensor:
+        case = inputs.case
         return deform_conv2d(
-            t.input, t.offset, t.weight, None, case.stride, case.padding, case.dilation, t.mask, backend=backend
+            inputs.input,
+            inputs.offset,
+            inputs.weight,
+            None,
+            case.stride,
+            case.padding,
+            case.dilation,
+            inputs.mask,
+            backend=backend,
         )
 
     return lambda: Provider(call)
 
 
 def _conv2d() -> Provider:
-    def call(t: Inputs) -> Tensor:
-        case = t.case
-        return F.conv2d(t.input, t.weight, None, case.stride, case.padding, case.dilation, case.groups)
+    def call(inputs: Inputs) -> Tensor:
+        case = inputs.case
+        return F.conv2d(inputs.input, inputs.weight, None, case.stride, case.padding, case.dilation, case.groups)
 
     return Provider(call, checked=False)
 
@@ -69,9 +75,11 @@ def _deformops() -> Provider:
 def _with_torchvision_arguments(module: str) -> Provider:
     deform_conv2d = importlib.import_module(module).deform_conv2d
 
-    def call(t: Inputs) -> Tensor:
-        case = t.case
-        return deform_conv2d(t.input, t.offset, t.weight, None, case.stride, case.padding, case.dilation, t.mask)
+    def call(inputs: Inputs) -> Tensor:
+        case = inputs.case
+        return deform_conv2d(
+            inputs.input, inputs.offset, inputs.weight, None, case.stride, case.padding, case.dilation, inputs.mask
+        )
 
     return Provider(call)
 
@@ -79,10 +87,10 @@ def _with_torchvision_arguments(module: str) -> Provider:
 def _mmcv() -> Provider:
     modulated_deform_conv2d = importlib.import_module("mmcv.ops").modulated_deform_conv2d
 
-    def call(t: Inputs) -> Tensor:
-        case = t.case
+    def call(inputs: Inputs) -> Tensor:
+        case = inputs.case
         sizes = (case.stride, case.padding, case.dilation, case.groups, case.offset_groups)
-        return modulated_deform_conv2d(t.input, t.offset, t.mask, t.weight, None, *sizes)
+        return modulated_deform_conv2d(inputs.input, inputs.offset, inputs.mask, inputs.weight, None, *sizes)
 
     return Provider(call)
 
@@ -90,10 +98,10 @@ def _mmcv() -> Provider:
 def _tvdcn() -> Provider:
     deform_conv2d = importlib.import_module("tvdcn.ops").deform_conv2d
 
-    def call(t: Inputs) -> Tensor:
-        case = t.case
+    def call(inputs: Inputs) -> Tensor:
+        case = inputs.case
         sizes = (case.stride, case.padding, case.dilation, case.groups)
-        return deform_conv2d(t.input, t.weight, t.offset, t.mask, None, *sizes)
+        return deform_conv2d(inputs.input, inputs.weight, inputs.offset, inputs.mask, None, *sizes)
 
     return Provider(call)
 

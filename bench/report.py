@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.cases import Case, all_cases
-from bench.rows import Row, read_csv
+from bench.rows import ResultRow, read_csv
 
 COLORS = {
     "triton": "#123f6d",
@@ -36,9 +36,9 @@ MeasurementKey = tuple[str, str, str, str]
 """Case, shape, dtype and mode."""
 
 
-def _group_rows(rows: list[Row]) -> dict[MeasurementKey, dict[str, Row]]:
+def _group_rows(rows: list[ResultRow]) -> dict[MeasurementKey, dict[str, ResultRow]]:
     """Return the rows by what was measured, then by provider; without those about the machine."""
-    groups: dict[MeasurementKey, dict[str, Row]] = {}
+    groups: dict[MeasurementKey, dict[str, ResultRow]] = {}
     for row in rows:
         if row["provider"] != "machine":
             key = (row["case"], row["shape"], row["dtype"], row["mode"])
@@ -46,7 +46,7 @@ def _group_rows(rows: list[Row]) -> dict[MeasurementKey, dict[str, Row]]:
     return groups
 
 
-def _provider_names(rows: list[Row]) -> list[str]:
+def _provider_names(rows: list[ResultRow]) -> list[str]:
     """Return the providers of the rows: those of `COLORS` in its order, then the others."""
     present = {row["provider"] for row in rows} - {"machine"}
     known = [name for name in COLORS if name in present]
@@ -68,7 +68,7 @@ def markdown_table(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join([line(header), "|" + "|".join(rule) + "|", *map(line, lines)])
 
 
-def markdown(rows: list[Row]) -> str:
+def markdown(rows: list[ResultRow]) -> str:
     """Return milliseconds (and peak MiB in brackets) of every provider, a line per case, dtype and mode."""
     if not rows:
         return "nothing was measured"
@@ -83,14 +83,14 @@ def markdown(rows: list[Row]) -> str:
     return f"{title}\n\n" + markdown_table(["case", "shape", "dtype", *names], lines)
 
 
-def _time_and_memory(row: Row) -> str:
+def _time_and_memory(row: ResultRow) -> str:
     text = f"{float(row['ms_p50']):.4g}"
     if row["peak_mib"]:
         text += f" ({float(row['peak_mib']):.0f})"
     return text
 
 
-def ratios(rows: list[Row], before: list[Row]) -> str:
+def ratios(rows: list[ResultRow], before: list[ResultRow]) -> str:
     """Return time now over time before, for measurements that both hold; below 1 is faster."""
     names = _provider_names(rows)
     groups_before = _group_rows(before)
@@ -114,9 +114,9 @@ def ratios(rows: list[Row], before: list[Row]) -> str:
     return "time over the time before\n\n" + markdown_table(["case", "shape", "dtype", *names], lines)
 
 
-def draw_bars(rows: list[Row], path: Path) -> None:
+def draw_bars(rows: list[ResultRow], path: Path) -> None:
     """Draw a bar per provider and case, a panel per dtype and mode."""
-    panels: dict[tuple[str, str], dict[str, dict[str, Row]]] = {}
+    panels: dict[tuple[str, str], dict[str, dict[str, ResultRow]]] = {}
     for (case, _, dtype, mode), by_provider in _group_rows(rows).items():
         panels.setdefault((dtype, mode), {})[case] = by_provider
     names = _provider_names(rows)
@@ -130,7 +130,7 @@ def draw_bars(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _draw_panel(axis: Axes, cases: dict[str, dict[str, Row]], names: list[str]) -> None:
+def _draw_panel(axis: Axes, cases: dict[str, dict[str, ResultRow]], names: list[str]) -> None:
     """Draw the bars of one dtype and mode; `cases` holds the rows by case, then by provider."""
     width = 0.8 / len(names)
     for index, name in enumerate(names):
@@ -152,7 +152,7 @@ def _bar_label(height: float) -> str:
     return f"{height:.0f}" if height >= 100 else f"{height:.3g}"
 
 
-def draw_roofline(rows: list[Row], path: Path) -> None:
+def draw_roofline(rows: list[ResultRow], path: Path) -> None:
     """Draw the rate of every forward measurement over its intensity, under the roof measured on this machine.
 
     Raises:
@@ -160,7 +160,7 @@ def draw_roofline(rows: list[Row], path: Path) -> None:
     """
     machine_rows = [row for row in rows if row["provider"] == "machine"]
     if not machine_rows:
-        raise ValueError("the rows hold no measurement of the machine")
+        raise ValueError("rows: expected a measurement of the machine, got none")
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     for dtype in dict.fromkeys(row["dtype"] for row in machine_rows):
@@ -177,7 +177,7 @@ def draw_roofline(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _forward_points(rows: list[Row], dtype: str) -> dict[str, list[tuple[float, float]]]:
+def _forward_points(rows: list[ResultRow], dtype: str) -> dict[str, list[tuple[float, float]]]:
     """Return (FLOP per byte, GFLOP/s) of the forward measurements of a dtype, by provider."""
     itemsize = 2 if dtype in ("float16", "bfloat16") else 4
     points: dict[str, list[tuple[float, float]]] = {}
@@ -192,7 +192,7 @@ def _forward_points(rows: list[Row], dtype: str) -> dict[str, list[tuple[float, 
     return points
 
 
-def case_of(row: Row) -> Case | None:
+def case_of(row: ResultRow) -> Case | None:
     """Return the case of a row with the batch and offset groups of its shape; None for one about the machine."""
     known = {case.name: case for case in all_cases()}
     if row["case"] not in known:
@@ -202,7 +202,7 @@ def case_of(row: Row) -> Case | None:
     return replace(known[row["case"]], batch=batch, offset_groups=int(groups[1]) if groups else 1)
 
 
-def roof(machine_rows: list[Row]) -> tuple[float, float]:
+def roof(machine_rows: list[ResultRow]) -> tuple[float, float]:
     """Return bytes and floating-point operations per second of the machine, from its rows for one dtype."""
     by_name = {row["case"]: row for row in machine_rows}
     seconds = {name: float(row["ms_p20"]) / 1e3 for name, row in by_name.items()}

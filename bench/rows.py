@@ -1,4 +1,4 @@
-"""Rows of measurements: their columns, the machine and versions in them, and the CSV files that hold them."""
+"""The rows of result files: their columns, the machine and versions in them, and the CSV files that hold them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ TIMING_COLUMNS = ("ms_p50", "ms_p20", "ms_p80", "peak_mib")
 ENVIRONMENT_COLUMNS = ("gpu", "driver", "torch", "triton", "commit", "date")
 COLUMNS = (*CASE_COLUMNS, *TIMING_COLUMNS, *ENVIRONMENT_COLUMNS)
 
-Row = dict[str, str]
+ResultRow = dict[str, str]
 
 
-def timing_row(provider: str, case: str, shape: str, dtype: str, mode: str, timing: Timing, environment: Row) -> Row:
+def timing_row(
+    provider: str, case: str, shape: str, dtype: str, mode: str, timing: Timing, environment: ResultRow
+) -> ResultRow:
     """Return one row of the CSV; `environment` is from `environment_columns`."""
     case_values = (provider, case, shape, dtype, mode)
     return {
@@ -32,15 +34,15 @@ def timing_row(provider: str, case: str, shape: str, dtype: str, mode: str, timi
     }
 
 
-def timing_columns(timing: Timing) -> Row:
+def timing_columns(timing: Timing) -> ResultRow:
     """Return the values of `TIMING_COLUMNS`."""
     times = [f"{milliseconds:.4f}" for milliseconds in (timing.p50, timing.p20, timing.p80)]
     peak = "" if timing.peak_mib is None else f"{timing.peak_mib:.1f}"
     return dict(zip(TIMING_COLUMNS, (*times, peak), strict=True))
 
 
-def environment_columns(device: torch.device) -> Row:
-    """Return where and when is measured: gpu (or processor and threads), driver, torch, triton, commit, date."""
+def environment_columns(device: torch.device) -> ResultRow:
+    """Return where and when this is measured: gpu (or processor and threads), driver, torch, triton, commit, date."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         driver = _first_line_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -69,22 +71,22 @@ def _processor_name() -> str:
 def _first_line_of(*command: str) -> str:
     """Return the first line that a command prints, "" where it fails."""
     try:
-        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return run.stdout.strip().split("\n")[0]
+    return result.stdout.strip().split("\n")[0]
 
 
-def read_csv(path: Path) -> list[Row]:
+def read_csv(path: Path) -> list[ResultRow]:
     """Read the rows of a CSV."""
     with path.open(newline="") as stream:
         return list(csv.DictReader(stream))
 
 
-def write_csv(path: Path | None, rows: list[Row]) -> None:
-    """Write rows, one per measurement, all with the keys of the first. None: nowhere; no rows: what is there stays.
+def write_csv(path: Path | None, rows: list[ResultRow]) -> None:
+    """Write rows, all with the keys of the first, in place of the file; nothing without a path or without rows.
 
-    Called again after each case, so that a run that ends early leaves what it measured.
+    It is called after each case with all rows so far, so that a run that ends early leaves what it measured.
     """
     if path is None or not rows:
         return

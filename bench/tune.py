@@ -1,10 +1,10 @@
 """Search the tiles of the table on this GPU: `python -m bench.tune --cases r50-c4 --dtypes bfloat16`.
 
-Every task is timed through the call that uses it, with the table as it is, with tiles around its row, and with another
-way to the same result: columns for the fused kernels, the stable sort for atomic ranks, rows for strips. What
-disagrees with the float64 reference is not timed. Ends with rows for `triton_dcn/tile_table.py`; after they are
-inserted, `python -m bench.compiled_code --record` records their limits. `--dry-run` makes the same calls on a CPU, in
-Triton's interpreter (TRITON_INTERPRET=1), and says nothing about speed.
+Every task is timed through the call that uses it, with the table as it is, with tiles around its row, and with other
+ways to the same result: columns instead of the fused kernels, the stable sort instead of atomic ranks, row-major order
+instead of strips. What disagrees with the float64 reference is not timed. At the end it prints rows to insert into
+`triton_dcn/tile_table.py`; `python -m bench.compiled_code --record` then records their limits. `--dry-run` makes the
+same calls on a CPU, in Triton's interpreter (TRITON_INTERPRET=1), and says nothing about speed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from bench.device import DTYPES, allow_tf32, gpu_or_dry_run
 from bench.measure import (
     TOLERANCE,
     Timing,
-    check_inputs,
+    comparison_inputs,
     first_line,
     record_failure,
     reference_results,
     relative_errors,
     time_interleaved,
 )
-from bench.rows import Row, environment_columns, timing_row, write_csv
+from bench.rows import ResultRow, environment_columns, timing_row, write_csv
 from bench.triton_calls import run_backward, run_forward, select_gradients
 from bench.tuning_candidates import Candidate, candidates
 from triton_dcn.tile_table import TileRow
@@ -81,7 +81,7 @@ def tune(
 def _agreeing_candidates(task: str, inputs: Inputs, dtype: str, max_tiles: int) -> dict[str, Candidate]:
     """Return the candidates whose results agree with the float64 reference, by label; name the others."""
     case = inputs.case
-    one_image = check_inputs(case, DTYPES[dtype], inputs.input.device, 2.0)
+    one_image = comparison_inputs(case, DTYPES[dtype], inputs.input.device, 2.0)
     expected = reference_results(one_image)
     gradients = GRADIENTS_OF_TASK[task]
     expected = select_gradients(expected, gradients) if gradients else expected[:1]
@@ -102,7 +102,7 @@ def _agreeing_candidates(task: str, inputs: Inputs, dtype: str, max_tiles: int) 
 
 
 def new_row(timings: dict[Candidate, Timing]) -> TileRow | None:
-    """Return the row of the fastest tile, or None where it gains less than `MIN_GAIN`."""
+    """Return the tile row of the fastest tile, or None where it gains less than `MIN_GAIN`."""
     table_ms = None
     for candidate, timing in timings.items():
         if candidate.label == "table":
@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.exit(f"bench: {error}")
 
     environment = environment_columns(device)
-    csv_rows: list[Row] = []
+    csv_rows: list[ResultRow] = []
     new_rows: list[TileRow] = []
     failed: list[str] = []
     for dtype, case, task in itertools.product(options.dtypes, cases, options.tasks):
@@ -143,9 +143,9 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"    {timing.p50:9.4f} ms  {candidate.label}")
                 csv_rows.append(timing_row(candidate.label, case.name, case.shape, dtype, task, timing, environment))
             write_csv(options.csv, csv_rows)
-            row = new_row(timings)
-            if row is not None and row not in new_rows:
-                new_rows.append(row)
+            tile_row = new_row(timings)
+            if tile_row is not None and tile_row not in new_rows:
+                new_rows.append(tile_row)
 
     print("\nrows that beat the table:" if new_rows else "\nno row beats the table")
     for row in new_rows:

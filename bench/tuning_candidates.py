@@ -1,4 +1,4 @@
-"""What `bench.tune` tries for a task: the table as it is, tiles around its row, another way to the same result."""
+"""What `bench.tune` tries for a task: the table as it is, tiles around its row, other ways to the same result."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import torch
 from torch.utils import deterministic
 
 from bench.cases import Case, Inputs
-from triton_dcn import tile_table
+from triton_dcn import launchers, tile_table
 from triton_dcn.tile_table import Tile, TileRow
 
 FUSED_TASK = {"columns": "forward", "grad_sample": "grad_sample_fused"}
 """Task -> the fused one; it is done only where the table has no row of the fused one."""
-FORWARD_KERNELS = ("forward_prefetch", "forward_transposed")
 MIN_BLOCK = 16
 MAX_BLOCK = 256
 
@@ -91,7 +90,7 @@ def _tile_candidates(
     if current is None:
         current = TileRow(task, task, (arch,), arithmetic, tile_table.ANY, Tile(64, 64, 32, 4))
     channels = case.out_channels if task == "t_columns" else case.channels // case.offset_groups
-    kernels = FORWARD_KERNELS if task == "forward" else (current.kernel,)
+    kernels = tuple(launchers.FORWARD_KERNELS) if task == "forward" else (current.kernel,)
 
     results = []
     for kernel in kernels:

@@ -5,7 +5,7 @@ import torch
 
 from bench import atomics, ceilings
 from bench.cases import CASES, Case, make_inputs
-from bench.measure import check_inputs, reference_results
+from bench.measure import comparison_inputs, reference_results
 from bench.rows import read_csv
 from bench.triton_calls import select_gradients
 
@@ -22,10 +22,10 @@ def _interpreted(monkeypatch):
 
 
 @pytest.mark.parametrize("case", [DRY, ODD], ids=lambda case: case.name)
-@pytest.mark.parametrize("mode", atomics.MODES)
+@pytest.mark.parametrize("mode", atomics.GRADIENTS_OF_MODE)
 def test_every_method_is_right(case, mode):
     inputs = make_inputs(case, torch.float32, CPU, 2.0)
-    expected_grads = select_gradients(reference_results(inputs), atomics.MODES[mode])
+    expected_grads = select_gradients(reference_results(inputs), atomics.GRADIENTS_OF_MODE[mode])
 
     for name, call in atomics.scatter_methods(inputs, mode).items():
         for grad, expected in zip(call(), expected_grads, strict=True):
@@ -35,7 +35,7 @@ def test_every_method_is_right(case, mode):
 
 def test_wrong_gradients_are_named(monkeypatch, capsys):
     monkeypatch.setattr(atomics, "gradients_by_atomics", lambda inputs, mode: [torch.zeros_like(inputs.input)])
-    inputs = check_inputs(DRY, torch.float32, CPU, 2.0)
+    inputs = comparison_inputs(DRY, torch.float32, CPU, 2.0)
     failed: list[str] = []
 
     agreeing = atomics._agreeing_methods(inputs, reference_results(inputs), "float32", "grad_input", failed)
@@ -66,9 +66,9 @@ def test_a_failure_leaves_the_rest(tmp_path, monkeypatch, capsys):
         return {"bins": lambda: reference_results(inputs)[1:2], "atomics": fails}
 
     monkeypatch.setattr(ceilings, "read_l2", lambda device, nbytes: (lambda: torch.ones(8).sum(), 32))
-    monkeypatch.setattr(ceilings, "add_rows", lambda target, width, rows: (fails, 32))
+    monkeypatch.setattr(ceilings, "add_rows", lambda buffer, width, rows: (fails, 32))
     monkeypatch.setattr(atomics, "scatter_methods", one_method_fails)
-    monkeypatch.setattr(atomics, "MODES", {"grad_input": atomics.MODES["grad_input"]})
+    monkeypatch.setattr(atomics, "GRADIENTS_OF_MODE", {"grad_input": atomics.GRADIENTS_OF_MODE["grad_input"]})
 
     assert atomics.main(["--dry-run", "--csv", str(file)]) == 1
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.compiled_code_table import NAMES, occupancy, size_name, table_line, tile_name
+from bench.compiled_code_table import ARCH_NAMES, occupancy, size_name, table_line, tile_name
 from bench.machine_code import CodeReport
 from triton_dcn import tile_table
 
@@ -46,7 +46,7 @@ def test_page_has_the_rows_of_the_table():
         rows_of_page[title] = rows[1:]  # below the header
 
     rows_of_table = {}
-    for arch, title in NAMES.items():
+    for arch, title in ARCH_NAMES.items():
         rows_of_table[title] = [
             [row.kernel, row.arithmetic, size_name(row), tile_name(row), str(row.tile.num_warps)]
             for row in tile_table.TABLE

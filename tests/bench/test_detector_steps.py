@@ -58,7 +58,7 @@ def test_rows(module, mode, option, dtype, tmp_path, capsys):
 def test_a_failure_leaves_the_other_options(tmp_path, monkeypatch, capsys):
     made = {}
     make_step = inference.make_step
-    count = detector_steps.count
+    count_launches = detector_steps.count_launches
 
     def make(model, batch, option, device):
         made[option] = torch.backends.cudnn.allow_tf32
@@ -70,10 +70,10 @@ def test_a_failure_leaves_the_other_options(tmp_path, monkeypatch, capsys):
         if len(made) == 3:
             made["counted"] = True
             raise RuntimeError("no profiler")
-        return count(step, device)
+        return count_launches(step, device)
 
     monkeypatch.setattr(inference, "make_step", make)
-    monkeypatch.setattr(detector_steps, "count", count_or_fail)
+    monkeypatch.setattr(detector_steps, "count_launches", count_or_fail)
     file = tmp_path / "rows.csv"
     arguments = [*TINY, "--size", "64", "64", "--options", "bf16", "channels_last", "--csv", str(file)]
     assert inference.main(arguments) == 1

@@ -55,5 +55,5 @@ def test_a_failure_leaves_the_other_benchmarks(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu():
-    with pytest.raises(SystemExit, match="no CUDA GPU"):
+    with pytest.raises(SystemExit, match="expected a CUDA GPU, got none"):
         gpu.main([])

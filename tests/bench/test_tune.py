@@ -78,5 +78,5 @@ def test_new_rows_are_rows_of_the_table():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu():
-    with pytest.raises(SystemExit, match="no CUDA GPU"):
+    with pytest.raises(SystemExit, match="expected a CUDA GPU, got none"):
         tune.main([])
