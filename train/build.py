@@ -1,4 +1,4 @@
-"""What a run works with: its data, its model and optimizer, and where they start."""
+"""Builds what a run needs: its data, model and optimizer, with initial weights or the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from train.synthetic.generate import ensure_generated
 
 GENERATED_DATA = ROOT / "data" / "generated"
 
-# Buffers need not travel between the processes: they change only in a batch norm that trains, which is allowed for one
+# The processes need not exchange buffers: these change only in a batch norm that trains, which is allowed for one
 # process, or for several with "syncbn", which keeps them equal. PyTorch 2.13 renamed the option.
 _HAS_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _HAS_NEW_NAME else "broadcast_buffers": False}
@@ -106,7 +106,7 @@ def build(config: Config, world: World) -> tuple[TrainState, Callable[..., Any]]
 
 
 def uses_sync_batch_norm(config: Config, world: World) -> bool:
-    """Tell whether batch norms take their statistics over all processes; PyTorch can on a GPU only."""
+    """Tell whether batch norms take their statistics over all processes; PyTorch supports this on GPUs only."""
     return config.model.norm == "syncbn" and world.size > 1 and world.device.type == "cuda"
 
 
@@ -129,28 +129,33 @@ def load_initial_weights(state: TrainState, config: Config, classes: Sequence[st
         return ["weights: random"]
 
     check_weights_exist(config.weights)
-    file = read_checkpoint(config.weights)
-    summary = copy_weights(state.model, file, skip_heads=_has_other_classes(file, classes))
+    checkpoint = read_checkpoint(config.weights)
+    summary = copy_weights(state.model, checkpoint, skip_heads=_has_other_classes(checkpoint, classes))
     if state.average is not None:
         state.average.module.load_state_dict(state.model.state_dict())
     return [f"weights: {line.strip()}" for line in str(summary).splitlines()]
 
 
-def _has_other_classes(file: Checkpoint, classes: Sequence[str]) -> bool:
-    """Tell whether a file holds a detector whose classes differ in number or name."""
-    if CLASSIFIER not in file.state:
+def _has_other_classes(checkpoint: Checkpoint, classes: Sequence[str]) -> bool:
+    """Tell whether a checkpoint is of a detector whose classes differ in number or name."""
+    if CLASSIFIER not in checkpoint.state:
         return False  # no detector: weights of a backbone
-    classifier: Tensor = file.state[CLASSIFIER]
-    num_classes = len(classifier) - 1  # the last row is background
+    classifier: Tensor = checkpoint.state[CLASSIFIER]
+    num_classes = len(classifier) - 1  # the last one is the background
     if num_classes != len(classes):
         return True
-    if not file.classes:
+    if not checkpoint.classes:
         return False  # their names are not known
-    return tuple(file.classes) != tuple(classes)
+    return tuple(checkpoint.classes) != tuple(classes)
 
 
 def resume(
-    state: TrainState, run: RunFolder, config: Config, world: World, classes: Sequence[str], batches_per_epoch: int
+    state: TrainState,
+    run_folder: RunFolder,
+    config: Config,
+    world: World,
+    classes: Sequence[str],
+    batches_per_epoch: int,
 ) -> list[str]:
     """Go on from the newest whole checkpoint of the folder, or start with --weights; return notes about it.
 
@@ -163,19 +168,20 @@ def resume(
     notes: list[str] = []
     content = None
     if world.is_main:
-        content = load_newest_checkpoint(run.checkpoints, notes.append)
+        content = load_newest_checkpoint(run_folder.checkpoints, notes.append)
     content = world.broadcast(content)
 
     if content is None:
         if world.is_main:
-            run.drop_metrics_after(0)
+            run_folder.drop_metrics_after(0)
         return load_initial_weights(state, config, classes)
 
     if content["classes"] != list(classes):
-        raise ValueError(f"--out {run.path} was trained on other classes: {', '.join(content['classes'])}")
+        names = ", ".join(content["classes"])
+        raise ValueError(f"--out {run_folder.path}: expected a run with the classes of the data, got one with {names}")
     from_checkpoint(state, content)
     if world.is_main:
-        run.drop_metrics_after(state.step)
+        run_folder.drop_metrics_after(state.step)
 
     images_per_batch = config.data.batch_size * world.size
     images_per_batch_before = content["images_per_batch"]

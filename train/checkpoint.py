@@ -1,7 +1,7 @@
 """Checkpoints that survive faults: written whole or not at all, verified before they are used.
 
 A checkpoint is one file, `step-00001200-1f3a5c7e90b2d4f6.pt`: the number of finished steps and the first 16 digits of
-the SHA-256 of its bytes, so a cut or damaged file is known without a second file that could disagree.
+the SHA-256 of its bytes. A file that is cut off or damaged does not match its own name.
 
 Everything random in a run is a function of (seed, epoch, image) or (seed, step, rank), so no state of a random
 generator has to be kept, and the number of processes may change between two starts.
@@ -32,13 +32,13 @@ _NAME = re.compile(r"step-(?P<step>\d{8,})-(?P<digest>[0-9a-f]{16})\.pt")
 
 @dataclass
 class TrainState:
-    """What a run changes, and where it is.
+    """What training changes: model, optimizer, and the position in the run.
 
     Attributes:
-        model: without wrappers.
+        model: the detector itself, without wrappers.
         optimizer: of its parameters.
-        scaler: of the loss, for float16.
-        average: of the model's weights, or None.
+        scaler: scales the loss for float16.
+        average: moving average of the model's weights, or None.
         epoch: finished passes over the data.
         batch: finished batches of the present pass, per process.
         step: finished optimizer steps.
@@ -132,7 +132,7 @@ def newest_checkpoint(folder: Path, report_damaged: Callable[[str], None]) -> Pa
 
     Args:
         folder: where checkpoints are.
-        report_damaged: is called with a message about every damaged file that is passed over.
+        report_damaged: is called with a message about every damaged file that is skipped.
 
     Raises:
         ValueError: there are checkpoints, and all are damaged.
@@ -144,7 +144,10 @@ def newest_checkpoint(folder: Path, report_damaged: Callable[[str], None]) -> Pa
         size = path.stat().st_size
         report_damaged(f"checkpoint {path} is damaged ({size} bytes do not match its hash): taking the one before")
     if paths:
-        raise ValueError(f"all {len(paths)} checkpoints in {folder} are damaged; delete the folder to start again")
+        raise ValueError(
+            f"{folder}: expected an undamaged checkpoint, got {len(paths)} damaged ones; "
+            "delete the folder to start again"
+        )
     return None
 
 
@@ -173,7 +176,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def mark_best(path: Path) -> None:
-    """Make this checkpoint also `best.pt` of its folder, where it stays when `path` is deleted."""
+    """Link or copy this checkpoint to `best.pt` in its folder; `best.pt` stays when `path` is deleted."""
     with replacing(path.with_name(BEST)) as partial:
         try:
             os.link(path, partial)

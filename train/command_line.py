@@ -65,7 +65,7 @@ def parse(argv: Sequence[str], *, gpu: bool, processes: int = 1, quiet: bool = F
         argv: arguments without the program's name.
         gpu: whether there is one; it decides the preset where none is named.
         processes: of the run.
-        quiet: print nothing, for all but one of several processes.
+        quiet: print nothing; for all processes but one.
 
     Raises:
         SystemExit: help was asked for, or the command line is wrong.
@@ -98,7 +98,7 @@ def parse(argv: Sequence[str], *, gpu: bool, processes: int = 1, quiet: bool = F
 
 
 def _replace_former_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Give renamed flags their present names and leave removed ones out.
+    """Give renamed flags their current names and leave removed ones out.
 
     Returns:
         The arguments, and a line about each flag that was left out.

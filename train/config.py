@@ -23,7 +23,7 @@ REMOVED = {
     "eval_overlap": "an evaluation is counted before the next epoch starts",
     "evaluator": "faster-coco-eval counts wherever it is installed, pycocotools elsewhere",
 }
-"""Former values without an effect -> what happens now. Flags with these names are accepted and say so."""
+"""Name of a value that was removed -> what happens instead. Its flag is accepted, with a note."""
 
 PresetName = Literal["coco-1x", "small", "tiny"]
 
@@ -56,7 +56,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How parameters move."""
+    """Optimizer, learning rate and gradients."""
 
     name: Literal["sgd", "adamw"] = "sgd"
     """Update rule."""
@@ -67,7 +67,7 @@ class OptimConfig:
     momentum: float = 0.9
     """Momentum of sgd; first beta of adamw."""
     weight_decay: float = 1e-4
-    """On every trained parameter."""
+    """Weight decay of every trained parameter."""
     warmup: int = 500
     """Steps over which the learning rate rises linearly."""
     warmup_factor: Suppress[float] = 0.001
@@ -83,7 +83,7 @@ class OptimConfig:
     clip_grad: float = 0.0
     """Largest norm of the whole gradient; 0 does not clip."""
     ema: float = 0.0
-    """Decay of an average of the weights, which is then what is evaluated; 0 keeps none."""
+    """Decay of a moving average of the weights, which is evaluated instead of them; 0 keeps none."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Config:
     """Everything that decides a run. `train.main.run` takes one, the command line builds one."""
 
     preset: PresetName = "coco-1x"
-    """Values every other flag starts from: the published recipe, a run for a CPU, a smoke test."""
+    """Values that the other flags start from: the published recipe, a run for a CPU, a smoke test."""
     out: Path | None = None
     """Folder of the run; runs/PRESET without it. --eval-only of --weights needs one for its results."""
     epochs: int = 12
@@ -109,7 +109,7 @@ class Config:
     max_steps: int = 0
     """Stop after so many steps; 0 runs all epochs."""
     seed: int = 0
-    """Everything random follows from it."""
+    """Seed of everything random."""
     weights: Path | None = None
     """Checkpoint to start from: ours, MMDetection's, or torchvision's ImageNet file for the backbone."""
     eval_only: bool = False
@@ -232,7 +232,7 @@ def _plain(value: Any) -> Any:
 
 
 def _check_ranges(config: Config) -> None:
-    """Raise ValueError for a value that cannot be meant."""
+    """Raise ValueError for a value outside its range."""
     data = config.data
     optim = config.optim
 
@@ -276,7 +276,7 @@ def _check_ranges(config: Config) -> None:
 
 
 def _check_norm(config: Config, gpu: bool, processes: int) -> None:
-    """Raise ValueError where --model.norm syncbn cannot synchronize anything, or where bn would have to."""
+    """Raise ValueError where --model.norm does not suit the processes or the frozen layers."""
     model = config.model
     if config.eval_only or model.norm == "gn":
         return

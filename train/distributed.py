@@ -21,7 +21,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-END_REASON_SECONDS = 5.0  # a process waits so long for the others to tell why they end
+END_REASON_SECONDS = 5.0  # how long a process waits for the others to tell why they end
 CONNECTION_LOST = "lost the connection to the other processes"
 
 
@@ -66,7 +66,7 @@ class World:
         return int(total)
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all processes to rank 0, an empty list to the others."""
+        """Return the values of all processes on rank 0, an empty list on the others."""
         if self.size == 1:
             return [value]
         values: list[T] | None = [value] * self.size if self.is_main else None
@@ -74,7 +74,7 @@ class World:
         return values or []
 
     def broadcast(self, value: T) -> T:
-        """Return the value of rank 0 to all processes."""
+        """Return rank 0's value on all processes."""
         if self.size == 1:
             return value
         values = [value]
@@ -162,7 +162,7 @@ def _init_process_group(rank: int, size: int, device: torch.device, timeout: flo
         raise ConnectionError(f"rank {rank} of {size} cannot meet the others at {address}: {reason}") from error
     finally:
         watchdog.cancel()
-    return dist.PrefixStore("words", store)
+    return dist.PrefixStore("end-reasons", store)
 
 
 def _exit_with_error(message: str) -> None:

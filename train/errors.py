@@ -14,7 +14,7 @@ import torch.distributed as dist
 from train.distributed import CONNECTION_LOST, World, end_reasons_of_others, tell_end_reason
 from train.signals import Interrupted
 
-# What users cause or can mend, and faults of the machine, get one line. Everything else is a bug and shows its trace.
+# Errors that users cause or can fix, and those of the machine, get one line. All others are bugs and show their trace.
 EXPECTED = (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError)
 
 

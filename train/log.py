@@ -65,7 +65,7 @@ class LossBuffer:
         self._image_ids += image_ids
 
     def end_step(self, step: int, epoch: int, lr: float) -> None:
-        """Close a step, of which at least one batch was added."""
+        """End a step that has got at least one batch."""
         assert self._values is not None
         self.steps.append(StepLosses(step, epoch, lr, self._values, self._image_ids))
         self._values = None
@@ -75,15 +75,15 @@ class LossBuffer:
         """Return the losses of all steps, (steps, losses) float64 on the CPU.
 
         Raises:
-            FloatingPointError: a loss is not finite; names it, the step and the images.
+            FloatingPointError: a loss is not finite; the message names it, the step and the images.
         """
         values = torch.stack([step.values for step in self.steps]).cpu()
         positions = (~values.isfinite()).nonzero()
         if len(positions):
-            row, column = positions[0].tolist()
-            step = self.steps[row]
+            step_index, loss_index = positions[0].tolist()
+            step = self.steps[step_index]
             raise FloatingPointError(
-                f"{self.names[column]} is {values[row, column].item()} at step {step.step} "
+                f"{self.names[loss_index]} is {values[step_index, loss_index].item()} at step {step.step} "
                 f"(epoch {step.epoch}), images {', '.join(map(str, step.image_ids))}; "
                 "the last checkpoint is from before. Try a lower --optim.lr, or --optim.clip-grad"
             )
@@ -102,18 +102,18 @@ class TrainLog:
     """Writes what happens in a run. Losses are means over the processes, and rank 0 writes.
 
     Args:
-        run: folder with metrics.jsonl and the TensorBoard events; it must exist.
+        run_folder: receives metrics.jsonl and the TensorBoard events; it must exist.
         world: the processes.
         interval: steps between readings of the losses.
-        total_steps: of the whole run, for the time that is left.
+        total_steps: of the whole run, to show the time that is left.
         first_step: steps that are finished already.
         num_images: in the training split.
     """
 
     def __init__(
-        self, run: RunFolder, world: World, *, interval: int, total_steps: int, first_step: int, num_images: int
+        self, run_folder: RunFolder, world: World, *, interval: int, total_steps: int, first_step: int, num_images: int
     ):
-        self.run = run
+        self.run_folder = run_folder
         self.world = world
         self.interval = interval
         self.num_images = num_images
@@ -121,9 +121,9 @@ class TrainLog:
         self._unreadable: set[int] = set()  # image ids of this epoch
         self._events: SummaryWriter | None = None
         if world.is_main:
-            run.metrics.touch()
+            run_folder.metrics.touch()
             # Events after first_step are from steps that will be taken again: TensorBoard hides them.
-            self._events = SummaryWriter(str(run.path), purge_step=first_step + 1)
+            self._events = SummaryWriter(str(run_folder.path), purge_step=first_step + 1)
         self._progress = training_progress(total_steps, first_step, enabled=world.is_main)
         self._restart_clock()
 
@@ -157,7 +157,7 @@ class TrainLog:
         self._losses.add_batch(losses, share, image_ids)
 
     def end_step(self, step: int, epoch: int, lr: float) -> None:
-        """Close step number `step` (from 1) of epoch number `epoch` (from 1)."""
+        """End step number `step` (from 1) of epoch number `epoch` (from 1); flush after every `interval` steps."""
         self._losses.end_step(step, epoch, lr)
         if len(self._losses.steps) == self.interval:
             self.flush()
@@ -166,7 +166,7 @@ class TrainLog:
         """Read the losses of the steps since the last reading, check them and write them.
 
         Raises:
-            FloatingPointError: a loss is not finite; names it, the step and the images.
+            FloatingPointError: a loss is not finite; the message names it, the step and the images.
             ValueError: more than one percent of the images of this epoch could not be read.
         """
         steps = self._losses.steps
@@ -179,11 +179,11 @@ class TrainLog:
 
         if self.world.is_main:
             lines = []
-            for step, row in zip(steps, values.tolist(), strict=True):
-                losses = dict(zip(self._losses.names, row, strict=True))
+            for step, step_values in zip(steps, values.tolist(), strict=True):
+                losses = dict(zip(self._losses.names, step_values, strict=True))
                 position = {"step": step.step, "epoch": step.epoch, "lr": step.lr}
-                lines.append({**position, **losses, "loss": sum(row), **speed})
-            self.run.append_metrics(*lines)
+                lines.append({**position, **losses, "loss": sum(step_values), **speed})
+            self.run_folder.append_metrics(*lines)
             self._show(steps[-1], values.mean(0).tolist(), speed)
 
         self._progress.update(len(steps))
@@ -204,7 +204,7 @@ class TrainLog:
             self._events.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Finish the TensorBoard events and the progress line."""
+        """Close the TensorBoard events and the progress line."""
         self._progress.close()
         if self._events is not None:
             self._events.close()

@@ -33,7 +33,7 @@ def train_one_epoch(
     clip_grad: float = 0.0,
     amp: str = "none",
 ) -> Iterator[int]:
-    """Train on what is left of the present epoch; yield the number of finished steps after every step.
+    """Train on the rest of the current epoch; yield the number of finished steps after every step.
 
     At a yield `state` is complete: it may be saved, and the caller may stop.
 
@@ -106,7 +106,7 @@ def _update_weights(state: TrainState, rate: float, clip_grad: float) -> None:
 def _gradient_exchange(
     network: Callable[..., dict[str, Tensor]], enabled: bool
 ) -> contextlib.AbstractContextManager[None]:
-    """Let the processes exchange gradients in this backward pass or not: once per step is enough."""
+    """Return a context in which the processes exchange gradients, or do not: once per step is enough."""
     if enabled or not isinstance(network, DistributedDataParallel):
         return contextlib.nullcontext()
     no_sync: contextlib.AbstractContextManager[None] = network.no_sync()

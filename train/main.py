@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # Find the packages from any folder. The files of this folder must not be found as top-level modules.
+    # Import the packages from any working folder, and nothing from train/ as a top-level module.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
     from triton_dcn.extras import require_extra
@@ -58,15 +58,15 @@ def main() -> int:
     except (Exception, KeyboardInterrupt) as error:
         status = report_error(error, world, config.out if config else None)
     if world is not None and world.size > 1:
-        # End without Python's cleanup. It would wait for processes that are gone, and a thread of gloo that still has
-        # to release a tensor aborts the process during it.
+        # End without Python's cleanup, which would wait for processes that are gone. A thread of gloo that releases a
+        # tensor during the cleanup would also abort this process.
         sys.stdout.flush()
         os._exit(status)
     return status
 
 
 def run(config: Config, world: World | None = None) -> RunFolder:
-    """Train, or evaluate only, as the configuration says: what the command line does, for Python.
+    """Train, or only evaluate, as the configuration says; the same as the command line does, from Python.
 
         small = PRESETS["small"]
         config = replace(small, out=Path("runs/birds"), data=replace(small.data, root=Path("birds")))
@@ -81,7 +81,7 @@ def run(config: Config, world: World | None = None) -> RunFolder:
 
     Raises:
         Interrupted: a signal asked the run to stop. The same configuration goes on from there.
-        OSError, ValueError, FloatingPointError: what stops the run; the message says what to change.
+        OSError, ValueError, FloatingPointError: the run cannot go on; the message says what to change.
     """
     if world is None:
         world = join_processes(config.device, config.timeout)
@@ -108,21 +108,21 @@ def train(config: Config, world: World) -> None:
         loader = training_loader(train_set, sampler, config.data.workers, world.device.type == "cuda")
 
         # The folder of the run.
-        folder = RunFolder(config.folder)
-        notes = world.broadcast(folder.claim(config, world.size) if world.is_main else [])
+        run_folder = RunFolder(config.folder)
+        notes = world.broadcast(run_folder.claim(config, world.size) if world.is_main else [])
 
         # Model, optimizer and learning rate; then the newest checkpoint, if there is one.
         state, network = build(config, world)
         images_per_step = config.data.batch_size * world.size * config.optim.accumulate
         schedule = Schedule(config.optim, images_per_step, config.epochs)
-        notes += resume(state, folder, config, world, train_set.classes, len(sampler))
+        notes += resume(state, run_folder, config, world, train_set.classes, len(sampler))
         if world.is_main:
             table = report.run_table(config, world, state.model, train_set, val_set, schedule, len(sampler), notes)
             print(table, flush=True)
 
         metadata = _checkpoint_metadata(config, world, train_set)
         log = TrainLog(
-            folder,
+            run_folder,
             world,
             interval=config.log_every,
             total_steps=_total_steps(config, len(sampler)),
@@ -130,8 +130,8 @@ def train(config: Config, world: World) -> None:
             num_images=len(train_set),
         )
         try:
-            # An interruption may have left out the evaluation of the epoch that is finished.
-            _evaluate_if_due(state, val_set, config, world, folder, log, stop)
+            # The last epoch may have been saved, but not evaluated before an interruption.
+            _evaluate_if_due(state, val_set, config, world, run_folder, log, stop)
             while not _is_finished(state, config):
                 sampler.set_epoch(state.epoch, state.batch)
                 for step in train_one_epoch(
@@ -152,26 +152,26 @@ def train(config: Config, world: World) -> None:
                         log.flush()
                         if world.is_main:
                             content = to_checkpoint(state, metadata)
-                            save_checkpoint(folder.checkpoints, content, config.checkpoint.keep)
+                            save_checkpoint(run_folder.checkpoints, content, config.checkpoint.keep)
                     if stop_signal:
                         world.barrier()
-                        position = f"after step {step}; its checkpoint is in {folder.checkpoints}"
+                        position = f"after step {step}; its checkpoint is in {run_folder.checkpoints}"
                         raise Interrupted(stop_signal, position)
                     if _is_finished(state, config):
                         break
-                _evaluate_if_due(state, val_set, config, world, folder, log, stop)
+                _evaluate_if_due(state, val_set, config, world, run_folder, log, stop)
         finally:
             log.close()
 
     if world.is_main:
-        print(report.summary(folder, time.monotonic() - start), flush=True)
+        print(report.summary(run_folder, time.monotonic() - start), flush=True)
 
 
 def evaluate_only(config: Config, world: World) -> None:
     """Evaluate --weights, or the newest checkpoint of --out."""
     start = time.monotonic()
-    folder = RunFolder(config.folder)
-    path = _find_weights(config, world, folder)
+    run_folder = RunFolder(config.folder)
+    path = _find_weights(config, world, run_folder)
     model, class_names = detector.load(path, world.device)
     config = replace(config, model=model.config)
 
@@ -183,23 +183,23 @@ def evaluate_only(config: Config, world: World) -> None:
             f"got {model.config.num_classes}"
         )
 
-    folder.path.mkdir(parents=True, exist_ok=True)
-    metrics = evaluate(model, dataset, config, world, folder)
+    run_folder.path.mkdir(parents=True, exist_ok=True)
+    metrics = evaluate(model, dataset, config, world, run_folder)
     if metrics is None:
         return  # not rank 0
-    folder.append_metrics({"weights": str(path), **metrics})
-    print(report.evaluation_tables(metrics), report.output_files(folder), sep="\n\n")
+    run_folder.append_metrics({"weights": str(path), **metrics})
+    print(report.evaluation_tables(metrics), report.output_files(run_folder), sep="\n\n")
     print(f"took {report.format_duration(time.monotonic() - start)}")
 
 
-def _find_weights(config: Config, world: World, folder: RunFolder) -> Path:
+def _find_weights(config: Config, world: World, run_folder: RunFolder) -> Path:
     """Return the checkpoint that `evaluate_only` evaluates."""
     if config.weights:
         check_weights_exist(config.weights)
         return config.weights
-    path = world.broadcast(newest_checkpoint(folder.checkpoints, print) if world.is_main else None)
+    path = world.broadcast(newest_checkpoint(run_folder.checkpoints, print) if world.is_main else None)
     if path is None:
-        raise ValueError(f"--eval-only: expected --weights, or a checkpoint in {folder.checkpoints}, got neither")
+        raise ValueError(f"--eval-only: expected --weights, or a checkpoint in {run_folder.checkpoints}, got neither")
     return path
 
 
@@ -230,20 +230,20 @@ def _is_finished(state: TrainState, config: Config) -> bool:
 
 
 def _is_checkpoint_due(state: TrainState, config: Config) -> bool:
-    """Tell whether a checkpoint belongs here: at regular steps, at the end of an epoch and of the run."""
+    """Tell whether to save a checkpoint: at regular steps, and at the end of an epoch and of the run."""
     is_regular = config.checkpoint.every > 0 and state.step % config.checkpoint.every == 0
     is_end_of_epoch = state.batch == 0
     return is_regular or is_end_of_epoch or _is_finished(state, config)
 
 
-def _is_evaluation_due(state: TrainState, config: Config, world: World, folder: RunFolder) -> bool:
-    """Tell whether an evaluation belongs here, and was not made before an interruption."""
+def _is_evaluation_due(state: TrainState, config: Config, world: World, run_folder: RunFolder) -> bool:
+    """Tell whether the model has to be evaluated here, and was not before an interruption."""
     is_end_of_epoch = state.batch == 0 and state.epoch > 0
-    belongs_here = (is_end_of_epoch and state.epoch % config.eval_every == 0) or _is_finished(state, config)
-    is_known = False
+    is_due = (is_end_of_epoch and state.epoch % config.eval_every == 0) or _is_finished(state, config)
+    was_evaluated = False
     if world.is_main:
-        is_known = any(line["step"] == state.step for line in folder.evaluations())
-    return belongs_here and not world.broadcast(is_known)
+        was_evaluated = any(line["step"] == state.step for line in run_folder.evaluations())
+    return is_due and not world.broadcast(was_evaluated)
 
 
 def _evaluate_if_due(
@@ -251,19 +251,19 @@ def _evaluate_if_due(
     val_set: CocoDetection,
     config: Config,
     world: World,
-    folder: RunFolder,
+    run_folder: RunFolder,
     log: TrainLog,
     stop: StopRequest,
 ) -> None:
     """Evaluate the model as it is now, write the numbers, and keep its checkpoint if it is the best so far."""
-    if not _is_evaluation_due(state, config, world, folder):
+    if not _is_evaluation_due(state, config, world, run_folder):
         return
     metrics = evaluate(
         state.evaluated_model,
         val_set,
         config,
         world,
-        folder,
+        run_folder,
         show_picture=lambda name, picture: log.add_picture(name, picture, state.step),
         check_stop=stop.check,
     )
@@ -271,10 +271,10 @@ def _evaluate_if_due(
         return  # not rank 0
 
     line = {"step": state.step, "epoch": state.epoch_number, **metrics}
-    best_ap_before = max((earlier["AP"] for earlier in folder.evaluations() if "AP" in earlier), default=-2.0)
-    if line.get("AP", -2.0) > best_ap_before:
-        mark_best(list_checkpoints(folder.checkpoints)[0])
-    folder.append_metrics(line)
+    earlier_aps = [earlier["AP"] for earlier in run_folder.evaluations() if "AP" in earlier]
+    if "AP" in line and all(line["AP"] > ap for ap in earlier_aps):
+        mark_best(list_checkpoints(run_folder.checkpoints)[0])
+    run_folder.append_metrics(line)
     if "AP" in line:
         log.add_evaluation(state.step, line)
         log.print(report.evaluation_message(line))

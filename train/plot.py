@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # Find the packages from any folder. The files of this folder must not be found as top-level modules.
+    # Import the packages from any working folder, and nothing from train/ as a top-level module.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import matplotlib as mpl
@@ -26,7 +26,7 @@ PANEL_SIZE = (4.0, 3.5)  # inches
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw the runs named on the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="train/plot.py", description="Draw loss, learning rate and AP of runs.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that --out of training named")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders given as --out to the training")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="picture to write")
     arguments = parser.parse_args(argv)
     try:

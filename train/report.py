@@ -12,7 +12,7 @@ from torch import nn
 from train.config import BASE_BATCH_SIZE, Config, OptimConfig
 from train.data.coco_dataset import CocoDetection
 from train.distributed import World
-from train.evaluation.coco_metrics import DEFAULT_EVALUATOR, NAMES
+from train.evaluation.coco_metrics import DEFAULT_EVALUATOR, METRIC_NAMES
 from train.run_folder import RunFolder
 from train.schedule import Schedule
 
@@ -30,7 +30,7 @@ def run_table(
     batches_per_epoch: int,
     notes: Sequence[str],
 ) -> str:
-    """Return a table of what will happen.
+    """Return what the run will do, as a table of labels and texts.
 
     Args:
         config: of the run.
@@ -40,9 +40,9 @@ def run_table(
         val_set: images to evaluate on.
         schedule: learning rate.
         batches_per_epoch: per process.
-        notes: what else to know: where weights come from, what changed since the last start.
+        notes: further lines: where the weights come from, what has changed since the last start.
     """
-    rows = [
+    entries = [
         ("run", f"{config.out} (preset {config.preset}, seed {config.seed})"),
         ("training", _describe_split(train_set)),
         ("validation", _describe_split(val_set)),
@@ -55,35 +55,35 @@ def run_table(
         ("learning rate", _describe_learning_rate(config.optim, schedule)),
         ("length", _describe_length(config, batches_per_epoch)),
     ]
-    rows += [("note", note) for note in notes]
-    return "\n".join(_table_row(label, text) for label, text in rows)
+    entries += [("note", note) for note in notes]
+    return "\n".join(_format_entry(label, text) for label, text in entries)
 
 
-def summary(run: RunFolder, seconds: float) -> str:
+def summary(run_folder: RunFolder, seconds: float) -> str:
     """Return the last evaluation as tables, the best checkpoint, the time, and where the files are."""
     lines = []
-    evaluations = run.evaluations()
+    evaluations = run_folder.evaluations()
     if evaluations:
         lines += [evaluation_tables(evaluations[-1]), ""]
 
-    scored = [line for line in evaluations if "AP" in line]
-    if scored:
-        best = max(scored, key=lambda line: line["AP"])
-        ap = format_score(best["AP"])
-        ap50 = format_score(best["AP50"])
-        lines.append(f"best checkpoint  {run.checkpoints / 'best.pt'}")
+    evaluations_with_ap = [line for line in evaluations if "AP" in line]
+    if evaluations_with_ap:
+        best = max(evaluations_with_ap, key=lambda line: line["AP"])
+        ap = format_metric(best["AP"])
+        ap50 = format_metric(best["AP50"])
+        lines.append(f"best checkpoint  {run_folder.checkpoints / 'best.pt'}")
         lines.append(f"                 (epoch {best['epoch']}: AP {ap}, AP50 {ap50})")
 
     lines.append(f"this start took  {format_duration(seconds)}")
-    lines.append(output_files(run))
+    lines.append(output_files(run_folder))
     return "\n".join(lines)
 
 
 def evaluation_message(line: dict[str, Any]) -> str:
     """Return one short line about an evaluation of an epoch."""
-    ap = format_score(line["AP"])
-    ap50 = format_score(line["AP50"])
-    masks = f"  masks AP {format_score(line['segm_AP'])}" if "segm_AP" in line else ""
+    ap = format_metric(line["AP"])
+    ap50 = format_metric(line["AP50"])
+    masks = f"  masks AP {format_metric(line['segm_AP'])}" if "segm_AP" in line else ""
     return f"epoch {line['epoch']}: AP {ap}  AP50 {ap50}{masks}  ({line['evaluation_seconds']:.0f} s)"
 
 
@@ -95,26 +95,26 @@ def evaluation_tables(line: dict[str, Any]) -> str:
     return "\n".join([*_numbers_table(line, has_masks), "", *_class_table(line, has_masks)])
 
 
-def format_score(value: float) -> str:
+def format_metric(value: float) -> str:
     """Return an AP or AR with three digits, a dash where there was no ground truth to count (-1)."""
     return "-" if value < 0 else f"{value:.3f}"
 
 
 def format_duration(seconds: float) -> str:
     """Return seconds as h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+    minutes, full_seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{full_seconds:02d}"
 
 
-def output_files(run: RunFolder) -> str:
+def output_files(run_folder: RunFolder) -> str:
     """Return where the files of a run are."""
     return "\n".join(
         [
-            f"detections       {run.detections}",
-            f"pictures         {run.pictures}/",
-            f"curves           {run.metrics}",
-            f"                 python train/plot.py {run.path}",
-            f"                 tensorboard --logdir {run.path}",
+            f"detections       {run_folder.detections}",
+            f"pictures         {run_folder.pictures}/",
+            f"curves           {run_folder.metrics}",
+            f"                 python train/plot.py {run_folder.path}",
+            f"                 tensorboard --logdir {run_folder.path}",
         ]
     )
 
@@ -173,11 +173,11 @@ def _describe_length(config: Config, batches_per_epoch: int) -> str:
 
 
 def _numbers_table(line: dict[str, Any], has_masks: bool) -> list[str]:
-    header = "  ".join(f"{name:>6}" for name in NAMES)
-    boxes = "  ".join(f"{format_score(line[name]):>6}" for name in NAMES)
+    header = "  ".join(f"{name:>6}" for name in METRIC_NAMES)
+    boxes = "  ".join(f"{format_metric(line[name]):>6}" for name in METRIC_NAMES)
     if not has_masks:
         return [header, boxes]
-    masks = "  ".join(f"{format_score(line[f'segm_{name}']):>6}" for name in NAMES)
+    masks = "  ".join(f"{format_metric(line[f'segm_{name}']):>6}" for name in METRIC_NAMES)
     return [f"       {header}", f"boxes  {boxes}", f"masks  {masks}"]
 
 
@@ -187,18 +187,18 @@ def _class_table(line: dict[str, Any], has_masks: bool) -> list[str]:
     if has_masks:
         header += "  masks AP    AP50"
 
-    rows = [header]
+    lines = [header]
     for name, (ap, ap50, box_count) in line["classes"].items():
-        row = f"{name:<{width}}  {format_score(ap):>6}  {format_score(ap50):>6}  {box_count:6d}"
+        text = f"{name:<{width}}  {format_metric(ap):>6}  {format_metric(ap50):>6}  {box_count:6d}"
         if has_masks:
             mask_ap, mask_ap50, _ = line["segm_classes"][name]
-            row += f"  {format_score(mask_ap):>8}  {format_score(mask_ap50):>6}"
-        rows.append(row)
-    return rows
+            text += f"  {format_metric(mask_ap):>8}  {format_metric(mask_ap50):>6}"
+        lines.append(text)
+    return lines
 
 
-def _table_row(label: str, text: str) -> str:
-    """Return a row of the table in lines of at most `WIDTH` columns; paths stay whole."""
+def _format_entry(label: str, text: str) -> str:
+    """Return an entry of the table in lines of at most `WIDTH` columns; paths stay whole."""
     return textwrap.fill(
         f"{label:<{LABEL_WIDTH}} {text}",
         WIDTH,

@@ -17,7 +17,7 @@ from train.config import RENAMED, Config, as_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# These may differ between two starts of one run: they do not change what it computes.
+# Values that may differ between two starts of one run. All others decide what is trained.
 MAY_CHANGE = {
     "out",
     "epochs",
@@ -85,18 +85,18 @@ class RunFolder:
         self._config = path / "config.json"
 
     def claim(self, config: Config, world_size: int) -> list[str]:
-        """Make the folder this run's, or check that it already is; write config.json.
+        """Take the folder for this run, or check that it already belongs to it; write config.json.
 
         Args:
             config: of this start.
             world_size: number of processes.
 
         Returns:
-            What differs from the start before and may differ.
+            Notes about what differs from the start before, where this is allowed.
 
         Raises:
             OSError: the folder cannot be written.
-            ValueError: the folder holds another run that got as far as a step, or something that is no run.
+            ValueError: the folder holds another run with at least one step, or something else than a run.
         """
         start = {"world_size": world_size, "time": time.strftime("%Y-%m-%d %H:%M:%S"), **provenance()}
         try:
@@ -141,8 +141,8 @@ class RunFolder:
                 differences.append(f"{name} was {value_before}, is {value}")
         if differences:
             raise ValueError(
-                f"--out {self.path} holds another run: {'; '.join(differences[:4])}. "
-                "Choose another folder, delete this one, or repeat its command"
+                f"--out {self.path}: expected the folder of this run, got that of another run: "
+                f"{'; '.join(differences[:4])}. Choose another folder, delete this one, or repeat its command"
             )
 
         world_size_before = record["starts"][-1]["world_size"]
@@ -157,11 +157,11 @@ class RunFolder:
             file.write(text)
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics.jsonl with the evaluations of this run's training; AP needs annotations."""
+        """Return the lines of metrics.jsonl from this run's evaluations; without annotations they have no AP."""
         return [line for line in read_lines(self.metrics) if "step" in line and "loss" not in line]
 
     def drop_metrics_after(self, step: int) -> None:
-        """Drop the lines of metrics.jsonl that lie after a step, because they will be written again."""
+        """Drop the lines of metrics.jsonl after a step: the resumed run writes them again."""
         lines = read_lines(self.metrics)
         if not lines:
             return

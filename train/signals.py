@@ -53,8 +53,8 @@ class StopRequest:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        is_one_of_many_and_failed = error is not None and self.world.size > 1
-        if isinstance(error, Interrupted) or is_one_of_many_and_failed:
+        failed_beside_others = error is not None and self.world.size > 1
+        if isinstance(error, Interrupted) or failed_beside_others:
             return  # a launcher then sends signals to all processes, and they must not cut off the last message
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
@@ -65,15 +65,15 @@ class StopRequest:
         signal.signal(number, usual_handler)
 
     def check(self) -> None:
-        """Raise Interrupted if this process was asked to stop: where nothing is lost and nobody needs to agree."""
+        """Raise Interrupted if this process was asked to stop; for places where the processes need not agree."""
         if self.received:
             raise Interrupted(self.received, "during the evaluation; the checkpoint of this epoch is written")
 
     def agreed(self) -> int:
-        """Return the signal on which all processes stop after this step, or 0; all processes get the same answer.
+        """Return the signal that stops all processes after this step, or 0; all processes get the same answer.
 
-        Each call starts an exchange and returns the result of the one that the call before has started, so that no
-        process waits for the answer.
+        Each call starts an exchange and returns the result of the exchange that the previous call started, so that no
+        process has to wait for an answer.
         """
         if self.world.size == 1:
             return self.received

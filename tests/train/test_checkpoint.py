@@ -99,7 +99,7 @@ def test_damaged_newest_falls_back(tmp_path, how):
     assert "step-00000002" in text
     assert "damaged" in text
     damage(list_checkpoints(tmp_path)[1], how)
-    with pytest.raises(ValueError, match="all 2 checkpoints"):
+    with pytest.raises(ValueError, match="expected an undamaged checkpoint, got 2 damaged ones"):
         newest_checkpoint(tmp_path, said.append)
 
 

@@ -23,8 +23,8 @@ except ModuleNotFoundError as error:
         raise  # it is installed, but something that it needs is missing
     faster_coco_eval = None
 
-NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")  # the first of pycocotools' twelve numbers
-DETECTION_LIMITS = [100, 300, 1000]  # per image; AP uses the first
+METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")  # the first of pycocotools' twelve numbers
+DETECTION_LIMITS = [100, 300, 1000]  # per image; AP and AR100 use the first, AP50 to APl the last
 _COMPARED_FIELD = {"bbox": "bbox", "segm": "segmentation"}
 
 EVALUATORS: dict[str, tuple[Any, Any]] = {"pycocotools": (COCO, COCOeval)}
@@ -45,21 +45,21 @@ def coco_metrics(rows: Sequence[CocoRow], dataset: CocoDetection, evaluator: str
         evaluator: a key of `EVALUATORS`.
 
     Returns:
-        COCO's numbers by `NAMES`, and `classes`: name -> (AP, AP50, ground-truth boxes); -1 where there is no ground
-        truth to count. The same for masks, where the data set has them, as `segm_AP`, ..., `segm_classes`. Last
-        `evaluator`. An empty dict if the file has no annotations.
+        COCO's numbers by `METRIC_NAMES`, and `classes`: name -> (AP, AP50, ground-truth boxes); -1 where there is no
+        ground truth to count. The same for masks, where the data set has them, as `segm_AP`, ..., `segm_classes`; then
+        the name of the evaluator as `evaluator`. An empty dict if the file has no annotations.
     """
     if not dataset.has_annotations:
         return {}
 
     metrics: dict[str, Any] = {}
     evaluation = run_coco_eval(rows, dataset, "bbox", evaluator)
-    metrics |= dict(zip(NAMES, evaluation.stats.tolist(), strict=False))
+    metrics |= dict(zip(METRIC_NAMES, evaluation.stats.tolist(), strict=False))
     metrics["classes"] = class_metrics(evaluation, dataset)
 
     if dataset.segmentations is not None:
         evaluation = run_coco_eval(rows, dataset, "segm", evaluator)
-        for name, value in zip(NAMES, evaluation.stats.tolist(), strict=False):
+        for name, value in zip(METRIC_NAMES, evaluation.stats.tolist(), strict=False):
             metrics[f"segm_{name}"] = value
         metrics["segm_classes"] = class_metrics(evaluation, dataset)
 
@@ -81,7 +81,7 @@ def run_coco_eval(
     Args:
         rows: detections of all images, in COCO's results format.
         dataset: the split they were made for; it must have annotations.
-        iou_type: "bbox" compares boxes, "segm" masks, whose areas are then those of the detections.
+        iou_type: "bbox" compares boxes, "segm" masks; the areas of detections, for APs to APl, are of the same kind.
         evaluator: a key of `EVALUATORS`.
 
     Returns:
@@ -137,7 +137,7 @@ def _read_annotations(dataset: CocoDetection, iou_type: str) -> dict[str, Any]:
 
 
 def _index_detections(rows: Sequence[CocoRow], ground_truth: Any, coco_class: Any, iou_type: str) -> Any:
-    """Return detections as an object of the evaluator's COCO class."""
+    """Return the detections as an object of `coco_class`, the evaluator's class for annotations."""
     if not rows:  # loadRes does not take an empty list
         detections = coco_class()
         detections.dataset = {**ground_truth.dataset, "annotations": []}
@@ -150,7 +150,7 @@ def _index_detections(rows: Sequence[CocoRow], ground_truth: Any, coco_class: An
 
 
 def _mean_of_counted(values: np.ndarray) -> float:
-    """Return the mean of the values that are not -1; -1 if there are none."""
+    """Return the mean of the values without those that are -1; -1 if no value is left."""
     counted = values[values > -1]
     if not counted.size:
         return -1.0

@@ -43,21 +43,21 @@ def evaluate(
     dataset: CocoDetection,
     config: Config,
     world: World,
-    run: RunFolder,
+    run_folder: RunFolder,
     *,
     show_picture: Callable[[str, np.ndarray], None] = _ignore_picture,
     check_stop: Callable[[], None] = _never_stop,
 ) -> dict[str, Any] | None:
     """Evaluate a model; write detections.json and pictures.
 
-    No image is seen twice, so nothing has to be removed, and the numbers are those of a single process.
+    No image is evaluated twice, so the numbers are the same for any number of processes.
 
     Args:
         model: returns `Detections` per image; is in evaluation mode afterwards.
         dataset: the images.
         config: of the run.
         world: the processes.
-        run: folder for the results.
+        run_folder: receives the results.
         show_picture: is called with name and pixels of every picture.
         check_stop: is called between images and may raise.
 
@@ -79,9 +79,9 @@ def evaluate(
         return None
     rows = _sort_by_image(rows_of_ranks, dataset)
 
-    for path, picture in draw_pictures(dataset, rows, run.pictures, config.pictures):
+    for path, picture in draw_pictures(dataset, rows, run_folder.pictures, config.pictures):
         show_picture(path.stem, picture)
-    write_json(run.detections, rows, durable=True)
+    write_json(run_folder.detections, rows, durable=True)
 
     metrics = coco_metrics(rows, dataset)
     return {**metrics, "evaluation_seconds": time.perf_counter() - start}
@@ -128,8 +128,8 @@ def detect(
             strict=True,
         )
         for detections, image_id, scale_factors, original_size in images:
-            detections = undo_resize(detections, scale_factors)
-            rows += _to_rows(detections, image_id, original_size, category_ids)
+            detections_in_file = undo_resize(detections, scale_factors)
+            rows += _to_rows(detections_in_file, image_id, original_size, category_ids)
     return rows, unreadable
 
 
@@ -160,6 +160,6 @@ def _check_unreadable_images(unreadable: dict[int, str], dataset: CocoDetection,
 
 def _sort_by_image(rows_of_ranks: list[list[CocoRow]], dataset: CocoDetection) -> list[CocoRow]:
     """Put the rows of all processes together, in the order of the images in the data set."""
-    position = {image_id: index for index, image_id in enumerate(dataset.image_ids.tolist())}
+    index_of_image = {image_id: index for index, image_id in enumerate(dataset.image_ids.tolist())}
     rows = [row for rows_of_rank in rows_of_ranks for row in rows_of_rank]
-    return sorted(rows, key=lambda row: position[row["image_id"]])
+    return sorted(rows, key=lambda row: index_of_image[row["image_id"]])

@@ -21,13 +21,13 @@ MIN_SCORE = 0.3  # detections below it are not drawn
 def draw_pictures(
     dataset: CocoDetection, rows: Sequence[CocoRow], folder: Path, count: int
 ) -> Iterator[tuple[Path, np.ndarray]]:
-    """Draw `count` images spread evenly over a data set, write them and yield path and picture.
+    """Draw `count` images, evenly spaced in the data set; write each picture, then yield its path and pixels.
 
     Args:
         dataset: images and ground truth, masks too if it has them.
         rows: detections of all images, in COCO's results format.
         folder: for the PNG files, named by the images' files; created if missing.
-        count: images, or all there are if fewer.
+        count: how many images; all if there are fewer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for index in _spread_evenly(len(dataset), count):

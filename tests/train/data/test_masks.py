@@ -18,7 +18,7 @@ from tests.train.conftest import lines, run
 from tests.train.data.datasets import edit, open_coco
 from tests.train.evaluation.test_coco_metrics import crowded, crowded_in_all_sizes, needs_both_evaluators
 from train.data.collate import LoadedBatch
-from train.evaluation.coco_metrics import NAMES, coco_metrics, run_coco_eval
+from train.evaluation.coco_metrics import METRIC_NAMES, coco_metrics, run_coco_eval
 from train.evaluation.evaluate import detect
 from train.evaluation.pictures import draw_pictures
 from train.plot import main as plot
@@ -56,7 +56,7 @@ def test_masks_count_not_boxes(coco):
     assert metrics["AP"] == pytest.approx(1)
     assert metrics["segm_AP75"] == 0
     boxes = [row.pop("bbox") for row in rows]
-    assert run_coco_eval(rows, dataset, "segm").stats[NAMES.index("AP75")] == 0
+    assert run_coco_eval(rows, dataset, "segm").stats[METRIC_NAMES.index("AP75")] == 0
     assert len(boxes) == len(rows)
 
 

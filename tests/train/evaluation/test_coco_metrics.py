@@ -7,7 +7,7 @@ import pytest
 import train.evaluation.coco_metrics
 from detector.results import coco_rows
 from tests.train.data.datasets import edit, open_coco, open_golden
-from train.evaluation.coco_metrics import EVALUATORS, NAMES, coco_metrics, run_coco_eval
+from train.evaluation.coco_metrics import EVALUATORS, METRIC_NAMES, coco_metrics, run_coco_eval
 
 needs_both_evaluators = pytest.mark.skipif(len(EVALUATORS) < 2, reason="the extra fast-eval is not installed")
 
@@ -40,7 +40,7 @@ def test_numbers_equal_mmdetection(golden, tmp_path):
     metrics = coco_metrics(rows, dataset)
     assert run_coco_eval(rows, dataset).stats == pytest.approx(expected["coco_stats"], abs=1e-9)
     keys = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
-    for name, key in zip(NAMES, keys, strict=False):
+    for name, key in zip(METRIC_NAMES, keys, strict=False):
         assert round(metrics[name], 3) == expected["metrics"][f"coco/bbox_{key}"]
     counted = [ap for ap, _, _ in metrics["classes"].values() if ap > -1]
     assert np.mean(counted) == pytest.approx(metrics["AP"])
@@ -72,7 +72,7 @@ def test_nothing_found_is_zero(coco):
 def test_no_images_is_minus_one(coco):
     edit(coco, lambda content: (content["images"].clear(), content["annotations"].clear()), "val2017")
     metrics = coco_metrics([], open_coco(coco, "val2017"))
-    assert {metrics[name] for name in NAMES} == {-1.0}
+    assert {metrics[name] for name in METRIC_NAMES} == {-1.0}
 
 
 def test_no_annotations_gives_no_numbers(coco):
