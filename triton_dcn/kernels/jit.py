@@ -16,8 +16,15 @@ def kernel(function: Callable[..., None]) -> Any:
     matters (`bench.compiled_code` examines that of the only variant here). Pointers are still specialized, because wide
     loads need to know their alignment.
     """
+    return triton.jit(function, do_not_specialize=runtime_integers(function))
+
+
+def runtime_integers(function: Callable[..., None]) -> list[str]:
+    """Return the names of the parameters that are neither constexpr nor, by the ending `_ptr`, pointers."""
+    # evaluated, because `from __future__ import annotations` in the file of the kernel makes strings of them
+    parameters = inspect.signature(function, eval_str=True).parameters
     integers = []
-    for name, parameter in inspect.signature(function).parameters.items():
+    for name, parameter in parameters.items():
         if parameter.annotation is not tl.constexpr and not name.endswith("_ptr"):
             integers.append(name)
-    return triton.jit(function, do_not_specialize=integers)
+    return integers
