@@ -120,6 +120,26 @@ def _cases() -> dict[str, list[Case]]:
             Case("micro-64", 2, 64, 64, 64, 64),
             Case("micro-32", 8, 32, 32, 64, 64),
         ],
+        "video": [  # alignment of frames: many offset groups
+            Case("video-64-d8", 1, 64, 64, 180, 320, offset_groups=8),  # EDVR
+            Case("video-128-64-d16", 1, 128, 64, 180, 320, offset_groups=16),  # BasicVSR++
+            Case("video-128-d8", 1, 128, 128, 180, 320, offset_groups=8),  # EDVR, large
+            Case("video-120-d12", 1, 120, 120, 64, 64, offset_groups=12),  # VRT
+            Case("video-256-128-d16", 1, 256, 128, 60, 108, offset_groups=16),  # ProPainter
+            Case("video-360-g3-d24", 1, 360, 360, 64, 64, groups=3, offset_groups=24),
+        ],
+        "dla": [  # up-sampling nodes of DLA-34 at 512 x 512
+            Case("dla-64", 8, 64, 64, 128, 128),
+            Case("dla-128-64", 8, 128, 64, 64, 64),
+        ],
+        "wide": [  # far more output than input channels: the large kernel of BiRefNet
+            Case("wide-64-256-7x7", 1, 64, 256, 256, 256, (7, 7), padding=(3, 3)),
+        ],
+        "depthwise": [
+            Case("dlka-5x5", 4, 96, 96, 56, 56, (5, 5), padding=(2, 2), groups=96),  # D-LKA Net
+            Case("dlka-7x7", 4, 96, 96, 56, 56, (7, 7), padding=(9, 9), dilation=(3, 3), groups=96),
+            Case("depthwise-96-d96", 4, 96, 96, 56, 56, groups=96, offset_groups=96),
+        ],
         "dry": [  # for the interpreter
             Case("dry", 1, 16, 16, 6, 8),
         ],
@@ -214,18 +234,21 @@ def make_inputs(
         smooth: whether neighbors have similar offsets, as trained layers predict them, or independent ones.
         seed: of the random numbers.
     """
-    generator = torch.Generator().manual_seed(seed)
+    # drawn where they are used: on a CPU, those of a large batch take seconds
+    drawn_on = device if device.type == "cuda" else torch.device("cpu")
+    generator = torch.Generator(drawn_on).manual_seed(seed)
     in_per_group = case.channels // case.groups
-    offset = torch.zeros(case.batch, 2 * case.offset_groups * case.taps, *case.out_size)
+    offset = torch.zeros(case.batch, 2 * case.offset_groups * case.taps, *case.out_size, device=drawn_on)
     if magnitude:
         normal = _draw_offsets(offset.shape, magnitude, smooth, generator)
         offset = normal.floor() + 0.1 + 0.8 * (normal - normal.floor())
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device=drawn_on)
 
     input = randn(case.batch, case.channels, case.height, case.width)
-    mask = torch.rand(case.batch, case.offset_groups * case.taps, *case.out_size, generator=generator)
+    mask_shape = (case.batch, case.offset_groups * case.taps, *case.out_size)
+    mask = torch.rand(mask_shape, generator=generator, device=drawn_on)
     weight = randn(case.out_channels, in_per_group, *case.kernel) / (in_per_group * case.taps) ** 0.5
     grad_output = randn(case.batch, case.out_channels, *case.out_size)
 
@@ -246,8 +269,8 @@ def make_inputs(
 def _draw_offsets(shape: tuple[int, ...], magnitude: float, smooth: bool, generator: torch.Generator) -> Tensor:
     """Return normal offsets (B, 2*D*K, Ho, Wo) with `magnitude` pixels as standard deviation."""
     if not smooth:
-        return torch.randn(shape, generator=generator) * magnitude
+        return torch.randn(shape, generator=generator, device=generator.device) * magnitude
     coarse_size = [math.ceil(size / COARSE_SPACING) + 1 for size in shape[2:]]
-    coarse = torch.randn(*shape[:2], *coarse_size, generator=generator)
+    coarse = torch.randn(*shape[:2], *coarse_size, generator=generator, device=generator.device)
     field = F.interpolate(coarse, shape[2:], mode="bilinear", align_corners=True)
     return field * (magnitude / field.std())
