@@ -84,7 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="python -m bench.deform_conv", description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", default=["r50", "micro-64", "video-120-d12"], help="sets or names of bench.cases, or all")
+    default_cases = ["r50", "micro-64", "video-120-d12"]
+    parser.add_argument("--cases", nargs="+", default=default_cases, help="sets or names of bench.cases, or all")
     parser.add_argument("--modes", nargs="+", default=["fwd", "both"], choices=MODES)
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=list(DTYPES))
     parser.add_argument("--providers", nargs="+", help=f"of {', '.join(FACTORIES)}; default: all but reference")
