@@ -23,7 +23,7 @@ from triton_dcn.geometry import ConvGeometry
 from triton_dcn.launchers import SampleArrays
 from triton_dcn.matmul import accumulate, multiply, multiply_groups
 from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
-from triton_dcn.workspace import column_chunks, image_slices, tile_chunks
+from triton_dcn.workspace import column_chunks, image_slices, prefers_t_columns, tile_chunks
 
 
 def forward(
@@ -100,8 +100,13 @@ def backward(
     grad_input = torch.empty_like(x) if needs_input else None  # written in full
     kept = launchers.binning_method() if needs_input else "arrays"
 
-    # T, which the gradient of the input needs, also gives that of the weight, with one more product
-    use_t_columns = needs_input and geom.offset_groups == 1
+    use_t_columns = needs_input and prefers_t_columns(
+        geom,
+        needs_samples=grad_offset_mask.needed,
+        fused_samples=tile_table.find_row("grad_sample_fused", geom, x) is not None,
+        needs_weight=needs_weight,
+    )
+    column_itemsize = x.element_size() if needs_input and not use_t_columns else 0
     grad_weight = None  # each chunk adds its part
     if needs_weight:
         weight_matrix = _weight_for_t(geom, w) if use_t_columns else _weight_for_columns(geom, w)
@@ -109,7 +114,7 @@ def backward(
     grads = _Gradients(grad_input, grad_offset_mask, grad_weight)
 
     with _current_device(x.device):
-        for slice_geom, images in image_slices(geom, kept):
+        for slice_geom, images in image_slices(geom, kept, column_itemsize):
             samples = launchers.sample(slice_geom, offset_mask.images(images))
             slice_grad = grad[_positions(geom, images)]
             if use_t_columns:
@@ -158,9 +163,10 @@ def _forward_by_columns(
 def _backward_by_t_columns(
     geom: ConvGeometry, grad: Tensor, x: Tensor, samples: SampleArrays, w: Tensor, grads: _Gradients
 ) -> None:
-    """Fill the gradients of one slice of images, if it has one offset group and the gradient of the input is needed."""
+    """Fill the gradients of one slice of images by T; it has one offset group, the gradient of the input is needed."""
     assert grads.input is not None
-    _fill_offset_mask_gradients(geom, grad, x, samples, w, grads.offset_mask)
+    if grads.offset_mask.needed:
+        _backward_by_columns(geom, grad, x, samples, w, _Gradients(None, grads.offset_mask, None))
 
     bins = launchers.bin_samples(geom, samples)
     weight_matrix = _weight_for_t(geom, w)
@@ -176,55 +182,39 @@ def _backward_by_t_columns(
 def _backward_by_columns(
     geom: ConvGeometry, grad: Tensor, x: Tensor, samples: SampleArrays, w: Tensor, grads: _Gradients
 ) -> None:
-    """Fill the gradients of one slice of images from column gradients and recomputed columns; any offset groups."""
-    if grads.input is None:
-        _fill_offset_mask_gradients(geom, grad, x, samples, w, grads.offset_mask)
-    else:
-        _fill_input_gradient(geom, grad, x, samples, w, grads.input, grads.offset_mask)
+    """Fill the gradients of one slice of images from column gradients and columns; any number of offset groups.
 
-    if grads.weight is not None:
-        for chunk in column_chunks(geom, x):
+    The gradient of the input comes from column gradients by the G-form. Those of offset and mask come from the same
+    ones, or without the gradient of the input from the fused kernel, where it has a row. That of the weight comes from
+    columns.
+    """
+    needs_samples = grads.offset_mask.needed
+    fused_row = tile_table.find_row("grad_sample_fused", geom, x) if grads.input is None else None
+    if needs_samples and fused_row is not None:
+        launchers.grad_sample_fused(geom, fused_row, grad, x, samples, w, grads.offset_mask)
+        needs_samples = False
+
+    chunks = list(column_chunks(geom, x))
+    if grads.input is not None:
+        bins = launchers.bin_samples(geom, samples)
+        # several chunks are summed in float32
+        grad_input = grads.input if len(chunks) == 1 else torch.empty_like(grads.input, dtype=torch.float32)
+
+    for chunk in chunks:
+        if grads.input is not None or needs_samples:
+            grad_columns = column_gradients(geom, grad[chunk], w)
+            if grads.input is not None:
+                launchers.g_form(geom, grad_columns, samples, bins, chunk, grad_input)
+            if needs_samples:
+                launchers.grad_sample(geom, grad_columns, x, samples, chunk, grads.offset_mask)
+            del grad_columns  # frees the memory before the columns are allocated
+        if grads.weight is not None:
             columns = launchers.columns(geom, x, samples, chunk)
             accumulate(grads.weight, by_group(geom, grad[chunk]).transpose(1, 2), columns)
+            del columns
 
-
-def _fill_input_gradient(
-    geom: ConvGeometry,
-    grad: Tensor,
-    x: Tensor,
-    samples: SampleArrays,
-    w: Tensor,
-    grad_input: Tensor,
-    grad_offset_mask: OffsetMaskGrad,
-) -> None:
-    """Fill the gradient of the input by the G-form, and those of offset and mask from the same column gradients."""
-    bins = launchers.bin_samples(geom, samples)
-    chunks = list(column_chunks(geom, x))
-    # several chunks are summed in float32
-    total = grad_input if len(chunks) == 1 else torch.empty_like(grad_input, dtype=torch.float32)
-    for chunk in chunks:
-        grad_columns = column_gradients(geom, grad[chunk], w)
-        if grad_offset_mask.needed:
-            launchers.grad_sample(geom, grad_columns, x, samples, chunk, grad_offset_mask)
-        launchers.g_form(geom, grad_columns, samples, bins, chunk, total)
-        del grad_columns  # frees the memory before the next ones are allocated
-    if total is not grad_input:
-        grad_input.copy_(total)
-
-
-def _fill_offset_mask_gradients(
-    geom: ConvGeometry, grad: Tensor, x: Tensor, samples: SampleArrays, w: Tensor, grad_offset_mask: OffsetMaskGrad
-) -> None:
-    """Fill the gradients of offset and mask where needed: in one pass, or from chunks of column gradients."""
-    if not grad_offset_mask.needed:
-        return
-    row = tile_table.find_row("grad_sample_fused", geom, x)
-    if row is not None:
-        launchers.grad_sample_fused(geom, row, grad, x, samples, w, grad_offset_mask)
-        return
-    for chunk in column_chunks(geom, x):
-        grad_columns = column_gradients(geom, grad[chunk], w)
-        launchers.grad_sample(geom, grad_columns, x, samples, chunk, grad_offset_mask)
+    if grads.input is not None and grad_input is not grads.input:
+        grads.input.copy_(grad_input)
 
 
 def column_gradients(geom: ConvGeometry, grad: Tensor, w: Tensor) -> Tensor:

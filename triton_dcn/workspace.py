@@ -45,7 +45,7 @@ class TileChunk(NamedTuple):
     tile_rows: int
 
 
-def image_slices(geom: ConvGeometry, kept: str) -> Iterator[tuple[ConvGeometry, slice]]:
+def image_slices(geom: ConvGeometry, kept: str, column_itemsize: int = 0) -> Iterator[tuple[ConvGeometry, slice]]:
     """Yield slices of images, each with its geometry, whose indices fit 32 bits and whose buffers fit the workspace.
 
     They are of nearly the same length. One image is a slice even if its buffers exceed the workspace.
@@ -53,6 +53,8 @@ def image_slices(geom: ConvGeometry, kept: str) -> Iterator[tuple[ConvGeometry, 
     Args:
         geom: of all images.
         kept: what the slice keeps of each sample, a key of `SAMPLE_BYTES`.
+        column_itemsize: bytes of an element of the column gradients from which the G-form computes the gradient of the
+            input, 0 without them. They should be one chunk, because each chunk goes through all bins of the slice.
 
     Raises:
         ValueError: one image has too many pixels or samples.
@@ -62,11 +64,8 @@ def image_slices(geom: ConvGeometry, kept: str) -> Iterator[tuple[ConvGeometry, 
     _check_count(geom, "pixels", pixels, MAX_PIXELS)
     _check_count(geom, "samples", samples, MAX_SAMPLES)
 
-    bytes_per_image = samples * SAMPLE_BYTES[kept]
-    if geom.offset_groups > 1 and kept != "arrays":
-        # one chunk of column gradients per slice, because every chunk reads all bins of the slice
-        column_bytes = geom.positions * geom.taps * geom.in_channels * 4
-        bytes_per_image = max(bytes_per_image, column_bytes)
+    column_bytes = geom.positions * geom.taps * geom.in_channels * column_itemsize
+    bytes_per_image = max(samples * SAMPLE_BYTES[kept], column_bytes)
     images_by_pixels = (MAX_PIXELS - 1) // pixels
     images_by_bytes = WORKSPACE_BYTES // bytes_per_image
     longest = max(1, min(images_by_pixels, images_by_bytes))
@@ -76,25 +75,63 @@ def image_slices(geom: ConvGeometry, kept: str) -> Iterator[tuple[ConvGeometry, 
 
 
 def column_chunks(geom: ConvGeometry, x: Tensor) -> Iterator[slice]:
-    """Yield chunks of the output positions of all images, whose columns in the dtype of `x` fit the workspace."""
-    positions = geom.batch * geom.positions
+    """Yield chunks of the output positions of all images, whose columns in the dtype of `x` fit the workspace.
+
+    They are of nearly the same length: a short rest would leave most of the GPU idle.
+    """
     position_bytes = geom.taps * geom.in_channels * x.element_size()
-    length = max(1, WORKSPACE_BYTES // position_bytes)
-    for start in range(0, positions, length):
-        yield slice(start, min(start + length, positions))
+    yield from even_slices(geom.batch * geom.positions, max(1, WORKSPACE_BYTES // position_bytes))
 
 
 def tile_chunks(geom: ConvGeometry, x: Tensor) -> Iterator[TileChunk]:
-    """Yield chunks of input tiles whose T in the dtype of `x` fits the workspace: whole images, or rows of one."""
+    """Yield chunks of input tiles whose T in the dtype of `x` fits the workspace: whole images, or rows of one.
+
+    They are of nearly the same size, as those of `column_chunks`.
+    """
     rows_per_image, _ = input_tiles(geom)
     row_bytes = TILE_H * geom.width * geom.taps * geom.out_channels * x.element_size()
     rows_that_fit = max(1, WORKSPACE_BYTES // row_bytes)
-    images = max(1, rows_that_fit // rows_per_image)
-    tile_rows = min(rows_that_fit, rows_per_image)
+    images_that_fit = max(1, rows_that_fit // rows_per_image)
 
-    for image in range(0, geom.batch, images):
-        for tile_row in range(0, rows_per_image, tile_rows):
-            yield TileChunk(image, min(images, geom.batch - image), tile_row, min(tile_rows, rows_per_image - tile_row))
+    for images in even_slices(geom.batch, images_that_fit):
+        for tile_rows in even_slices(rows_per_image, rows_that_fit):
+            yield TileChunk(
+                image=images.start,
+                images=images.stop - images.start,
+                tile_row=tile_rows.start,
+                tile_rows=tile_rows.stop - tile_rows.start,
+            )
+
+
+def prefers_t_columns(geom: ConvGeometry, *, needs_samples: bool, fused_samples: bool, needs_weight: bool) -> bool:
+    """Tell whether T-columns, not the G-form, should compute the gradient of the input, by what each way moves.
+
+    Both ways are right for one offset group, and both are bound by the elements that they write to memory and read
+    back. T has a row for each input pixel, columns have one for each output position:
+
+        T-columns: T is written, read for the gradient of the input, and read once more for that of the weight.
+            Gradients of offset and mask, where no fused kernel computes them, need column gradients, written and read.
+        G-form: column gradients are written, read for the gradient of the input, and read for those of offset and mask.
+            Columns for the gradient of the weight are written and read.
+
+    With a stride of 2, or with many more output than input channels, columns are the smaller ones. Where both ways move
+    the same, the G-form has one product less: that of the column gradients serves all gradients.
+
+    Args:
+        geom: of the call, or of a part of its images.
+        needs_samples: whether gradients of offset or mask are needed.
+        fused_samples: whether a fused kernel computes them, without column gradients in memory.
+        needs_weight: whether the gradient of the weight is needed.
+    """
+    if geom.offset_groups > 1:
+        return False
+    t_elements = geom.height * geom.width * geom.out_channels
+    column_elements = geom.positions * geom.in_channels
+    t_moved = (2 + needs_weight) * t_elements
+    if needs_samples and not fused_samples:
+        t_moved += 2 * column_elements
+    g_moved = (2 + needs_samples + 2 * needs_weight) * column_elements
+    return t_moved < g_moved
 
 
 def input_tiles(geom: ConvGeometry) -> tuple[int, int]:

@@ -68,6 +68,11 @@ def assert_agree(results, exact, limit):
             assert relative(results[name], expected) <= limit, name
 
 
+def force_way(monkeypatch, way):
+    """Let the gradient of the input come from "t_columns" or "g_form", whatever moves less."""
+    monkeypatch.setattr(triton_backend, "prefers_t_columns", lambda geom, **needs: way == "t_columns")
+
+
 def prepend_rows(monkeypatch, *rows):
     """Place `rows` before those of the table."""
     monkeypatch.setattr(tile_table, "TABLE", (*rows, *tile_table.TABLE))
@@ -109,9 +114,38 @@ def test_each_gradient_alone(spec, wanted):
     assert_agree(run(case, needs), exact(case, needs), FLOOR[torch.float32])
 
 
-@pytest.mark.parametrize("spec", ["two-blocks", "offset-groups", "groups"])
-def test_chunks_and_slices(spec, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("needs_samples", [True, False])
+@pytest.mark.parametrize("way", ["t_columns", "g_form"])
+@pytest.mark.parametrize("spec", ["two-blocks", "v1", "groups", "many-channels"])
+def test_both_ways_to_the_gradient_of_the_input(spec, way, needs_samples, dtype, monkeypatch):
+    force_way(monkeypatch, way)
+    case = case_of(spec, dtype)
+    needs = (True, needs_samples, needs_samples and case.tensors[2] is not None, True)
+    assert_agree(run(case, needs), exact(case, needs), FLOOR[dtype])
+
+
+def test_more_output_channels_take_no_t(monkeypatch):
+    """With a stride of 2, or more output than input channels, T would be the largest buffer."""
+    monkeypatch.setattr(launchers, "t_columns", None)
+    spec = OperatorCase("", 1, 16, 64, 9, 18, has_bias=False)
+    for case in (make_case(spec, torch.bfloat16, DEVICE), case_of("two-blocks", torch.bfloat16)):
+        assert_agree(run(case), exact(case), FLOOR[torch.bfloat16])
+
+
+@pytest.mark.parametrize(
+    ("spec", "way"),
+    [
+        ("two-blocks", "t_columns"),
+        ("groups", "t_columns"),
+        ("two-blocks", "g_form"),
+        ("offset-groups", "g_form"),
+        ("groups", "g_form"),
+    ],
+)
+def test_chunks_and_slices(spec, way, monkeypatch):
     """A workspace that holds one row of tiles: one image a slice, several chunks of columns and of T."""
+    force_way(monkeypatch, way)
     case = case_of(spec)
     monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 20_000)
     images_per_slice = [part.batch for part, _ in workspace.image_slices(case.geom, "ranks")]
@@ -210,6 +244,7 @@ def test_offsets_that_are_not_finite_or_huge():
 @pytest.mark.parametrize("offset_groups", [1, 2], ids=["t_columns", "g_form"])
 def test_infinite_gradients_stay_in_their_tiles(offset_groups, workspace_bytes, monkeypatch):
     monkeypatch.setattr(workspace, "WORKSPACE_BYTES", workspace_bytes)
+    force_way(monkeypatch, "t_columns" if offset_groups == 1 else "g_form")
     spec = OperatorCase(
         "", 1, 4, 4, 40, 40, kernel=(1, 1), padding=(0, 0), offset_groups=offset_groups, has_mask=False, has_bias=False
     )
