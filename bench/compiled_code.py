@@ -75,6 +75,7 @@ def constants(row: TileRow, arch: str, offset_groups: int = 1) -> dict[str, int 
         "MASK_LOGITS": False,
         "WANT_OFFSET": True,
         "WANT_MASK": True,
+        "WRITE_COLUMNS": False,
         "PART": False,
         "ADD": False,
         "STRIP": tile_table.STRIP,

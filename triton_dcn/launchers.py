@@ -93,11 +93,12 @@ def columns(geom: ConvGeometry, x: Tensor, samples: SampleArrays, chunk: slice) 
     """Launch `columns_kernel`: return the columns (G, rows, K*C/G) of a chunk of the positions, dtype of `x`."""
     rows = chunk.stop - chunk.start
     columns = x.new_empty(geom.groups, rows, geom.taps * geom.in_channels // geom.groups)
-    tile = find_tile("columns", geom, x)
-    columns_kernel[(_cdiv(rows, tile.block_p) * geom.offset_groups * geom.taps,)](
-        _words(geom, x), *samples, columns, geom.batch * geom.positions, chunk.start, rows, geom.width,
+    per_offset = geom.in_channels // geom.offset_groups
+    tile = find_tile("columns", geom, x).narrowed(per_offset)
+    columns_kernel[(_cdiv(rows * geom.offset_groups, tile.block_p) * _cdiv(per_offset, tile.block_c),)](
+        _words(geom, x), *samples, columns, geom.batch * geom.positions, chunk.start, rows, geom.out_width, geom.width,
         CHANNELS=geom.in_channels, GROUPS=geom.groups, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
-        BLOCK_P=tile.block_p, BLOCK_C=tile.block_c, **tile.options,
+        STRIP=strip_width(geom.out_width), BLOCK_P=tile.block_p, BLOCK_C=tile.block_c, **tile.options,
     )  # fmt: skip
     return columns
 
@@ -156,19 +157,28 @@ def grad_sample(
     samples: SampleArrays,
     chunk: slice,
     grad_offset_mask: OffsetMaskGrad,
+    *,
+    write_columns: bool = False,
 ) -> None:
     """Launch `grad_sample_kernel`: fill the gradients of offset and mask of a chunk of the positions.
 
-    `grad_columns` holds the column gradients of the chunk, (G, rows, K*C/G).
+    Args:
+        geom: of the slice.
+        grad_columns: the column gradients of the chunk, (G, rows, K*C/G), contiguous.
+        x: the input.
+        samples: of the slice.
+        chunk: of the positions.
+        grad_offset_mask: written for the positions of the chunk.
+        write_columns: leave the columns of the chunk in `grad_columns`, in place of the column gradients.
     """
     rows = chunk.stop - chunk.start
-    tile = find_tile("grad_sample", geom, x)
-    grad_sample_kernel[(_cdiv(rows, tile.block_p) * geom.offset_groups * geom.taps,)](
+    tile = find_tile("grad_sample", geom, x).narrowed(geom.in_channels // geom.offset_groups)
+    grad_sample_kernel[(_cdiv(rows * geom.offset_groups, tile.block_p),)](
         grad_columns, _words(geom, x), *samples, *_gradient_tensors(grad_offset_mask, samples),
-        geom.batch * geom.positions, chunk.start, rows, geom.positions, geom.width,
+        geom.batch * geom.positions, chunk.start, rows, geom.out_width, geom.positions, geom.width,
         *_gradient_batch_strides(grad_offset_mask),
         CHANNELS=geom.in_channels, GROUPS=geom.groups, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
-        **_gradient_flags(grad_offset_mask),
+        **_gradient_flags(grad_offset_mask), WRITE_COLUMNS=write_columns, STRIP=strip_width(geom.out_width),
         BLOCK_P=tile.block_p, BLOCK_C=tile.block_c, **tile.options,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ The first row that fits task, architecture, arithmetic and number of channels is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,15 @@ class Tile:
     block_c: int = 0
     num_warps: int = 4
     max_registers: int = 0
+
+    def narrowed(self, channels: int) -> Tile:
+        """Return the tile for offset groups of `channels` channels: no wider than needed, and with more positions.
+
+        A thread keeps its number of elements, but gets at most two positions.
+        """
+        block_c = min(self.block_c, 1 << (channels - 1).bit_length())
+        most_positions = max(self.block_p, 64 * self.num_warps)
+        return replace(self, block_c=block_c, block_p=min(self.block_p * self.block_c // block_c, most_positions))
 
     @property
     def options(self) -> dict[str, int]:

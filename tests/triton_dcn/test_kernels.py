@@ -22,9 +22,9 @@ from tests.triton_dcn.cases import (
 )
 from triton_dcn import launchers, reference, tile_table, triton_backend, workspace
 from triton_dcn.geometry import ConvGeometry
-from triton_dcn.kernels.sampling import column_offset, corner_rows, swizzle
+from triton_dcn.kernels.sampling import column_offset, corner_rows, swizzle, swizzle_chunk
 from triton_dcn.kernels.sampling import widen as widen_tile
-from triton_dcn.offset_mask import OffsetMask
+from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
 from triton_dcn.tile_table import ANY, Tile, TileRow
 
 ARCH = tile_table.architecture(torch.device(DEVICE))
@@ -104,6 +104,38 @@ def test_sample_gradients_in_one_pass(spec, monkeypatch):
     case = case_of(spec)
     needs = (False, True, True, False)
     assert_agree(run(case, needs), exact(case, needs), FLOOR[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spec", ["two-blocks", "offset-groups", "groups-cross", "odd-channels"])
+def test_sample_gradients_leave_columns(spec, dtype, monkeypatch):
+    """Columns in place of the column gradients, chunk by chunk, in several channel blocks, and the same gradients."""
+    rows = [TileRow(task, task, (ARCH,), "any", ANY, Tile(16, 0, 8)) for task in ("columns", "grad_sample")]
+    prepend_rows(monkeypatch, *rows)
+    monkeypatch.setattr(tile_table, "STRIP_MIN_WIDTH", 10)
+    case = case_of(spec, dtype)
+    geom = case.geom
+    x, _, _, w = case.tensors
+    x = x.permute(0, 2, 3, 1).contiguous()
+    w = w.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+    grad = case.grad_output.permute(0, 2, 3, 1).reshape(-1, geom.out_channels)
+    samples = launchers.sample(geom, case.offset_mask)
+    found = OffsetMaskGrad(*(torch.full_like(tensor, torch.nan) for tensor in case.tensors[1:3]))
+    positions = geom.batch * geom.positions
+    for chunk in (slice(0, positions // 3), slice(positions // 3, positions)):
+        buffer = triton_backend.column_gradients(geom, grad[chunk], w)
+        launchers.grad_sample(geom, buffer, x, samples, chunk, found, write_columns=True)
+        columns = launchers.columns(geom, x, samples, chunk)
+        assert relative(buffer, columns.double()) <= FLOOR[dtype]
+    expected = exact(case)
+    assert relative(found.offset, expected["grad_offset"]) <= FLOOR[dtype]
+    assert relative(found.mask, expected["grad_mask"]) <= FLOOR[dtype]
+
+
+@pytest.mark.parametrize(("channels", "block"), [(1, 1), (3, 4), (8, 8), (15, 16), (64, 64), (100, 64)])
+def test_tiles_are_no_wider_than_an_offset_group(channels, block):
+    tile = Tile(32, 0, 64, 4).narrowed(channels)
+    assert tile == Tile(min(2048 // block, 256), 0, block, 4)
 
 
 @pytest.mark.parametrize("spec", ["one-block", "offset-groups"])
@@ -399,3 +431,20 @@ def test_strip_order_is_a_permutation_by_strips(size):
         for x in range(start, min(start + 8, width))
     ]
     assert out[: len(expected)].tolist() == expected
+
+
+@triton.jit
+def chunk_order_kernel(out_ptr, rows, out_width, STRIP: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    tl.store(out_ptr + index, swizzle_chunk(index, rows, out_width, STRIP))
+
+
+@pytest.mark.parametrize("rows", [1, 18, 19, 3 * 19 + 5])
+def test_strips_of_a_chunk_reach_every_row_once(rows):
+    """Also where the chunk is shorter than a row of the map, or ends inside one."""
+    width = 19
+    out = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+    chunk_order_kernel[(1,)](out, rows, width, STRIP=8, BLOCK=64)
+    order = out[:rows].tolist()
+    assert sorted(order) == list(range(rows))
+    assert rows < 2 * width or order[8] == width  # the strip goes on in the row below

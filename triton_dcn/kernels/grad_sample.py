@@ -17,18 +17,28 @@ import triton.language as tl
 
 from triton_dcn.kernels.arithmetic import contract, round_to
 from triton_dcn.kernels.jit import kernel
-from triton_dcn.kernels.sampling import column_offset, corner_rows, load_corners, swizzle, widen
+from triton_dcn.kernels.sampling import (
+    blend,
+    column_offset,
+    corner_rows,
+    corner_weights,
+    load_corners,
+    swizzle,
+    swizzle_chunk,
+    widen,
+)
 
 
 @triton.jit
 def runs(x, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """Return a tile (BLOCK_P, BLOCK_C) as runs of eight channels, (BLOCK_P, BLOCK_C // 8, 8), in float32.
 
-    A run is what one thread loads at once. Column gradients come from a product in another register layout, and are
+    A run is what one thread loads at once; a block of fewer channels is one run. Column gradients come from a product in another register layout, and are
     converted to the layout of the runs here, once and in their narrow dtype. If they were multiplied first, the
     compiler would convert all four corner tiles to the layout of the product, and four tiles of float32 back.
     """
-    return tl.reshape(widen(x), (BLOCK_P, BLOCK_C // 8, 8))
+    RUNS: tl.constexpr = (BLOCK_C + 7) // 8
+    return tl.reshape(widen(x), (BLOCK_P, RUNS, BLOCK_C // RUNS))
 
 
 @triton.jit
@@ -68,7 +78,7 @@ def store_gradients(
 ):
     """Combine the four dot products of each sample and store its gradients at its output position.
 
-    d00 to scale, `position` and `live` are (BLOCK_P,). A corner exists where the flags of its row and column are set.
+    d00 to scale, `position` and `live` are (BLOCK_P,), `plane` may be. A corner exists where the flags of its row and column are set.
     """
     d00 = tl.where((cell & 10) == 10, d00, 0.0)
     d01 = tl.where((cell & 9) == 9, d01, 0.0)
@@ -198,6 +208,7 @@ def grad_sample_kernel(
     positions,
     first_position,
     rows,
+    out_width,
     positions_per_image,
     width,
     stride_ob,
@@ -209,63 +220,81 @@ def grad_sample_kernel(
     WANT_OFFSET: tl.constexpr,
     WANT_MASK: tl.constexpr,
     MASK_LOGITS: tl.constexpr,
+    WRITE_COLUMNS: tl.constexpr,
+    STRIP: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Reduce the column gradients of the positions [first_position, first_position + rows), from a library product.
 
-    Grid: (ceil(rows / BLOCK_P) * D*K,); a program owns BLOCK_P positions of one plane.
+    Offset groups and taps are walked through as in `columns_kernel`, and for the same reasons. The corners that it
+    loads are all that columns are made of: with WRITE_COLUMNS it leaves the columns in place of the column gradients.
+
+    Grid: (ceil(rows*D / BLOCK_P),); a program owns BLOCK_P (position, offset group) pairs, at all taps.
     Reads: grad_column (G, rows, K, C/G), input (B, H, W, C) or int32 (B, H, W, C/2), the sample arrays.
-    Writes: as `grad_sample_fused_kernel`, for these positions.
+    Writes: as `grad_sample_fused_kernel`, for these positions; WRITE_COLUMNS: grad_column, in full.
     Assumes: nothing, it works for any sizes.
     """
     PACK: tl.constexpr = 2 if input_ptr.dtype.element_ty == tl.int32 else 1
     PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
     MASKED: tl.constexpr = PER_OFFSET % BLOCK_C != 0
-    plane = tl.program_id(0) % (OFFSET_GROUPS * TAPS)
-    row = tl.program_id(0) // (OFFSET_GROUPS * TAPS) * BLOCK_P + tl.arange(0, BLOCK_P)
-    live = row < rows
-    row = tl.where(live, row, 0)
-    sample = plane * positions + first_position + row
-    cell = tl.load(cell_ptr + sample)
-    row00, row01, row10, row11 = corner_rows(cell[:, None], width, CHANNELS // PACK)
-    d00 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
-    d01 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
-    d10 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
-    d11 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
-    base_ptr = input_ptr + plane // TAPS * (PER_OFFSET // PACK)
-    for start in tl.range(0, PER_OFFSET, BLOCK_C, num_stages=1):
-        c_in_group = start + tl.arange(0, BLOCK_C)[None, :]
-        live_c = c_in_group < PER_OFFSET
-        c = plane // TAPS * PER_OFFSET + c_in_group
-        grad_ptr = grad_column_ptr + column_offset(row[:, None], plane % TAPS, c, rows, CHANNELS, GROUPS, TAPS)
-        grad = tl.load(grad_ptr, mask=live_c, other=0.0) if MASKED else tl.load(grad_ptr)  # (BLOCK_P, BLOCK_C)
-        grad = runs(grad, BLOCK_P, BLOCK_C)
-        word = start // PACK + tl.arange(0, BLOCK_C // PACK)[None, :]
-        live_word = word < PER_OFFSET // PACK
-        x00, x01, x10, x11 = load_corners(base_ptr, row00, row01, row10, row11, word, live_word, MASKED)
-        d00 += partial_dot(grad, x00, BLOCK_P, BLOCK_C)
-        d01 += partial_dot(grad, x01, BLOCK_P, BLOCK_C)
-        d10 += partial_dot(grad, x10, BLOCK_P, BLOCK_C)
-        d11 += partial_dot(grad, x11, BLOCK_P, BLOCK_C)
-    store_gradients(
-        tl.sum(d00, 1),
-        tl.sum(d01, 1),
-        tl.sum(d10, 1),
-        tl.sum(d11, 1),
-        cell,
-        tl.load(ly_ptr + sample),
-        tl.load(lx_ptr + sample),
-        tl.load(scale_ptr + sample),
-        grad_offset_ptr,
-        grad_mask_ptr,
-        stride_ob,
-        stride_mb,
-        first_position + row,
-        positions_per_image,
-        plane,
-        live,
-        WANT_OFFSET,
-        WANT_MASK,
-        MASK_LOGITS,
-    )
+    RUNS: tl.constexpr = (BLOCK_C + 7) // 8
+    index = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    live = index < rows * OFFSET_GROUPS
+    index = tl.where(live, index, 0)
+    group = index % OFFSET_GROUPS
+    row = swizzle_chunk(index // OFFSET_GROUPS, rows, out_width, STRIP)
+    base_ptr = input_ptr + group[:, None] * (PER_OFFSET // PACK)
+    for tap in tl.range(0, TAPS, num_stages=1):
+        sample = (group * TAPS + tap) * positions + first_position + row
+        cell = tl.load(cell_ptr + sample)
+        ly = tl.load(ly_ptr + sample)
+        lx = tl.load(lx_ptr + sample)
+        scale = tl.load(scale_ptr + sample)
+        row00, row01, row10, row11 = corner_rows(cell[:, None], width, CHANNELS // PACK)
+        if WRITE_COLUMNS:
+            w00, w01, w10, w11 = corner_weights(cell[:, None], ly[:, None], lx[:, None], scale[:, None])
+        d00 = tl.zeros((BLOCK_P, RUNS), tl.float32)
+        d01 = tl.zeros((BLOCK_P, RUNS), tl.float32)
+        d10 = tl.zeros((BLOCK_P, RUNS), tl.float32)
+        d11 = tl.zeros((BLOCK_P, RUNS), tl.float32)
+        for start in tl.range(0, PER_OFFSET, BLOCK_C, num_stages=1):
+            c_in_group = start + tl.arange(0, BLOCK_C)[None, :]
+            live_c = c_in_group < PER_OFFSET
+            c = group[:, None] * PER_OFFSET + c_in_group
+            grad_ptr = grad_column_ptr + column_offset(row[:, None], tap, c, rows, CHANNELS, GROUPS, TAPS)
+            grad = tl.load(grad_ptr, mask=live_c, other=0.0) if MASKED else tl.load(grad_ptr)  # (BLOCK_P, BLOCK_C)
+            grad = runs(grad, BLOCK_P, BLOCK_C)
+            word = start // PACK + tl.arange(0, BLOCK_C // PACK)[None, :]
+            live_word = word < PER_OFFSET // PACK
+            x00, x01, x10, x11 = load_corners(base_ptr, row00, row01, row10, row11, word, live_word, MASKED)
+            d00 += partial_dot(grad, x00, BLOCK_P, BLOCK_C)
+            d01 += partial_dot(grad, x01, BLOCK_P, BLOCK_C)
+            d10 += partial_dot(grad, x10, BLOCK_P, BLOCK_C)
+            d11 += partial_dot(grad, x11, BLOCK_P, BLOCK_C)
+            if WRITE_COLUMNS:
+                value = blend(w00, w01, w10, w11, x00, x01, x10, x11)
+                tl.debug_barrier()  # every thread has its column gradients before another one overwrites them
+                store_mask = live[:, None] & live_c
+                tl.store(grad_ptr, round_to(value, grad_column_ptr.dtype.element_ty), mask=store_mask)
+        store_gradients(
+            tl.sum(d00, 1),
+            tl.sum(d01, 1),
+            tl.sum(d10, 1),
+            tl.sum(d11, 1),
+            cell,
+            ly,
+            lx,
+            scale,
+            grad_offset_ptr,
+            grad_mask_ptr,
+            stride_ob,
+            stride_mb,
+            first_position + row,
+            positions_per_image,
+            group * TAPS + tap,
+            live,
+            WANT_OFFSET,
+            WANT_MASK,
+            MASK_LOGITS,
+        )

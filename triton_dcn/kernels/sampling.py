@@ -217,6 +217,19 @@ def swizzle(index, out_height, out_width, STRIP: tl.constexpr):
 
 
 @triton.jit
+def swizzle_chunk(index, rows, out_width, STRIP: tl.constexpr):
+    """Map consecutive numbers to the `rows` rows of a chunk, in strips as `swizzle` does.
+
+    The chunk is read as one image that is `out_width` columns wide, wherever it begins and however many images it
+    spans: one below the other are neighbors all the same. What follows its last whole row keeps its order.
+    """
+    if STRIP == 0:
+        return index
+    height = tl.maximum(rows // out_width, 1)
+    return tl.where(index < rows // out_width * out_width, swizzle(index, height, out_width, STRIP), index)
+
+
+@triton.jit
 def column_offset(row, tap, channel, rows, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, TAPS: tl.constexpr):
     """Return where an element lies in a column buffer (G, rows, K, C/G), int64; `channel` runs over all C."""
     if GROUPS == 1:
