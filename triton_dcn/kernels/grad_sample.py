@@ -33,9 +33,10 @@ from triton_dcn.kernels.sampling import (
 def runs(x, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """Return a tile (BLOCK_P, BLOCK_C) as runs of eight channels, (BLOCK_P, BLOCK_C // 8, 8), in float32.
 
-    A run is what one thread loads at once; a block of fewer channels is one run. Column gradients come from a product in another register layout, and are
-    converted to the layout of the runs here, once and in their narrow dtype. If they were multiplied first, the
-    compiler would convert all four corner tiles to the layout of the product, and four tiles of float32 back.
+    A run is what one thread loads at once; a block of fewer channels is one run. Column gradients come from a product
+    in another register layout, and are converted to the layout of the runs here, once and in their narrow dtype. If
+    they were multiplied first, the compiler would convert all four corner tiles to the layout of the product, and four
+    tiles of float32 back.
     """
     RUNS: tl.constexpr = (BLOCK_C + 7) // 8
     return tl.reshape(widen(x), (BLOCK_P, RUNS, BLOCK_C // RUNS))
@@ -78,7 +79,8 @@ def store_gradients(
 ):
     """Combine the four dot products of each sample and store its gradients at its output position.
 
-    d00 to scale, `position` and `live` are (BLOCK_P,), `plane` may be. A corner exists where the flags of its row and column are set.
+    d00 to scale, `position` and `live` are (BLOCK_P,), `plane` may be. A corner exists where the flags of its row and
+    column are set.
     """
     d00 = tl.where((cell & 10) == 10, d00, 0.0)
     d01 = tl.where((cell & 9) == 9, d01, 0.0)
