@@ -12,11 +12,15 @@ Letters: see `torch_samples`.
 
 from __future__ import annotations
 
+import functools
+import platform
 import warnings
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from triton_dcn.geometry import ConvGeometry
 from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
@@ -30,6 +34,12 @@ from triton_dcn.torch_samples import (
     view_samples,
     view_slices,
 )
+
+CHOOSE_ONEDNN = 2
+"""Dilation of a 1x1 kernel: changes no result, but with one thread torch has oneDNN compute dilated kernels alone."""
+
+LARGEST_IMAGE_WITHOUT_ONEDNN = 20480
+"""Elements; from its conditions for oneDNN."""
 
 with warnings.catch_warnings():  # the first sparse tensor of a process makes torch warn that they are in beta
     warnings.simplefilter("ignore", UserWarning)
@@ -131,7 +141,7 @@ def backward(
                 grad = grad_rows[:, images, block.positions][:, :, chunk].to(dtype)
                 grad = grad.flatten(1, 2).contiguous()  # (G, n * p, O/G)
                 if grad_matrix is not None:
-                    grad_matrix.baddbmm_(grad.mT, _sample_columns(geom, table, rows, weights))
+                    _add_product(grad_matrix, grad, _sample_columns(geom, table, rows, weights))
                 if grad_table is None and corner_dots is None:
                     continue
 
@@ -189,21 +199,47 @@ def _sample_columns(geom: ConvGeometry, table: Tensor, rows: Tensor, weights: Te
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:
     """Return left (G, rows, k) @ right (G, k, n)."""
-    if not _is_faster_as_convolution(left):
+    if not _onednn_takes(left) or not (torch.get_num_threads() > 1 or _is_amd_processor()):
         return torch.bmm(left, right)
-    image = left.unsqueeze(2).permute(0, 3, 1, 2)  # (1, k, rows, 1) with the strides of channels_last, not copied
-    return F.conv2d(image, right[0].t()[:, :, None, None]).permute(0, 2, 3, 1).squeeze(2)
+    kernel = right[0].t()[:, :, None, None]
+    product = F.conv2d(_as_image(left), kernel, dilation=CHOOSE_ONEDNN)
+    return product.permute(0, 2, 3, 1).squeeze(2)
 
 
-def _is_faster_as_convolution(left: Tensor) -> bool:
-    """Tell whether a product runs faster as a 1x1 convolution in oneDNN; with one thread torch does not use oneDNN.
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left (G, rows, m).mT @ right (G, rows, n) to the total (G, m, n)."""
+    if not _onednn_takes(left) or not _onednn_takes(right) or not _is_amd_processor():
+        total.baddbmm_(left.mT, right)
+        return
+    kernel_size = (left.shape[2], right.shape[2], 1, 1)
+    product = conv2d_weight(_as_image(right), kernel_size, _as_image(left), dilation=CHOOSE_ONEDNN)
+    total[0].add_(product[:, :, 0, 0])
 
-    An image of one channel is contiguous in both formats, so that the output would not be channels_last.
+
+def _as_image(rows: Tensor) -> Tensor:
+    """View (1, rows, k) as an image (1, k, rows, 1) with the strides of channels_last, so that nothing is copied."""
+    return rows.unsqueeze(2).permute(0, 3, 1, 2)
+
+
+def _onednn_takes(rows: Tensor) -> bool:
+    """Tell whether torch would have oneDNN compute a 1x1 convolution of these rows (G, rows, k), without copies.
+
+    It gives smaller ones to its own code. An image of one channel is contiguous in both formats, so that the output
+    would not be channels_last.
     """
-    groups, _, channels = left.shape
-    if groups > 1 or channels == 1 or left.dtype != torch.float32 or not left.is_cpu:
+    if rows.dtype != torch.float32 or not rows.is_cpu or not torch.backends.mkldnn.is_available():
         return False
-    return torch.get_num_threads() > 1 and torch.backends.mkldnn.is_available()
+    return len(rows) == 1 and rows.shape[2] > 1 and rows.numel() > LARGEST_IMAGE_WITHOUT_ONEDNN
+
+
+@functools.cache
+def _is_amd_processor() -> bool:
+    """Tell whether oneDNN multiplies faster than MKL, which has its fast code for Intel's processors alone."""
+    try:
+        processor = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        processor = platform.processor()
+    return "AuthenticAMD" in processor
 
 
 def _scatter_add(geom: ConvGeometry, grad_columns: Tensor, rows: Tensor, weights: Tensor, grad_table: Tensor) -> None:

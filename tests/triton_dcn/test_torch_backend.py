@@ -1,6 +1,7 @@
 """Backend "torch": golden cases, random shapes against the reference, borders, chunks, memory and strides."""
 
 import itertools
+import math
 import warnings
 
 import pytest
@@ -69,13 +70,41 @@ def test_golden(golden, dtype, chunk, monkeypatch):
         check_golden(golden, name, dtype)
 
 
-@pytest.mark.usefixtures("_two_threads")
+@pytest.fixture
+def _convolutions(monkeypatch):
+    """Products of one group are convolutions, as on a processor of AMD's, the small ones, too."""
+    monkeypatch.setattr(torch_backend, "_is_amd_processor", lambda: True)
+    monkeypatch.setattr(torch_backend, "LARGEST_IMAGE_WITHOUT_ONEDNN", 0)
+
+
+@pytest.mark.usefixtures("_convolutions")
 @pytest.mark.parametrize("name", ["c01", "c02", "c03"])
 def test_golden_with_convolutions(golden, name):
     check_golden(golden, name, torch.float32)
 
 
-@pytest.mark.usefixtures("_two_threads")
+def test_onednn_computes_the_products(capfd, monkeypatch):
+    """On a processor of AMD's, also with one thread, and without copies of the columns."""
+    monkeypatch.setattr(torch_backend, "_is_amd_processor", lambda: True)
+    case = make_case(OperatorCase("", 1, 64, 48, 24, 24), torch.float32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+            run(case)
+    finally:
+        torch.set_num_threads(threads)
+    executed = [line.split(",") for line in capfd.readouterr().out.splitlines() if ",exec," in line]
+    convolutions = [fields for fields in executed if "convolution" in fields]
+    assert len([fields for fields in convolutions if "forward_training" in fields]) == 2
+    assert len([fields for fields in convolutions if "backward_weights" in fields]) == 1
+    for fields in executed:
+        if "reorder" in fields:
+            sizes = [int(size) for size in fields[-2].split("x")]
+            assert math.prod(sizes) == case.tensors[3].numel(), fields  # the weight and its gradient alone
+
+
+@pytest.mark.usefixtures("_convolutions")
 @pytest.mark.parametrize("size", [(6, 5), (1, 1)], ids=str)
 @pytest.mark.parametrize("channels", [1, 4])
 def test_one_output_channel_with_convolutions(channels, size):
