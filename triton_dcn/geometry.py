@@ -27,6 +27,8 @@ class ConvGeometry:
         offset_groups: groups of input channels that share offsets and mask, D.
         out_height: of the output, Ho.
         out_width: of the output, Wo.
+        taps: kernel taps, K.
+        positions: output positions of one image, Ho * Wo.
     """
 
     batch: int
@@ -42,16 +44,8 @@ class ConvGeometry:
     offset_groups: int
     out_height: int
     out_width: int
-
-    @property
-    def taps(self) -> int:
-        """Number of kernel taps."""
-        return self.kernel[0] * self.kernel[1]
-
-    @property
-    def positions(self) -> int:
-        """Number of output positions of one image."""
-        return self.out_height * self.out_width
+    taps: int
+    positions: int
 
     @property
     def output_shape(self) -> tuple[int, int, int, int]:
@@ -82,46 +76,52 @@ class ConvGeometry:
         Raises:
             ValueError: names the argument, what was expected and what was given.
         """
-        _check_four_dimensions(input=input, offset=offset, weight=weight, mask=mask)
+        _check_dimensions(input, offset, weight, mask)
         check_minimum("stride", stride, 1)
         check_minimum("padding", padding, 0)
         check_minimum("dilation", dilation, 1)
 
         batch, in_channels, height, width = input.shape
+        out_channels, channels_per_group, kernel_height, kernel_width = weight.shape
         if 0 in weight.shape:
             raise ValueError(f"weight: expected no dimension of size 0, got shape {tuple(weight.shape)}")
         if height < 1 or width < 1:
             raise ValueError(f"input: expected images of at least 1x1, got {height}x{width}")
-        groups = _count_groups(in_channels, weight)
+        groups = _count_groups(in_channels, out_channels, channels_per_group)
 
-        kernel = weight.shape[2:]
+        kernel = (kernel_height, kernel_width)
         out_height, out_width = conv_output_size((height, width), kernel, stride, padding, dilation)
         if out_height <= 0 or out_width <= 0:  # min() would make torch.compile guard on H < W
             raise ValueError(
                 f"output: expected at least 1x1, got {out_height}x{out_width} from an input of {height}x{width} with "
-                f"kernel {tuple(kernel)}, stride {tuple(stride)}, padding {tuple(padding)}, dilation {tuple(dilation)}"
+                f"kernel {kernel}, stride {tuple(stride)}, padding {tuple(padding)}, dilation {tuple(dilation)}"
             )
 
-        taps = kernel[0] * kernel[1]
-        offset_groups = _count_offset_groups(in_channels, taps, offset)
+        taps = kernel_height * kernel_width
+        offset_groups = _count_offset_groups(in_channels, taps, offset.shape[1])
         _check_shape("offset", offset, (batch, 2 * offset_groups * taps, out_height, out_width))
         if mask is not None:
             _check_shape("mask", mask, (batch, offset_groups * taps, out_height, out_width))
 
+        stride_y, stride_x = stride
+        padding_y, padding_x = padding
+        dilation_y, dilation_x = dilation
         return ConvGeometry(
             batch=batch,
             in_channels=in_channels,
             height=height,
             width=width,
-            out_channels=weight.shape[0],
-            kernel=_pair(kernel),
-            stride=_pair(stride),
-            padding=_pair(padding),
-            dilation=_pair(dilation),
+            out_channels=out_channels,
+            kernel=kernel,
+            stride=(stride_y, stride_x),
+            padding=(padding_y, padding_x),
+            dilation=(dilation_y, dilation_x),
             groups=groups,
             offset_groups=offset_groups,
             out_height=out_height,
             out_width=out_width,
+            taps=taps,
+            positions=out_height * out_width,
         )
 
 
@@ -142,7 +142,8 @@ def conv_output_size(
 
 def check_minimum(name: str, pair: Sequence[int], minimum: int) -> None:
     """Raise ValueError, which names the argument, if one value of a pair is below `minimum`."""
-    if min(pair) < minimum:
+    y, x = pair
+    if y < minimum or x < minimum:
         raise ValueError(f"{name}: expected at least {minimum} in both directions, got {tuple(pair)}")
 
 
@@ -155,14 +156,9 @@ def even_slices(total: int, longest: int) -> list[slice]:
     return [slice(start, min(start + length, total)) for start in range(0, total, length)]
 
 
-def _pair(values: Sequence[int]) -> tuple[int, int]:
-    y, x = values
-    return y, x
-
-
-def _check_four_dimensions(**tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dim() != 4:
+def _check_dimensions(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None) -> None:
+    for name, tensor in (("input", input), ("offset", offset), ("weight", weight), ("mask", mask)):
+        if tensor is not None and tensor.ndim != 4:
             raise ValueError(f"{name}: expected 4 dimensions, got shape {tuple(tensor.shape)}")
 
 
@@ -171,9 +167,8 @@ def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
 
 
-def _count_groups(in_channels: int, weight: Tensor) -> int:
-    """Return G, which follows from the input's channels and the weight."""
-    out_channels, channels_per_group = weight.shape[:2]
+def _count_groups(in_channels: int, out_channels: int, channels_per_group: int) -> int:
+    """Return G, which follows from the input's channels and those of the weight's second dimension."""
     if in_channels == 0 or in_channels % channels_per_group:
         raise ValueError(
             f"input: expected a multiple of weight.shape[1] = {channels_per_group} channels, got {in_channels} channels"
@@ -189,9 +184,8 @@ def _count_groups(in_channels: int, weight: Tensor) -> int:
     return groups
 
 
-def _count_offset_groups(in_channels: int, taps: int, offset: Tensor) -> int:
+def _count_offset_groups(in_channels: int, taps: int, channels: int) -> int:
     """Return D, which follows from the offset's channels."""
-    channels = offset.shape[1]
     offset_groups = channels // (2 * taps)
     if offset_groups == 0 or channels % (2 * taps) or in_channels % offset_groups:
         raise ValueError(

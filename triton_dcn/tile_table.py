@@ -9,6 +9,7 @@ The first row that fits task, architecture, arithmetic and number of channels is
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache, cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class Tile:
     num_warps: int = 4
     max_registers: int = 0
 
+    @cache
     def narrowed(self, channels: int) -> Tile:
         """Return the tile for offset groups of `channels` channels: no wider than needed, and with more positions.
 
@@ -52,7 +54,7 @@ class Tile:
         most_positions = max(self.block_p, 64 * self.num_warps)
         return replace(self, block_c=block_c, block_p=min(self.block_p * self.block_c // block_c, most_positions))
 
-    @property
+    @cached_property
     def options(self) -> dict[str, int]:
         """Return the compiler's options, as keyword arguments of a launch."""
         options = {"num_warps": self.num_warps}
@@ -142,11 +144,16 @@ def find_row(task: str, geom: ConvGeometry, tensor: Tensor) -> TileRow | None:
         geom: of the call.
         tensor: one of the call's tensors; only its device and dtype are used.
     """
+    global _searched_table
+    if _searched_table is not TABLE:  # `bench.tune` and the tests put others in its place
+        _searched_table = TABLE
+        _search_once.cache_clear()
+
     if task in EXACT_TASKS and geom.groups > 1:
         return None
     arch = architecture(tensor.device)
     channels = geom.in_channels // geom.offset_groups
-    return match_row(task, arch, arithmetic(tensor), channels, geom.out_channels)
+    return _search_once(task, arch, arithmetic(tensor), channels, geom.out_channels)
 
 
 def find_tile(task: str, geom: ConvGeometry, tensor: Tensor) -> Tile:
@@ -176,6 +183,12 @@ def match_row(task: str, arch: str, arithmetic: str, channels: int, out_channels
     return None
 
 
+_search_once = lru_cache(maxsize=4096)(match_row)
+"""`match_row` with a memory, because every launch of every call asks for a row."""
+_searched_table = TABLE
+"""The table that the memory belongs to."""
+
+
 def serves(device: torch.device) -> bool:
     """Tell whether the table has rows for `device`. On older GPUs the tiles exceed registers and shared memory."""
     if device.type != "cuda":
@@ -185,6 +198,7 @@ def serves(device: torch.device) -> bool:
     return bool(torch.cuda.get_device_properties(device).major >= 8)
 
 
+@cache
 def architecture(device: torch.device) -> str:
     """Return the table's name for `device`."""
     if device.type == "cpu":

@@ -1,0 +1,57 @@
+"""How the kernels are launched: by Triton once for each variant, then by the compiled kernel itself.
+
+A launch by Triton, `kernel[grid](...)`, inspects each argument to find the variant that it compiled for arguments of
+this kind, which takes longer than small kernels run. Here the variant is found by what makes one, and the compiled
+kernel is called as Triton's documentation of `warmup` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime import driver
+
+LARGEST_INT32 = 2**31 - 1
+ALIGNMENT = 16
+"""Bytes; Triton compiles another variant where a pointer is not a multiple of it."""
+
+_variants: dict[Hashable, tuple[Any, list[Any]]] = {}
+"""By what makes a variant: the compiled kernel, and its constants in the order of the parameters."""
+
+
+def launch(
+    kernel: Any, programs: int, tensors: Sequence[Tensor], integers: Sequence[int], **constants: Any
+) -> None:
+    """Launch a kernel on the current GPU, which holds the tensors, or in Triton's interpreter.
+
+    Args:
+        kernel: of `kernels.jit.kernel`.
+        programs: size of the grid.
+        tensors: the first parameters of the kernel, all of its pointers.
+        integers: the next ones, all of its integers of the run time.
+        constants: all of its other parameters by name, and options of the compiler.
+    """
+    # the interpreter compiles nothing; on AMD a variant also depends on how large the tensors are; integers that do not
+    # fit 32 bits are rare
+    if not isinstance(kernel, triton.JITFunction) or torch.version.hip or max(integers) > LARGEST_INT32:
+        kernel[(programs,)](*tensors, *integers, **constants)
+        return
+
+    device = tensors[0].device
+    dtypes = [tensor.dtype for tensor in tensors]
+    aligned = [tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors]
+    key = (kernel.fn, device, *dtypes, *aligned, *constants.items())
+    variant = _variants.get(key)
+    if variant is None:
+        compiled = kernel[(programs,)](*tensors, *integers, **constants)
+        names = kernel.arg_names[len(tensors) + len(integers) :]
+        _variants[key] = compiled, [constants[name] for name in names]
+        return
+
+    compiled, values = variant
+    stream = driver.active.get_current_stream(device.index)
+    compiled[(programs, 1, 1)](*tensors, *integers, *values, stream=stream)
