@@ -10,7 +10,6 @@ import importlib.util
 import operator
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from torch.autograd import forward_ad
 from triton_dcn import reference, tile_table
 from triton_dcn.geometry import ConvGeometry
 from triton_dcn.offset_mask import OffsetMask
-from triton_dcn.operator import forward_op, store_like
+from triton_dcn.operator import forward_op, store_like, without_autocast
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF_DTYPES, torch.float32, torch.float64)
@@ -169,6 +168,8 @@ def pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     Raises:
         ValueError: `value` is neither an int nor two ints; names the argument.
     """
+    if type(value) is int:
+        return value, value
     values = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(values) != 2 or not all(_is_integer(number) for number in values):
         raise ValueError(f"{name}: expected an int or a pair of ints, got {value!r}")
@@ -191,9 +192,7 @@ def _convolve_by_reference(
     geom: ConvGeometry, input: Tensor, offset_mask: OffsetMask, weight: Tensor, bias: Tensor | None, relu: bool
 ) -> Tensor:
     """Run plain PyTorch outside the operator, so that autograd, `torch.func` and torch.compile see every step."""
-    device = input.device.type
-    without_autocast = nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
-    with without_autocast:
+    with without_autocast(input.device.type):
         output = reference.forward(geom, input, offset_mask, weight, bias)
         if relu:
             output = output.relu()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -27,8 +28,6 @@ class ConvGeometry:
         offset_groups: groups of input channels that share offsets and mask, D.
         out_height: of the output, Ho.
         out_width: of the output, Wo.
-        taps: kernel taps, K.
-        positions: output positions of one image, Ho * Wo.
     """
 
     batch: int
@@ -44,8 +43,16 @@ class ConvGeometry:
     offset_groups: int
     out_height: int
     out_width: int
-    taps: int
-    positions: int
+
+    @cached_property
+    def taps(self) -> int:
+        """Number of kernel taps, K."""
+        return self.kernel[0] * self.kernel[1]
+
+    @cached_property
+    def positions(self) -> int:
+        """Number of output positions of one image, Ho * Wo."""
+        return self.out_height * self.out_width
 
     @property
     def output_shape(self) -> tuple[int, int, int, int]:
@@ -120,8 +127,6 @@ class ConvGeometry:
             offset_groups=offset_groups,
             out_height=out_height,
             out_width=out_width,
-            taps=taps,
-            positions=out_height * out_width,
         )
 
 

@@ -19,6 +19,7 @@ from triton_dcn.kernels.columns import columns_kernel
 from triton_dcn.kernels.forward import forward_prefetch_kernel, forward_transposed_kernel
 from triton_dcn.kernels.grad_input import g_form_kernel, t_columns_kernel
 from triton_dcn.kernels.grad_sample import grad_sample_fused_kernel, grad_sample_kernel
+from triton_dcn.kernels.launch import launch
 from triton_dcn.kernels.sampling import PAIRS, sampling_kernel
 from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
 from triton_dcn.tile_table import (
@@ -72,21 +73,26 @@ def sample(geom: ConvGeometry, offset_mask: OffsetMask) -> SampleArrays:
     mask = offset if offset_mask.mask is None else offset_mask.mask  # without a mask, a pointer that is not read
     planes = geom.offset_groups * geom.taps
     positions = geom.batch * geom.positions
-    samples = SampleArrays(
-        cell=offset.new_empty(planes, positions, dtype=torch.int32),
-        ly=offset.new_empty(planes, positions, dtype=torch.float32),
-        lx=offset.new_empty(planes, positions, dtype=torch.float32),
-        scale=offset.new_empty(planes, positions, dtype=torch.float32),
-    )
+    samples = _empty_sample_arrays(offset, planes, positions)
     tile = find_tile("sampling", geom, offset)
-    sampling_kernel[(_cdiv(planes * positions, tile.block_p),)](
-        offset, mask, *samples, planes * positions, positions, geom.out_height, geom.out_width,
-        geom.height, geom.width, geom.kernel[1], *offset.stride(), *mask.stride(),
-        *geom.stride, *geom.padding, *geom.dilation,
+    launch(
+        sampling_kernel, _cdiv(planes * positions, tile.block_p),
+        (offset, mask, *samples),
+        (planes * positions, positions, geom.out_height, geom.out_width,
+         geom.height, geom.width, geom.kernel[1], *offset.stride(), *mask.stride(),
+         *geom.stride, *geom.padding, *geom.dilation),
         TAPS=geom.taps, HAS_MASK=has_mask, MASK_LOGITS=offset_mask.mask_logits,
         BLOCK=tile.block_p, **tile.options,
     )  # fmt: skip
     return samples
+
+
+def _empty_sample_arrays(offset: Tensor, planes: int, positions: int) -> SampleArrays:
+    """Allocate the sample arrays at once; each begins at a multiple of 16 bytes, as wide loads need it."""
+    elements = _cdiv(planes * positions, 4) * 4
+    arrays = offset.new_empty_strided((4, planes, positions), (elements, positions, 1), dtype=torch.float32)
+    cell, ly, lx, scale = arrays.unbind()
+    return SampleArrays(cell.view(torch.int32), ly, lx, scale)
 
 
 def columns(geom: ConvGeometry, x: Tensor, samples: SampleArrays, chunk: slice) -> Tensor:
@@ -95,8 +101,10 @@ def columns(geom: ConvGeometry, x: Tensor, samples: SampleArrays, chunk: slice) 
     columns = x.new_empty(geom.groups, rows, geom.taps * geom.in_channels // geom.groups)
     per_offset = geom.in_channels // geom.offset_groups
     tile = find_tile("columns", geom, x).narrowed(per_offset)
-    columns_kernel[(_cdiv(rows * geom.offset_groups, tile.block_p) * _cdiv(per_offset, tile.block_c),)](
-        _words(geom, x), *samples, columns, geom.batch * geom.positions, chunk.start, rows, geom.out_width, geom.width,
+    launch(
+        columns_kernel, _cdiv(rows * geom.offset_groups, tile.block_p) * _cdiv(per_offset, tile.block_c),
+        (_words(geom, x), *samples, columns),
+        (geom.batch * geom.positions, chunk.start, rows, geom.out_width, geom.width),
         CHANNELS=geom.in_channels, GROUPS=geom.groups, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
         STRIP=strip_width(geom.out_width), BLOCK_P=tile.block_p, BLOCK_C=tile.block_c, **tile.options,
     )  # fmt: skip
@@ -120,9 +128,10 @@ def forward_fused(
     has_bias = bias is not None
     bias = w if bias is None else bias  # without a bias, a pointer that is not read
     positions = geom.batch * geom.positions
-    kernel[(_cdiv(positions, tile.block_p) * (geom.out_channels // tile.block_o),)](
-        pixels, *samples, w, bias, output,
-        positions, geom.out_height, geom.out_width, geom.width,
+    launch(
+        kernel, _cdiv(positions, tile.block_p) * (geom.out_channels // tile.block_o),
+        (pixels, *samples, w, bias, output),
+        (positions, geom.out_height, geom.out_width, geom.width),
         CHANNELS=geom.in_channels, OUT_CHANNELS=geom.out_channels, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
         HAS_BIAS=has_bias, RELU=relu, STRIP=strip_width(geom.out_width), PRECISION=dot_precision(x),
         BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, **tile.options,
@@ -141,9 +150,10 @@ def grad_sample_fused(
     """Launch `grad_sample_fused_kernel`: fill the gradients of offset and mask from grad_output."""
     tile = row.tile
     positions = geom.batch * geom.positions
-    grad_sample_fused_kernel[(_cdiv(positions, tile.block_p) * geom.offset_groups * geom.taps,)](
-        grad, _words(geom, x), *samples, w, *_gradient_tensors(grad_offset_mask, samples),
-        positions, geom.out_height, geom.out_width, geom.width, *_gradient_batch_strides(grad_offset_mask),
+    launch(
+        grad_sample_fused_kernel, _cdiv(positions, tile.block_p) * geom.offset_groups * geom.taps,
+        (grad, _words(geom, x), *samples, w, *_gradient_tensors(grad_offset_mask, samples)),
+        (positions, geom.out_height, geom.out_width, geom.width, *_gradient_batch_strides(grad_offset_mask)),
         CHANNELS=geom.in_channels, OUT_CHANNELS=geom.out_channels, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
         **_gradient_flags(grad_offset_mask), STRIP=strip_width(geom.out_width), PRECISION=dot_precision(x),
         BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, **tile.options,
@@ -173,10 +183,11 @@ def grad_sample(
     """
     rows = chunk.stop - chunk.start
     tile = find_tile("grad_sample", geom, x).narrowed(geom.in_channels // geom.offset_groups)
-    grad_sample_kernel[(_cdiv(rows * geom.offset_groups, tile.block_p),)](
-        grad_columns, _words(geom, x), *samples, *_gradient_tensors(grad_offset_mask, samples),
-        geom.batch * geom.positions, chunk.start, rows, geom.out_width, geom.positions, geom.width,
-        *_gradient_batch_strides(grad_offset_mask),
+    launch(
+        grad_sample_kernel, _cdiv(rows * geom.offset_groups, tile.block_p),
+        (grad_columns, _words(geom, x), *samples, *_gradient_tensors(grad_offset_mask, samples)),
+        (geom.batch * geom.positions, chunk.start, rows, geom.out_width, geom.positions, geom.width,
+         *_gradient_batch_strides(grad_offset_mask)),
         CHANNELS=geom.in_channels, GROUPS=geom.groups, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
         **_gradient_flags(grad_offset_mask), WRITE_COLUMNS=write_columns, STRIP=strip_width(geom.out_width),
         BLOCK_P=tile.block_p, BLOCK_C=tile.block_c, **tile.options,
@@ -237,9 +248,11 @@ def _bin_pass(
     start = cell if start is None else start
     entry = cell if entry is None else entry
     tile = find_tile("bins", geom, cell)
-    bin_kernel[(_cdiv(cell.numel(), tile.block_p),)](
-        cell, key, count, start, entry,
-        cell.numel(), geom.batch * geom.positions, geom.height, geom.width, *input_tiles(geom), bins,
+    samples = cell.numel()
+    launch(
+        bin_kernel, _cdiv(samples, tile.block_p),
+        (cell, key, count, start, entry),
+        (samples, geom.batch * geom.positions, geom.height, geom.width, *input_tiles(geom), bins),
         OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps, TILE_H=TILE_H, TILE_W=TILE_W,
         PASS=name, BLOCK=tile.block_p, **tile.options,
     )  # fmt: skip
@@ -262,9 +275,11 @@ def t_columns(
     tiles_y, tiles_x = input_tiles(geom)
     tile = find_tile("t_columns", geom, grad)
     blocks = _cdiv(geom.out_channels, tile.block_o)
-    t_columns_kernel[(tiles.images * tiles.tile_rows * tiles_x * geom.taps * blocks,)](
-        grad, *samples, *bins, t, geom.batch * geom.positions, geom.height, geom.width, tiles_y, tiles_x,
-        tiles.image, tiles.tile_row, tiles.tile_rows, first_pixel, rows,
+    launch(
+        t_columns_kernel, tiles.images * tiles.tile_rows * tiles_x * geom.taps * blocks,
+        (grad, *samples, *bins, t),
+        (geom.batch * geom.positions, geom.height, geom.width, tiles_y, tiles_x,
+         tiles.image, tiles.tile_row, tiles.tile_rows, first_pixel, rows),
         OUT_CHANNELS=geom.out_channels, GROUPS=geom.groups, TAPS=geom.taps,
         TILE_H=TILE_H, TILE_W=TILE_W, PRECISION=dot_precision(grad),
         BLOCK_S=tile.block_p, BLOCK_O=tile.block_o, **tile.options,
@@ -284,9 +299,10 @@ def g_form(
     tiles_y, tiles_x = input_tiles(geom)
     tile = find_tile("g_form", geom, grad_columns)
     blocks = _cdiv(geom.in_channels // geom.offset_groups, tile.block_c)
-    g_form_kernel[(geom.batch * geom.offset_groups * tiles_y * tiles_x * blocks,)](
-        grad_columns, *samples, *bins, grad_input, positions, chunk.start, rows,
-        geom.height, geom.width, tiles_y, tiles_x,
+    launch(
+        g_form_kernel, geom.batch * geom.offset_groups * tiles_y * tiles_x * blocks,
+        (grad_columns, *samples, *bins, grad_input),
+        (positions, chunk.start, rows, geom.height, geom.width, tiles_y, tiles_x),
         CHANNELS=geom.in_channels, GROUPS=geom.groups, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
         TILE_H=TILE_H, TILE_W=TILE_W, PART=rows < positions, ADD=chunk.start > 0,
         PRECISION=dot_precision(grad_columns),

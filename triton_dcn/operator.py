@@ -10,6 +10,7 @@ gradient that is not needed.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -44,7 +45,7 @@ def forward_op(
     """
     offset_mask = OffsetMask.of(offset, mask, mask_logits)
     geom = ConvGeometry.of(input, offset_mask.offset, weight, offset_mask.mask, stride, padding, dilation)
-    with torch.autocast(input.device.type, enabled=False):  # the caller has chosen the dtypes
+    with without_autocast(input.device.type):  # the caller has chosen the dtypes
         output: Tensor = _module_of(backend).forward(geom, input, offset_mask, weight, bias, relu=relu)
     return store_like(output, input)
 
@@ -98,7 +99,7 @@ def backward_op(
     grad_offset = _empty_gradient(offset, backend) if needs_offset else None
     grad_mask = _empty_gradient(mask, backend) if needs_mask and mask is not None else None
     grad_offset_mask = OffsetMaskGrad.of(grad_offset, grad_mask, mask_logits)
-    with torch.autocast(input.device.type, enabled=False):
+    with without_autocast(input.device.type):
         grad_input, grad_weight = _module_of(backend).backward(
             geom,
             grad_output,
@@ -141,13 +142,23 @@ def _backward_fake(
     return tuple(grads)
 
 
+def without_autocast(device_type: str) -> AbstractContextManager[None]:
+    """Switch autocast off where it is on; to do so costs more than to ask. Meta tensors have none."""
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 def store_like(tensor: Tensor, like: Tensor) -> Tensor:
     """Return `tensor` stored channels-last if `like` is, and not also contiguous; else contiguous.
 
     Under vmap, `is_contiguous(memory_format=...)` raises an error; a permuted view answers the same question.
     """
     if like.permute(0, 2, 3, 1).is_contiguous() and not like.is_contiguous():
-        return tensor.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        channels_last = tensor.permute(0, 2, 3, 1)
+        if channels_last.is_contiguous():
+            return tensor
+        return channels_last.contiguous().permute(0, 3, 1, 2)
     return tensor.contiguous()
 
 

@@ -56,12 +56,16 @@ def forward(
 
     with _current_device(x.device):
         for slice_geom, images in image_slices(geom, "arrays"):
-            samples = launchers.sample(slice_geom, offset_mask.images(images))
-            slice_output = output[_positions(geom, images)]
+            slice_x, slice_offset_mask, slice_output = x, offset_mask, output
+            if slice_geom is not geom:
+                slice_x = x[images]
+                slice_offset_mask = offset_mask.images(images)
+                slice_output = output[_positions(geom, images)]
+            samples = launchers.sample(slice_geom, slice_offset_mask)
             if row is not None:
-                launchers.forward_fused(slice_geom, row, x[images], samples, w, bias, slice_output, relu)
+                launchers.forward_fused(slice_geom, row, slice_x, samples, w, bias, slice_output, relu)
             else:
-                _forward_by_columns(slice_geom, x[images], samples, w, bias, slice_output)
+                _forward_by_columns(slice_geom, slice_x, samples, w, bias, slice_output)
                 if relu:
                     slice_output.relu_()
     return output.view(geom.batch, geom.out_height, geom.out_width, geom.out_channels).permute(0, 3, 1, 2)
@@ -115,12 +119,17 @@ def backward(
 
     with _current_device(x.device):
         for slice_geom, images in image_slices(geom, kept, column_itemsize):
-            samples = launchers.sample(slice_geom, offset_mask.images(images))
-            slice_grad = grad[_positions(geom, images)]
+            slice_x, slice_offset_mask, slice_grad, slice_grads = x, offset_mask, grad, grads
+            if slice_geom is not geom:
+                slice_x = x[images]
+                slice_offset_mask = offset_mask.images(images)
+                slice_grad = grad[_positions(geom, images)]
+                slice_grads = grads.images(images)
+            samples = launchers.sample(slice_geom, slice_offset_mask)
             if use_t_columns:
-                _backward_by_t_columns(slice_geom, slice_grad, x[images], samples, w, grads.images(images))
+                _backward_by_t_columns(slice_geom, slice_grad, slice_x, samples, w, slice_grads)
             else:
-                _backward_by_columns(slice_geom, slice_grad, x[images], samples, w, grads.images(images))
+                _backward_by_columns(slice_geom, slice_grad, slice_x, samples, w, slice_grads)
 
     if grad_input is not None:
         grad_input = grad_input.permute(0, 3, 1, 2)
@@ -269,5 +278,7 @@ def _positions(geom: ConvGeometry, images: slice) -> slice:
 
 
 def _current_device(device: torch.device) -> AbstractContextManager[None]:
-    """Make `device` the current GPU, because Triton launches on that one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """Make `device` the current GPU, if it is not, because Triton launches on that one."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return nullcontext()

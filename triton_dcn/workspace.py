@@ -45,10 +45,11 @@ class TileChunk(NamedTuple):
     tile_rows: int
 
 
-def image_slices(geom: ConvGeometry, kept: str, column_itemsize: int = 0) -> Iterator[tuple[ConvGeometry, slice]]:
-    """Yield slices of images, each with its geometry, whose indices fit 32 bits and whose buffers fit the workspace.
+def image_slices(geom: ConvGeometry, kept: str, column_itemsize: int = 0) -> list[tuple[ConvGeometry, slice]]:
+    """Return slices of images, each with its geometry, whose indices fit 32 bits and whose buffers fit the workspace.
 
-    They are of nearly the same length. One image is a slice even if its buffers exceed the workspace.
+    They are of nearly the same length. One image is a slice even if its buffers exceed the workspace. Where one slice
+    holds all images, its geometry is `geom` itself.
 
     Args:
         geom: of all images.
@@ -70,8 +71,9 @@ def image_slices(geom: ConvGeometry, kept: str, column_itemsize: int = 0) -> Ite
     images_by_bytes = WORKSPACE_BYTES // bytes_per_image
     longest = max(1, min(images_by_pixels, images_by_bytes))
 
-    for images in even_slices(geom.batch, longest):
-        yield replace(geom, batch=images.stop - images.start), images
+    if 0 < geom.batch <= longest:
+        return [(geom, slice(0, geom.batch))]
+    return [(replace(geom, batch=images.stop - images.start), images) for images in even_slices(geom.batch, longest)]
 
 
 def column_chunks(geom: ConvGeometry, x: Tensor) -> Iterator[slice]:

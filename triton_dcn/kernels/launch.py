@@ -23,9 +23,7 @@ _variants: dict[Hashable, tuple[Any, list[Any]]] = {}
 """By what makes a variant: the compiled kernel, and its constants in the order of the parameters."""
 
 
-def launch(
-    kernel: Any, programs: int, tensors: Sequence[Tensor], integers: Sequence[int], **constants: Any
-) -> None:
+def launch(kernel: Any, programs: int, tensors: Sequence[Tensor], integers: Sequence[int], **constants: Any) -> None:
     """Launch a kernel on the current GPU, which holds the tensors, or in Triton's interpreter.
 
     Args:
