@@ -29,6 +29,7 @@ from triton_dcn.tile_table import (
     TileRow,
     dot_precision,
     find_tile,
+    narrowed,
     strip_width,
 )
 from triton_dcn.workspace import TileChunk, input_tiles
@@ -100,7 +101,7 @@ def columns(geom: ConvGeometry, x: Tensor, samples: SampleArrays, chunk: slice) 
     rows = chunk.stop - chunk.start
     columns = x.new_empty(geom.groups, rows, geom.taps * geom.in_channels // geom.groups)
     per_offset = geom.in_channels // geom.offset_groups
-    tile = find_tile("columns", geom, x).narrowed(per_offset)
+    tile = narrowed(find_tile("columns", geom, x), per_offset)
     launch(
         columns_kernel, _cdiv(rows * geom.offset_groups, tile.block_p) * _cdiv(per_offset, tile.block_c),
         (_words(geom, x), *samples, columns),
@@ -182,7 +183,7 @@ def grad_sample(
         write_columns: leave the columns of the chunk in `grad_columns`, in place of the column gradients.
     """
     rows = chunk.stop - chunk.start
-    tile = find_tile("grad_sample", geom, x).narrowed(geom.in_channels // geom.offset_groups)
+    tile = narrowed(find_tile("grad_sample", geom, x), geom.in_channels // geom.offset_groups)
     launch(
         grad_sample_kernel, _cdiv(rows * geom.offset_groups, tile.block_p),
         (grad_columns, _words(geom, x), *samples, *_gradient_tensors(grad_offset_mask, samples)),

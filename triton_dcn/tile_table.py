@@ -44,16 +44,6 @@ class Tile:
     num_warps: int = 4
     max_registers: int = 0
 
-    @cache
-    def narrowed(self, channels: int) -> Tile:
-        """Return the tile for offset groups of `channels` channels: no wider than needed, and with more positions.
-
-        A thread keeps its number of elements, but gets at most two positions.
-        """
-        block_c = min(self.block_c, 1 << (channels - 1).bit_length())
-        most_positions = max(self.block_p, 64 * self.num_warps)
-        return replace(self, block_c=block_c, block_p=min(self.block_p * self.block_c // block_c, most_positions))
-
     @cached_property
     def options(self) -> dict[str, int]:
         """Return the compiler's options, as keyword arguments of a launch."""
@@ -161,6 +151,17 @@ def find_tile(task: str, geom: ConvGeometry, tensor: Tensor) -> Tile:
     row = find_row(task, geom, tensor)
     assert row is not None, task
     return row.tile
+
+
+@cache
+def narrowed(tile: Tile, channels: int) -> Tile:
+    """Return a tile for offset groups of `channels` channels: no wider than needed, and with more positions.
+
+    A thread keeps its number of elements, but gets at most two positions.
+    """
+    block_c = min(tile.block_c, 1 << (channels - 1).bit_length())
+    most_positions = max(tile.block_p, 64 * tile.num_warps)
+    return replace(tile, block_c=block_c, block_p=min(tile.block_p * tile.block_c // block_c, most_positions))
 
 
 def match_row(task: str, arch: str, arithmetic: str, channels: int, out_channels: int) -> TileRow | None:

@@ -134,7 +134,7 @@ def test_sample_gradients_leave_columns(spec, dtype, monkeypatch):
 
 @pytest.mark.parametrize(("channels", "block"), [(1, 1), (3, 4), (8, 8), (15, 16), (64, 64), (100, 64)])
 def test_tiles_are_no_wider_than_an_offset_group(channels, block):
-    tile = Tile(32, 0, 64, 4).narrowed(channels)
+    tile = tile_table.narrowed(Tile(32, 0, 64, 4), channels)
     assert tile == Tile(min(2048 // block, 256), 0, block, 4)
 
 
