@@ -43,6 +43,7 @@ KERNELS = {
     "sampling": sampling.sampling_kernel,
     "bins": binning.bin_kernel,
     "columns": columns.columns_kernel,
+    "forward_direct": forward.forward_direct_kernel,
     "forward_prefetch": forward.forward_prefetch_kernel,
     "forward_transposed": forward.forward_transposed_kernel,
     "grad_sample": grad_sample.grad_sample_kernel,
@@ -50,7 +51,14 @@ KERNELS = {
     "t_columns": grad_input.t_columns_kernel,
     "g_form": grad_input.g_form_kernel,
 }
-PRODUCT_KERNELS = ("forward_prefetch", "forward_transposed", "grad_sample_fused", "t_columns", "g_form")
+PRODUCT_KERNELS = (
+    "forward_direct",
+    "forward_prefetch",
+    "forward_transposed",
+    "grad_sample_fused",
+    "t_columns",
+    "g_form",
+)
 GATHER_KERNELS = ("columns", "grad_sample", *PRODUCT_KERNELS)
 INTEGER_POINTERS = ("cell_ptr", "start_ptr", "entry_ptr", "key_ptr", "count_ptr")
 FLOAT_POINTERS = ("ly_ptr", "lx_ptr", "scale_ptr")
@@ -59,13 +67,20 @@ LARGEST_CHANNELS = 512
 
 
 def constants(row: TileRow, arch: str, offset_groups: int = 1) -> dict[str, int | bool | str]:
-    """Return every constexpr that a kernel may ask for, at the largest size the row serves."""
-    channels = min(row.channels, LARGEST_CHANNELS)
+    """Return every constexpr that a kernel may ask for, at the largest size the row serves.
+
+    A row whose blocks span offset groups is compiled with as many as there can be: a quarter of a block has one.
+    """
+    size = min(row.channels, LARGEST_CHANNELS)
+    channels = size
+    if row.spans_groups:
+        channels = row.tile.block_c // 4
+        offset_groups = size // channels
     arithmetic = "float32" if row.arithmetic == "any" else row.arithmetic
     tile = row.tile
     return {
         "CHANNELS": channels * offset_groups,
-        "OUT_CHANNELS": channels,
+        "OUT_CHANNELS": size,
         "GROUPS": 1,
         "OFFSET_GROUPS": offset_groups,
         "TAPS": 9,
@@ -88,6 +103,8 @@ def constants(row: TileRow, arch: str, offset_groups: int = 1) -> dict[str, int 
         "BLOCK_S": tile.block_p,
         "BLOCK_O": tile.block_o,
         "BLOCK_C": tile.block_c,
+        "WARPS": tile.num_warps,
+        "BLEND_IN_PAIRS": row.arithmetic == "half",
     }
 
 

@@ -54,8 +54,9 @@ speed. What the kernels compute, and which of this is asserted in CI: [kernels.m
 asserts, by Triton version: `bench/compiled_code.csv`.
 
 - size: the most channels that the row serves, input channels of an offset group, for t_columns output channels; a row
-  for any size is compiled at {largest}. tile: positions or samples x output channels x input channels, where the kernel
-  has them. Half is bfloat16; "any" is compiled in float32.
+  for any size is compiled at {largest}. D: input channels of all offset groups, of which a block spans several. tile:
+  positions or samples x output channels x input channels, where the kernel has them. Half is bfloat16; "any" is
+  compiled in float32.
 - registers: per thread; on gfx942 vector registers with the accumulation registers.
 - occupancy: the most warps that can be resident at once, of those that the device has places for, and what bounds them.
   Warps have 32 threads, on gfx942 64. Devices that are served by another's rows (sm_86, sm_89, sm_120 by sm_80's) have
@@ -102,8 +103,10 @@ def tile_name(row: TileRow) -> str:
 
 
 def size_name(row: TileRow) -> str:
-    """Return the most channels that the row serves, "any" without a bound."""
-    return str(row.channels) if row.channels < tile_table.ANY else "any"
+    """Return the most channels that the row serves, "any" without a bound; "D" says those of several offset groups."""
+    if row.channels == tile_table.ANY:
+        return "any"
+    return f"D{row.channels}" if row.spans_groups else str(row.channels)
 
 
 def instructions_per_element(row: TileRow, arch: str, report: CodeReport, largest: int) -> str:
@@ -111,7 +114,7 @@ def instructions_per_element(row: TileRow, arch: str, report: CodeReport, larges
     tile = row.tile
     if arch not in ("sm80", "sm90") or row.kernel in ("sampling", "bins"):
         return "-"
-    if row.kernel in ("forward_prefetch", "forward_transposed"):
+    if row.task == "forward":
         channels = min(row.channels, largest)  # their loop over channels is unrolled
     elif row.kernel == "t_columns":
         channels = tile.block_o

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -94,10 +93,12 @@ def _tile_candidates(
 
     results = []
     for kernel in kernels:
-        for tile in itertools.islice(tiles_around(current.tile, task, case), max_tiles):
-            if (kernel, tile) == (current.kernel, current.tile):
-                continue
-            row = TileRow(task, kernel, (arch,), arithmetic, channels, tile)
+        rows = []
+        for tile in tiles_around(current.tile):
+            row = _row_for(TileRow(task, kernel, (arch,), arithmetic, channels, tile), case)
+            if row is not None and (kernel, tile) != (current.kernel, current.tile):
+                rows.append(row)
+        for row in rows[:max_tiles]:
             results.append(Candidate(_label(row), (row, *table), row))
     return results
 
@@ -110,7 +111,7 @@ def _label(row: TileRow) -> str:
     return label
 
 
-def tiles_around(tile: Tile, task: str, case: Case) -> Iterator[Tile]:
+def tiles_around(tile: Tile) -> Iterator[Tile]:
     """Yield tiles around one: each block halved or doubled, with 4 warps, 8, and 8 of which two blocks fit."""
     block_changes: list[dict[str, int]] = [{}]
     for name in ("block_p", "block_o", "block_c"):
@@ -125,16 +126,19 @@ def tiles_around(tile: Tile, task: str, case: Case) -> Iterator[Tile]:
 
     for num_warps, max_registers in warps_and_registers:
         for change in block_changes:
-            new_tile = replace(tile, **change, num_warps=num_warps, max_registers=max_registers)
-            if _serves(new_tile, task, case):
-                yield new_tile
+            yield replace(tile, **change, num_warps=num_warps, max_registers=max_registers)
 
 
-def _serves(tile: Tile, task: str, case: Case) -> bool:
-    """Tell whether the blocks of a tile have sizes that the kernels of a task can use for a case."""
-    if task in tile_table.EXACT_TASKS:
-        channels = case.channels // case.offset_groups
-        if channels % tile.block_c or case.out_channels % tile.block_o:
-            return False
-    blocks = (tile.block_p, tile.block_o, tile.block_c)
-    return all(MIN_BLOCK <= block <= MAX_BLOCK for block in blocks if block)
+def _row_for(row: TileRow, case: Case) -> TileRow | None:
+    """Return `row`, or the one whose blocks span offset groups, if its kernel can use the tile for a case."""
+    tile = row.tile
+    if any(not MIN_BLOCK <= block <= MAX_BLOCK for block in (tile.block_p, tile.block_o, tile.block_c) if block):
+        return None
+    if row.kernel == "forward_direct":
+        if tile.block_p % (16 * tile.num_warps):
+            return None
+        if case.channels // case.offset_groups % tile.block_c:
+            row = replace(row, channels=case.channels, spans_groups=True)
+    positions = case.batch * case.out_size[0] * case.out_size[1]
+    fits = row.fits(case.channels // case.offset_groups, case.offset_groups, case.out_channels, positions)
+    return row if fits else None

@@ -16,10 +16,15 @@ from torch import Tensor
 from triton_dcn.geometry import ConvGeometry
 from triton_dcn.kernels.binning import bin_kernel
 from triton_dcn.kernels.columns import columns_kernel
-from triton_dcn.kernels.forward import forward_prefetch_kernel, forward_transposed_kernel
+from triton_dcn.kernels.forward import (
+    forward_direct_kernel,
+    forward_prefetch_kernel,
+    forward_transposed_kernel,
+)
 from triton_dcn.kernels.grad_input import g_form_kernel, t_columns_kernel
 from triton_dcn.kernels.grad_sample import grad_sample_fused_kernel, grad_sample_kernel
 from triton_dcn.kernels.launch import launch
+from triton_dcn.kernels.register_order import permute_weight, round_weight
 from triton_dcn.kernels.sampling import PAIRS, sampling_kernel
 from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
 from triton_dcn.tile_table import (
@@ -34,7 +39,11 @@ from triton_dcn.tile_table import (
 )
 from triton_dcn.workspace import TileChunk, input_tiles
 
-FORWARD_KERNELS = {"forward_prefetch": forward_prefetch_kernel, "forward_transposed": forward_transposed_kernel}
+FORWARD_KERNELS = {
+    "forward_direct": forward_direct_kernel,
+    "forward_prefetch": forward_prefetch_kernel,
+    "forward_transposed": forward_transposed_kernel,
+}
 
 
 class SampleArrays(NamedTuple):
@@ -122,10 +131,26 @@ def forward_fused(
     output: Tensor,
     relu: bool,
 ) -> None:
-    """Launch the forward kernel of the table's row: fill `output` (M, O)."""
+    """Launch the forward kernel of the table's row: fill `output` (M, O).
+
+    `forward_direct_kernel` blends half-precision channels in pairs, rounding after every product; where the user asks
+    for determinism, in float32, as the other forward kernels do.
+    """
     tile = row.tile
+    options = tile.options
     kernel = FORWARD_KERNELS[row.kernel]
+    kernel_constants: dict[str, int | bool] = {}
+    precision = dot_precision(x)
     pixels = _words(geom, x) if row.kernel in WORD_KERNELS else x
+    if row.kernel == "forward_direct":
+        half = x.dtype != torch.float32
+        in_pairs = half and not torch.are_deterministic_algorithms_enabled()
+        kernel_constants = {"WARPS": tile.num_warps, "BLEND_IN_PAIRS": in_pairs}
+        if half and not in_pairs:
+            options.pop("maxnreg", None)  # float32 needs more registers
+        w = permute_weight(w, block=tile.block_c)
+        if precision == "tf32":
+            w = round_weight(w)
     has_bias = bias is not None
     bias = w if bias is None else bias  # without a bias, a pointer that is not read
     positions = geom.batch * geom.positions
@@ -134,8 +159,8 @@ def forward_fused(
         (pixels, *samples, w, bias, output),
         (positions, geom.out_height, geom.out_width, geom.width),
         CHANNELS=geom.in_channels, OUT_CHANNELS=geom.out_channels, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
-        HAS_BIAS=has_bias, RELU=relu, STRIP=strip_width(geom.out_width), PRECISION=dot_precision(x),
-        BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, **tile.options,
+        HAS_BIAS=has_bias, RELU=relu, STRIP=strip_width(geom.out_width), PRECISION=precision,
+        BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, **kernel_constants, **options,
     )  # fmt: skip
 
 

@@ -25,6 +25,10 @@ STRIP_MIN_WIDTH = 64
 """Narrower maps keep row-major order."""
 
 
+ANY = 1 << 30
+"""No bound."""
+
+
 @dataclass(frozen=True)
 class Tile:
     """Block sizes and compiler options of one launch.
@@ -62,9 +66,12 @@ class TileRow:
         kernel: which kernel does it, without "_kernel".
         archs: "sm80", "sm90", "sm100", "gfx942" (by family: 12.x is served as sm80) or "interpreter".
         arithmetic: "half", "tf32", "float32" or "any".
-        channels: the largest number that the row fits: input channels of an offset group; for "t_columns", output
-            channels.
+        channels: the largest number that the row fits: input channels of an offset group, or of all where a block spans
+            several offset groups; for "t_columns", output channels.
         tile: block sizes.
+        programs: the fewest that a launch of "forward" by this row has to have; where positions are few, smaller tiles
+            give work to all multiprocessors.
+        spans_groups: the row is for offset groups of fewer channels than a block has, which then spans several.
     """
 
     task: str
@@ -73,25 +80,63 @@ class TileRow:
     arithmetic: str
     channels: int
     tile: Tile
+    programs: int = 1
+    spans_groups: bool = False
+
+    def fits(self, channels: int, offset_groups: int, out_channels: int, positions: int) -> bool:
+        """Tell whether the row's kernel can do its task for these sizes, and is the one for them.
+
+        Args:
+            channels: input channels of one offset group.
+            offset_groups: D.
+            out_channels: O.
+            positions: output positions.
+        """
+        tile = self.tile
+        size = channels
+        if self.spans_groups:
+            size = channels * offset_groups
+        elif self.task == "t_columns":
+            size = out_channels
+        if size > self.channels:
+            return False
+        if self.task not in EXACT_TASKS:
+            return True
+        if (
+            out_channels % tile.block_o
+            or -(-positions // tile.block_p) * (out_channels // tile.block_o) < self.programs
+        ):
+            return False
+        if self.spans_groups:
+            # a thread loads a quarter of a block at once, which has to lie in one offset group
+            return channels % tile.block_c != 0 and size % tile.block_c == 0 and channels % (tile.block_c // 4) == 0
+        return channels % tile.block_c == 0
 
 
-ANY = 1 << 30
 WORD_KERNELS = ("forward_transposed", "columns", "grad_sample_fused", "grad_sample")
-"""Kernels that read pairs of bfloat16 channels as int32, see `kernels.sampling.widen`; forward_prefetch gains none."""
+"""Kernels that read pairs of bfloat16 channels as int32, see `kernels.sampling.widen`; the other forward kernels gain
+nothing."""
 EXACT_TASKS = ("forward", "grad_sample_fused")
 """Tasks whose kernels need blocks that divide the channels, and one channel group."""
 HOST = ("interpreter",)
 GPUS = ("sm80", "sm90", "sm100", "gfx942")
 PORTABLE = ("sm80", "gfx942")
+FULL = 256
+"""Programs: about two for each of the 132 multiprocessors of an H100."""
 TABLE: tuple[TileRow, ...] = (
     TileRow("sampling", "sampling", GPUS, "any", ANY, Tile(256)),
     TileRow("bins", "bins", GPUS, "any", ANY, Tile(256)),
-    TileRow("forward", "forward_transposed", ("sm90",), "half", 128, Tile(128, 128, 32, 8, 128)),
-    TileRow("forward", "forward_transposed", ("sm100",), "half", 128, Tile(64, 128, 32, 4)),
-    TileRow("forward", "forward_transposed", ("sm90",), "half", 256, Tile(64, 256, 32, 8)),
-    TileRow("forward", "forward_transposed", ("sm90", "sm100"), "half", 256, Tile(64, 64, 32, 4)),
+    TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(128, 256, 32, 8), programs=FULL),
+    TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(128, 128, 32, 8, 128), programs=FULL),
+    TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(64, 128, 32, 4), programs=FULL),
+    TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(64, 64, 32, 4)),
+    TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(64, 128, 32, 4), spans_groups=True),
+    TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(64, 64, 32, 4), spans_groups=True),
+    TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(64, 64, 16, 4), spans_groups=True),
     TileRow("forward", "forward_transposed", ("sm90",), "tf32", 128, Tile(64, 128, 32, 8)),
     TileRow("forward", "forward_transposed", ("sm90",), "tf32", 256, Tile(64, 256, 16, 8)),
+    TileRow("forward", "forward_transposed", ("sm100",), "half", 128, Tile(64, 128, 32, 4)),
+    TileRow("forward", "forward_transposed", ("sm100",), "half", 256, Tile(64, 64, 32, 4)),
     TileRow("forward", "forward_prefetch", ("sm80",), "half", 128, Tile(64, 128, 32, 8)),
     TileRow("forward", "forward_prefetch", ("gfx942",), "half", 128, Tile(64, 128, 32, 4)),
     TileRow("forward", "forward_prefetch", PORTABLE, "half", 256, Tile(64, 256, 32, 8)),
@@ -117,7 +162,8 @@ TABLE: tuple[TileRow, ...] = (
     TileRow("g_form", "g_form", GPUS, "any", ANY, Tile(32, 0, 64, 8)),
     TileRow("sampling", "sampling", HOST, "any", ANY, Tile(4096)),
     TileRow("bins", "bins", HOST, "any", ANY, Tile(4096)),
-    TileRow("forward", "forward_prefetch", HOST, "half", ANY, Tile(256, 16, 16)),
+    TileRow("forward", "forward_direct", HOST, "half", ANY, Tile(256, 16, 16)),
+    TileRow("forward", "forward_direct", HOST, "half", ANY, Tile(256, 16, 16), spans_groups=True),
     TileRow("columns", "columns", HOST, "any", ANY, Tile(256, 0, 64)),
     TileRow("grad_sample_fused", "grad_sample_fused", HOST, "half", ANY, Tile(256, 16, 16)),
     TileRow("grad_sample", "grad_sample", HOST, "any", ANY, Tile(256, 0, 64)),
@@ -141,9 +187,15 @@ def find_row(task: str, geom: ConvGeometry, tensor: Tensor) -> TileRow | None:
 
     if task in EXACT_TASKS and geom.groups > 1:
         return None
-    arch = architecture(tensor.device)
-    channels = geom.in_channels // geom.offset_groups
-    return _search_once(task, arch, arithmetic(tensor), channels, geom.out_channels)
+    return _search_once(
+        task,
+        architecture(tensor.device),
+        arithmetic(tensor),
+        geom.in_channels // geom.offset_groups,
+        geom.out_channels,
+        offset_groups=geom.offset_groups,
+        positions=geom.batch * geom.positions,
+    )
 
 
 def find_tile(task: str, geom: ConvGeometry, tensor: Tensor) -> Tile:
@@ -164,23 +216,22 @@ def narrowed(tile: Tile, channels: int) -> Tile:
     return replace(tile, block_c=block_c, block_p=min(tile.block_p * tile.block_c // block_c, most_positions))
 
 
-def match_row(task: str, arch: str, arithmetic: str, channels: int, out_channels: int) -> TileRow | None:
-    """Return the first row of the table that fits, or None.
-
-    Args:
-        task, arch, arithmetic: as in `TileRow`.
-        channels: input channels of one offset group.
-        out_channels: O.
-    """
-    size = out_channels if task == "t_columns" else channels
+def match_row(
+    task: str,
+    arch: str,
+    arithmetic: str,
+    channels: int,
+    out_channels: int,
+    *,
+    offset_groups: int = 1,
+    positions: int = ANY,
+) -> TileRow | None:
+    """Return the first row of the table that fits, or None; arguments as in `TileRow` and `TileRow.fits`."""
     for row in TABLE:
         if row.task != task or arch not in row.archs or row.arithmetic not in (arithmetic, "any"):
             continue
-        if size > row.channels:
-            continue
-        if task in EXACT_TASKS and (channels % row.tile.block_c or out_channels % row.tile.block_o):
-            continue
-        return row
+        if row.fits(channels, offset_groups, out_channels, positions):
+            return row
     return None
 
 

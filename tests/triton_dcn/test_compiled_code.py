@@ -27,7 +27,7 @@ def test_code_for(arch, tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     kernels = {json.loads(line)["row"]["kernel"] for line in file.read_text().splitlines()}
     assert kernels >= {"sampling", "bins", "columns", "grad_sample", "grad_sample_fused", "t_columns", "g_form"}
-    assert kernels & {"forward_prefetch", "forward_transposed"}
+    assert kernels & {"forward_direct", "forward_prefetch"}
 
 
 def compile_in(*arguments: str, cache: Path, timeout: float = 280) -> subprocess.CompletedProcess:
@@ -81,7 +81,7 @@ def test_every_task_has_a_tile_everywhere():
 @pytest.mark.parametrize("row", tile_table.TABLE, ids=lambda row: f"{row.kernel}-{row.archs[0]}-{row.arithmetic}")
 def test_row_is_complete(row):
     """After a change of the table: `python -m bench.compiled_code --record`."""
-    assert len(tile_table.TABLE) < 40
+    assert len(tile_table.TABLE) < 60
     for arch in set(row.archs) - set(tile_table.HOST):
         limits_by_version = read_numbers()[row_key(row, arch)]
         assert all(limits.shared <= SHARED_LIMIT for limits in limits_by_version.values())

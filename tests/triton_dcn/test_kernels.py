@@ -88,7 +88,7 @@ def test_half(spec, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kernel", ["forward_prefetch", "forward_transposed"])
+@pytest.mark.parametrize("kernel", list(launchers.FORWARD_KERNELS))
 @pytest.mark.parametrize("spec", ["two-blocks", "offset-groups"])
 def test_forward_forms(spec, kernel, dtype, monkeypatch):
     prepend_rows(monkeypatch, TileRow("forward", kernel, (ARCH,), "any", ANY, Tile(64, 16, 16, max_registers=128)))
@@ -96,6 +96,45 @@ def test_forward_forms(spec, kernel, dtype, monkeypatch):
     input, _, _, weight = case.tensors
     output = triton_backend.forward(case.geom, input, case.offset_mask, weight, case.bias)
     assert relative(output, exact(case)["output"]) <= FLOOR[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("channels", "offset_groups", "block_c"), [(64, 8, 32), (96, 4, 32), (32, 8, 16), (32, 2, 32)])
+def test_blocks_that_span_offset_groups(channels, offset_groups, block_c, dtype, monkeypatch):
+    """Each quarter of a block of channels has samples of its own: 8, 24, 4 and 16 channels in an offset group."""
+    row = TileRow("forward", "forward_direct", (ARCH,), "any", ANY, Tile(64, 16, block_c), spans_groups=True)
+    prepend_rows(monkeypatch, row)
+    monkeypatch.setattr(tile_table, "STRIP_MIN_WIDTH", 17)
+    spec = OperatorCase("", 1, channels, 16, 5, 18, offset_groups=offset_groups)
+    case = make_case(spec, dtype, DEVICE, spread=4.0)
+    input, _, _, weight = case.tensors
+    output = triton_backend.forward(case.geom, input, case.offset_mask, weight, case.bias, relu=True)
+    assert tile_table.find_row("forward", case.geom, input) is row
+    assert relative(output, exact(case)["output"].relu()) <= FLOOR[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        OperatorCase("", 2, 32, 32, 9, 10),
+        OperatorCase("", 1, 128, 48, 7, 9, has_bias=False),
+        OperatorCase("", 1, 64, 64, 8, 8, offset_groups=8),
+        OperatorCase("", 1, 16, 16, 12, 11, kernel=(5, 5), padding=(2, 2), has_mask=False),
+    ],
+    ids=["32", "128", "offset-groups", "5x5-v1"],
+)
+def test_blending_in_pairs_is_exact_enough(spec, dtype):
+    """Error to float64 at most twice that of the reference in the same dtype; less where the blending is in float32."""
+    case = make_case(spec, dtype, DEVICE)
+    assert tile_table.find_row("forward", case.geom, case.tensors[0]).kernel == "forward_direct"
+    input, _, _, weight = case.tensors
+    target = exact(case)["output"]
+    by_reference = relative(reference.forward(case.geom, input, case.offset_mask, weight, case.bias), target)
+    in_pairs = relative(triton_backend.forward(case.geom, input, case.offset_mask, weight, case.bias), target)
+    with deterministic():
+        in_float32 = relative(triton_backend.forward(case.geom, input, case.offset_mask, weight, case.bias), target)
+    assert in_float32 < in_pairs <= 2 * by_reference
 
 
 @pytest.mark.parametrize("spec", ["two-blocks", "offset-groups"])

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from triton_dcn.kernels.arithmetic import contract, round_to
 from triton_dcn.kernels.jit import kernel
+from triton_dcn.kernels.register_order import QUARTERS, blend_pairs, product_row, to_operand
 from triton_dcn.kernels.sampling import blend, corner_rows, corner_weights, load_corners, swizzle
 
 
@@ -38,6 +39,16 @@ def epilogue(
         acc = tl.where(acc < 0, 0.0, acc)  # NaN stays, as in torch
     store_at = position.to(tl.int64)[:, None] * OUT_CHANNELS + o[None, :]
     tl.store(output_ptr + store_at, round_to(acc, output_ptr.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit
+def load_samples(cell_ptr, ly_ptr, lx_ptr, scale_ptr, sample):
+    """Load samples by their numbers; return their cells and the weights of the four corners, in the same shape."""
+    cell = tl.load(cell_ptr + sample)
+    ly = tl.load(ly_ptr + sample)
+    lx = tl.load(lx_ptr + sample)
+    w00, w01, w10, w11 = corner_weights(cell, ly, lx, tl.load(scale_ptr + sample))
+    return cell, w00, w01, w10, w11
 
 
 @kernel
@@ -166,3 +177,89 @@ def forward_transposed_kernel(
             weight = tl.load(weight_tap_ptr + start)  # (BLOCK_O, BLOCK_C)
             acc = contract(weight, tl.trans(value), acc, PRECISION)
     epilogue(tl.trans(acc), bias_ptr, output_ptr, position, o, live, OUT_CHANNELS, HAS_BIAS, RELU)
+
+
+@kernel
+def forward_direct_kernel(
+    input_ptr,
+    cell_ptr,
+    ly_ptr,
+    lx_ptr,
+    scale_ptr,
+    weight_ptr,
+    bias_ptr,
+    output_ptr,
+    positions,
+    out_height,
+    out_width,
+    width,
+    CHANNELS: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
+    OFFSET_GROUPS: tl.constexpr,
+    TAPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    STRIP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WARPS: tl.constexpr,
+    BLEND_IN_PAIRS: tl.constexpr,
+):
+    """Compute an output tile; the blended tile is the left operand of the product, straight from registers.
+
+    Where an offset group has whole blocks of channels, each plane is a step, and its samples are read once. Where it
+    has fewer channels, a tap is a step, and a block spans several offset groups: the samples are read for each block,
+    those of one offset group for each quarter of it.
+
+    Grid: (ceil(M / BLOCK_P) * O / BLOCK_O,); a program owns a (BLOCK_P, BLOCK_O) tile.
+    Reads: input (B, H, W, C), bias (O,), the sample arrays; weight (O, K, C) from `permute_weight` with blocks of
+        BLOCK_C channels, for TF32 rounded.
+    Writes: output (M, O), in full.
+    Assumes: BLOCK_O divides O, BLOCK_C divides C/D, or BLOCK_C divides C and its quarter divides C/D; BLOCK_P is a
+        multiple of 16 * WARPS, the warps of a program. BLEND_IN_PAIRS: input is of half precision.
+    """
+    PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
+    BLOCKS_O: tl.constexpr = OUT_CHANNELS // BLOCK_O
+    RUN: tl.constexpr = BLOCK_C // QUARTERS
+    BLOCKS_IN_GROUP: tl.constexpr = PER_OFFSET % BLOCK_C == 0
+    STEPS: tl.constexpr = OFFSET_GROUPS * TAPS if BLOCKS_IN_GROUP else TAPS
+    STEP_CHANNELS: tl.constexpr = PER_OFFSET if BLOCKS_IN_GROUP else CHANNELS
+    first_index = tl.program_id(0) // BLOCKS_O * BLOCK_P
+    index = first_index + product_row(tl.arange(0, BLOCK_P), BLOCK_P, WARPS)
+    position = swizzle(tl.where(index < positions, index, 0), out_height, out_width, STRIP)[:, None, None]
+    o = tl.program_id(0) % BLOCKS_O * BLOCK_O + tl.arange(0, BLOCK_O)
+    quarter_c = tl.arange(0, QUARTERS)[None, :, None] * RUN
+    c = quarter_c + tl.arange(0, RUN)[None, None, :]
+    weight_rows = o[None, :] * (TAPS * CHANNELS) + tl.arange(0, BLOCK_C)[:, None]
+
+    acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
+    for step in tl.range(0, STEPS, num_stages=1):
+        first_c = step // TAPS * STEP_CHANNELS
+        weight_tap_ptr = weight_ptr + (step % TAPS * CHANNELS + first_c) + weight_rows
+        if BLOCKS_IN_GROUP:
+            cell, w00, w01, w10, w11 = load_samples(cell_ptr, ly_ptr, lx_ptr, scale_ptr, step * positions + position)
+            row00, row01, row10, row11 = corner_rows(cell, width, CHANNELS)
+        for start in tl.static_range(0, STEP_CHANNELS, BLOCK_C):
+            if not BLOCKS_IN_GROUP:
+                plane = (start + quarter_c) // PER_OFFSET * TAPS + step
+                cell, w00, w01, w10, w11 = load_samples(
+                    cell_ptr, ly_ptr, lx_ptr, scale_ptr, plane * positions + position
+                )
+                row00, row01, row10, row11 = corner_rows(cell, width, CHANNELS)
+            block_ptr = input_ptr + (first_c + start)
+            # (BLOCK_P, QUARTERS, RUN)
+            x00, x01, x10, x11 = load_corners(block_ptr, row00, row01, row10, row11, c, True, False)
+            if BLEND_IN_PAIRS:
+                value = blend_pairs(w00, w01, w10, w11, x00, x01, x10, x11)
+            else:
+                value = round_to(blend(w00, w01, w10, w11, x00, x01, x10, x11), weight_ptr.dtype.element_ty)
+            value = to_operand(tl.reshape(value, (BLOCK_P, BLOCK_C)), WARPS)
+            weight = tl.load(weight_tap_ptr + start)  # (BLOCK_C, BLOCK_O)
+            acc = contract(value, weight, acc, PRECISION, B_IS_ROUNDED=True)
+
+    index = first_index + tl.arange(0, BLOCK_P)  # the rows of the result are those of the product
+    live = index < positions
+    position = swizzle(tl.where(live, index, 0), out_height, out_width, STRIP)
+    epilogue(acc, bias_ptr, output_ptr, position, o, live, OUT_CHANNELS, HAS_BIAS, RELU)

@@ -37,29 +37,35 @@ from torch import Tensor
 
 from triton_dcn.kernels.arithmetic import INTERPRETED, round_to
 
-BLOCK_BYTES = 64
-"""Bytes of the channels of one row that four threads load at once, 128 bits each."""
 QUARTERS = tl.constexpr(4)
 """Threads that share a row."""
 
 
 def block_channels(dtype: torch.dtype) -> int:
-    """Return the channels of a block inside of which the order changes: 32 in half precision, 16 in float32."""
-    return BLOCK_BYTES // dtype.itemsize
+    """Return the channels that the four threads of a row load at once, 128 bits each: 32 or, in float32, 16."""
+    return 4 * 16 // dtype.itemsize
 
 
-def permute_weight(weight: Tensor, side: Literal["operand", "result"] = "operand") -> Tensor:
+def permute_weight(weight: Tensor, side: Literal["operand", "result"] = "operand", block: int | None = None) -> Tensor:
     """Copy a weight (O, K, C) to the order of the product, for `to_operand` or for `from_result`.
 
     Args:
-        weight: C is a multiple of `block_channels`; any strides.
+        weight: any strides; C is a multiple of the block.
         side: "operand" where the product sums over the channels, "result" where they are its columns.
+        block: channels of a gathered tile, by default `block_channels`; fewer where a thread loads fewer at once.
     """
     out_channels, taps, channels = weight.shape
-    run = block_channels(weight.dtype) // 4  # channels of one load
+    block = block or block_channels(weight.dtype)
     together = 1 if side == "operand" and weight.dtype == torch.float32 else 2  # channels that stay side by side
-    by_thread = weight.reshape(out_channels, taps, -1, 4, run // together, together)
+    by_thread = weight.reshape(out_channels, taps, channels // block, 4, block // 4 // together, together)
     return by_thread.transpose(3, 4).reshape(out_channels, taps, channels)
+
+
+def round_weight(weight: Tensor) -> Tensor:
+    """Return a float32 weight rounded to TF32, as `arithmetic.round_to_tf32` rounds in a kernel."""
+    bits = weight.view(torch.int32)
+    rounded = (bits + 0x1000) & -0x2000
+    return torch.where(weight.isnan(), bits, rounded).view(torch.float32)
 
 
 @triton.jit
@@ -75,21 +81,22 @@ def product_row(row, BLOCK_P: tl.constexpr, WARPS: tl.constexpr):
 def to_operand(tile, WARPS: tl.constexpr):
     """Rename a gathered tile (BLOCK_P, one block of channels) to rows and columns of a product's left operand."""
     BLOCK_P: tl.constexpr = tile.shape[0]
+    BLOCK_C: tl.constexpr = tile.shape[1]
     WORD: tl.constexpr = 32 // tile.dtype.primitive_bitwidth
-    tile = tl.reshape(tile, (BLOCK_P // (16 * WARPS), 2, WARPS, 8, QUARTERS, 4, WORD))
+    tile = tl.reshape(tile, (BLOCK_P // (16 * WARPS), 2, WARPS, 8, QUARTERS, BLOCK_C // (QUARTERS * WORD), WORD))
     tile = tl.permute(tile, (0, 2, 1, 3, 5, 4, 6))
-    return tl.reshape(tile, (BLOCK_P, 16 * WORD))
+    return tl.reshape(tile, (BLOCK_P, BLOCK_C))
 
 
 @triton.jit
 def from_result(tile, WARPS: tl.constexpr):
     """Rename a product's result (BLOCK_P, one block of channels) to the rows and channels of a gathered tile.
 
-    The block is that of the gathered channels: 32 beside half precision, 16 beside float32.
+    The block is that of the gathered channels: 32 columns beside half precision, 16 beside float32.
     """
     BLOCK_P: tl.constexpr = tile.shape[0]
     BLOCK_C: tl.constexpr = tile.shape[1]
-    tile = tl.reshape(tile, (BLOCK_P // (16 * WARPS), WARPS, 2, 8, BLOCK_C // 8, QUARTERS, 2))
+    tile = tl.reshape(tile, (BLOCK_P // (16 * WARPS), WARPS, 2, 8, BLOCK_C // (QUARTERS * 2), QUARTERS, 2))
     tile = tl.permute(tile, (0, 2, 1, 3, 5, 4, 6))
     return tl.reshape(tile, (BLOCK_P, BLOCK_C))
 
