@@ -130,7 +130,7 @@ TABLE: tuple[TileRow, ...] = (
     TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(128, 128, 32, 8, 128), programs=FULL),
     TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(64, 128, 32, 4), programs=FULL),
     TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(64, 64, 32, 4)),
-    TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(64, 128, 32, 4), spans_groups=True),
+    TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(64, 128, 32, 4, 168), spans_groups=True),
     TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(64, 64, 32, 4), spans_groups=True),
     TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(64, 64, 16, 4), spans_groups=True),
     TileRow("forward", "forward_transposed", ("sm90",), "tf32", 128, Tile(64, 128, 32, 8)),

@@ -41,16 +41,6 @@ def epilogue(
     tl.store(output_ptr + store_at, round_to(acc, output_ptr.dtype.element_ty), mask=live[:, None])
 
 
-@triton.jit
-def load_samples(cell_ptr, ly_ptr, lx_ptr, scale_ptr, sample):
-    """Load samples by their numbers; return their cells and the weights of the four corners, in the same shape."""
-    cell = tl.load(cell_ptr + sample)
-    ly = tl.load(ly_ptr + sample)
-    lx = tl.load(lx_ptr + sample)
-    w00, w01, w10, w11 = corner_weights(cell, ly, lx, tl.load(scale_ptr + sample))
-    return cell, w00, w01, w10, w11
-
-
 @kernel
 def forward_prefetch_kernel(
     input_ptr,
@@ -179,6 +169,25 @@ def forward_transposed_kernel(
     epilogue(tl.trans(acc), bias_ptr, output_ptr, position, o, live, OUT_CHANNELS, HAS_BIAS, RELU)
 
 
+@triton.jit
+def spread(values, RUN: tl.constexpr):
+    """Repeat values of the quarters of a gathered tile, (BLOCK_P * QUARTERS,), for the RUN channels of each."""
+    BLOCK_P: tl.constexpr = values.shape[0] // QUARTERS
+    tile = tl.broadcast_to(tl.reshape(values, (BLOCK_P, QUARTERS, 1)), (BLOCK_P, QUARTERS, RUN))
+    return tl.reshape(tile, (BLOCK_P, QUARTERS * RUN))
+
+
+@triton.jit
+def corner_pointers(input_ptr, row, c, RUN: tl.constexpr):
+    """Return pointers (BLOCK_P, BLOCK_C) to channels `c` (1, BLOCK_C), from the rows of `corner_rows` by quarter.
+
+    The compiler has to be told that a quarter loads RUN neighboring channels, and that their place is a multiple of
+    RUN, because each pixel has a multiple of RUN channels.
+    """
+    at = spread(row, RUN) + c
+    return input_ptr + tl.max_contiguous(tl.multiple_of(at, (1, RUN)), (1, RUN))
+
+
 @kernel
 def forward_direct_kernel(
     input_ptr,
@@ -227,35 +236,41 @@ def forward_direct_kernel(
     STEPS: tl.constexpr = OFFSET_GROUPS * TAPS if BLOCKS_IN_GROUP else TAPS
     STEP_CHANNELS: tl.constexpr = PER_OFFSET if BLOCKS_IN_GROUP else CHANNELS
     first_index = tl.program_id(0) // BLOCKS_O * BLOCK_P
-    index = first_index + product_row(tl.arange(0, BLOCK_P), BLOCK_P, WARPS)
-    position = swizzle(tl.where(index < positions, index, 0), out_height, out_width, STRIP)[:, None, None]
+    slot = tl.arange(0, BLOCK_P * QUARTERS)  # a quarter of a gathered row: what one thread loads at once
+    index = first_index + product_row(slot // QUARTERS, BLOCK_P, WARPS)
+    position = swizzle(tl.where(index < positions, index, 0), out_height, out_width, STRIP)
+    slot_c = slot % QUARTERS * RUN
+    c = tl.arange(0, BLOCK_C)[None, :]
     o = tl.program_id(0) % BLOCKS_O * BLOCK_O + tl.arange(0, BLOCK_O)
-    quarter_c = tl.arange(0, QUARTERS)[None, :, None] * RUN
-    c = quarter_c + tl.arange(0, RUN)[None, None, :]
     weight_rows = o[None, :] * (TAPS * CHANNELS) + tl.arange(0, BLOCK_C)[:, None]
 
     acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
     for step in tl.range(0, STEPS, num_stages=1):
         first_c = step // TAPS * STEP_CHANNELS
         weight_tap_ptr = weight_ptr + (step % TAPS * CHANNELS + first_c) + weight_rows
-        if BLOCKS_IN_GROUP:
-            cell, w00, w01, w10, w11 = load_samples(cell_ptr, ly_ptr, lx_ptr, scale_ptr, step * positions + position)
-            row00, row01, row10, row11 = corner_rows(cell, width, CHANNELS)
         for start in tl.static_range(0, STEP_CHANNELS, BLOCK_C):
-            if not BLOCKS_IN_GROUP:
-                plane = (start + quarter_c) // PER_OFFSET * TAPS + step
-                cell, w00, w01, w10, w11 = load_samples(
-                    cell_ptr, ly_ptr, lx_ptr, scale_ptr, plane * positions + position
-                )
+            if start == 0 or not BLOCKS_IN_GROUP:
+                plane = step if BLOCKS_IN_GROUP else (start + slot_c) // PER_OFFSET * TAPS + step
+                sample = plane * positions + position
+                cell = tl.load(cell_ptr + sample)
+                ly = tl.load(ly_ptr + sample)
+                lx = tl.load(lx_ptr + sample)
+                w00, w01, w10, w11 = corner_weights(cell, ly, lx, tl.load(scale_ptr + sample))
+                w00, w01, w10, w11 = spread(w00, RUN), spread(w01, RUN), spread(w10, RUN), spread(w11, RUN)
                 row00, row01, row10, row11 = corner_rows(cell, width, CHANNELS)
-            block_ptr = input_ptr + (first_c + start)
-            # (BLOCK_P, QUARTERS, RUN)
-            x00, x01, x10, x11 = load_corners(block_ptr, row00, row01, row10, row11, c, True, False)
+                ptr00 = corner_pointers(input_ptr + first_c, row00, c, RUN)
+                ptr01 = corner_pointers(input_ptr + first_c, row01, c, RUN)
+                ptr10 = corner_pointers(input_ptr + first_c, row10, c, RUN)
+                ptr11 = corner_pointers(input_ptr + first_c, row11, c, RUN)
+            x00 = tl.load(ptr00 + start)
+            x01 = tl.load(ptr01 + start)
+            x10 = tl.load(ptr10 + start)
+            x11 = tl.load(ptr11 + start)
             if BLEND_IN_PAIRS:
                 value = blend_pairs(w00, w01, w10, w11, x00, x01, x10, x11)
             else:
                 value = round_to(blend(w00, w01, w10, w11, x00, x01, x10, x11), weight_ptr.dtype.element_ty)
-            value = to_operand(tl.reshape(value, (BLOCK_P, BLOCK_C)), WARPS)
+            value = to_operand(value, WARPS)
             weight = tl.load(weight_tap_ptr + start)  # (BLOCK_C, BLOCK_O)
             acc = contract(value, weight, acc, PRECISION, B_IS_ROUNDED=True)
 
