@@ -94,7 +94,7 @@ def constants(row: TileRow, arch: str, offset_groups: int = 1) -> dict[str, int 
         "PART": False,
         "ADD": False,
         "STRIP": tile_table.STRIP,
-        "TILE_H": tile_table.TILE_H,
+        "TILE_H": tile_table.G_TILE_H if row.task == "g_form" else tile_table.T_TILE_H,
         "TILE_W": tile_table.TILE_W,
         "PASS": "fill",
         "PRECISION": tile_table.precision(arch, arithmetic),

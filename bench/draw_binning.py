@@ -15,7 +15,8 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 
-from triton_dcn.tile_table import TILE_H, TILE_W
+from triton_dcn.tile_table import T_TILE_H as TILE_H
+from triton_dcn.tile_table import TILE_W
 
 HEIGHT, WIDTH = 24, 38
 """Pixels of the input that is shown."""

@@ -28,7 +28,6 @@ from triton_dcn.kernels.register_order import permute_weight, round_weight
 from triton_dcn.kernels.sampling import PAIRS, sampling_kernel
 from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
 from triton_dcn.tile_table import (
-    TILE_H,
     TILE_W,
     WORD_KERNELS,
     TileRow,
@@ -68,10 +67,12 @@ class Bins(NamedTuple):
     """Samples by tile of input pixels; see `triton_dcn.kernels.binning`.
 
     Attributes:
+        tile_h: height of the tiles of input pixels.
         start: (bins + 1,) int32, where the entries of each bin begin.
         entry: (4*D*K*M,) int32, the entries of all bins, then unused ones.
     """
 
+    tile_h: int
     start: Tensor
     entry: Tensor
 
@@ -225,41 +226,44 @@ def binning_method() -> str:
     return "sort" if torch.are_deterministic_algorithms_enabled() else "ranks"
 
 
-def bin_samples(geom: ConvGeometry, samples: SampleArrays) -> Bins:
-    """Put the samples into bins by the `binning_method`."""
-    tiles_y, tiles_x = input_tiles(geom)
-    bins = geom.batch * geom.offset_groups * tiles_y * tiles_x * geom.taps
+def bin_samples(geom: ConvGeometry, samples: SampleArrays, tile_h: int) -> Bins:
+    """Put the samples into the bins of tiles that are `tile_h` pixels high, by the `binning_method`."""
     if binning_method() == "sort":
-        return _bins_by_sort(geom, samples.cell, bins)
-    return _bins_by_ranks(geom, samples.cell, bins)
+        return _bins_by_sort(geom, samples.cell, tile_h)
+    return _bins_by_ranks(geom, samples.cell, tile_h)
 
 
-def _bins_by_sort(geom: ConvGeometry, cell: Tensor, bins: int) -> Bins:
+def _bins_by_sort(geom: ConvGeometry, cell: Tensor, tile_h: int) -> Bins:
     """Sort the bin numbers of all possible entries, four of each sample; the order in a bin is that of the samples."""
     key = cell.new_empty(4 * cell.numel())
-    _bin_pass("keys", geom, bins, cell=cell, key=key)
+    _bin_pass("keys", geom, tile_h, cell=cell, key=key)
     key, order = torch.sort(key, stable=True)
-    bin_numbers = torch.arange(bins + 1, device=cell.device, dtype=torch.int32)
+    bin_numbers = torch.arange(_bin_count(geom, tile_h) + 1, device=cell.device, dtype=torch.int32)
     start = torch.searchsorted(key, bin_numbers, out_int32=True)
     # 4 * sample + corner -> tap * M + position
     entry = order // 4 % (geom.taps * geom.batch * geom.positions)
-    return Bins(start, entry.to(torch.int32))
+    return Bins(tile_h, start, entry.to(torch.int32))
 
 
-def _bins_by_ranks(geom: ConvGeometry, cell: Tensor, bins: int) -> Bins:
+def _bins_by_ranks(geom: ConvGeometry, cell: Tensor, tile_h: int) -> Bins:
     """Count the entries of every bin, then fill the bins; the order in a bin is that of the atomics."""
-    count = cell.new_zeros(bins + 1)
-    _bin_pass("count", geom, bins, cell=cell, count=count)
+    count = cell.new_zeros(_bin_count(geom, tile_h) + 1)
+    _bin_pass("count", geom, tile_h, cell=cell, count=count)
     start = count.cumsum(0, dtype=torch.int32) - count
     entry = cell.new_empty(4 * cell.numel())
-    _bin_pass("fill", geom, bins, cell=cell, count=count.zero_(), start=start, entry=entry)
-    return Bins(start, entry)
+    _bin_pass("fill", geom, tile_h, cell=cell, count=count.zero_(), start=start, entry=entry)
+    return Bins(tile_h, start, entry)
+
+
+def _bin_count(geom: ConvGeometry, tile_h: int) -> int:
+    tiles_y, tiles_x = input_tiles(geom, tile_h)
+    return geom.batch * geom.offset_groups * tiles_y * tiles_x * geom.taps
 
 
 def _bin_pass(
     name: str,
     geom: ConvGeometry,
-    bins: int,
+    tile_h: int,
     *,
     cell: Tensor,
     key: Tensor | None = None,
@@ -278,8 +282,9 @@ def _bin_pass(
     launch(
         bin_kernel, _cdiv(samples, tile.block_p),
         (cell, key, count, start, entry),
-        (samples, geom.batch * geom.positions, geom.height, geom.width, *input_tiles(geom), bins),
-        OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps, TILE_H=TILE_H, TILE_W=TILE_W,
+        (samples, geom.batch * geom.positions, geom.height, geom.width,
+         *input_tiles(geom, tile_h), _bin_count(geom, tile_h)),
+        OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps, TILE_H=tile_h, TILE_W=TILE_W,
         PASS=name, BLOCK=tile.block_p, **tile.options,
     )  # fmt: skip
 
@@ -292,22 +297,22 @@ def t_columns(
     Returns:
         T (G, rows, K*O/G), dtype of `grad`, and the input pixels of its rows, counted over all images of the slice.
     """
-    first_y = tiles.tile_row * TILE_H
-    height = min(geom.height - first_y, tiles.tile_rows * TILE_H)
+    first_y = tiles.tile_row * bins.tile_h
+    height = min(geom.height - first_y, tiles.tile_rows * bins.tile_h)
     first_pixel = (tiles.image * geom.height + first_y) * geom.width
     rows = tiles.images * height * geom.width
     t = grad.new_empty(geom.groups, rows, geom.taps * geom.out_channels // geom.groups)
 
-    tiles_y, tiles_x = input_tiles(geom)
+    tiles_y, tiles_x = input_tiles(geom, bins.tile_h)
     tile = find_tile("t_columns", geom, grad)
     blocks = _cdiv(geom.out_channels, tile.block_o)
     launch(
         t_columns_kernel, tiles.images * tiles.tile_rows * tiles_x * geom.taps * blocks,
-        (grad, *samples, *bins, t),
+        (grad, *samples, bins.start, bins.entry, t),
         (geom.batch * geom.positions, geom.height, geom.width, tiles_y, tiles_x,
          tiles.image, tiles.tile_row, tiles.tile_rows, first_pixel, rows),
         OUT_CHANNELS=geom.out_channels, GROUPS=geom.groups, TAPS=geom.taps,
-        TILE_H=TILE_H, TILE_W=TILE_W, PRECISION=dot_precision(grad),
+        TILE_H=bins.tile_h, TILE_W=TILE_W, PRECISION=dot_precision(grad),
         BLOCK_S=tile.block_p, BLOCK_O=tile.block_o, **tile.options,
     )  # fmt: skip
     return t, slice(first_pixel, first_pixel + rows)
@@ -322,17 +327,20 @@ def g_form(
     """
     rows = chunk.stop - chunk.start
     positions = geom.batch * geom.positions
-    tiles_y, tiles_x = input_tiles(geom)
+    tiles_y, tiles_x = input_tiles(geom, bins.tile_h)
     tile = find_tile("g_form", geom, grad_columns)
-    blocks = _cdiv(geom.in_channels // geom.offset_groups, tile.block_c)
+    per_offset = geom.in_channels // geom.offset_groups
+    narrowest = 16 if torch.version.hip else 8  # columns of a matrix instruction
+    block_c = min(tile.block_c, max(narrowest, _next_power_of_2(per_offset)))
+    blocks = _cdiv(per_offset, block_c)
     launch(
         g_form_kernel, geom.batch * geom.offset_groups * tiles_y * tiles_x * blocks,
-        (grad_columns, *samples, *bins, grad_input),
+        (grad_columns, *samples, bins.start, bins.entry, grad_input),
         (positions, chunk.start, rows, geom.height, geom.width, tiles_y, tiles_x),
         CHANNELS=geom.in_channels, GROUPS=geom.groups, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
-        TILE_H=TILE_H, TILE_W=TILE_W, PART=rows < positions, ADD=chunk.start > 0,
+        TILE_H=bins.tile_h, TILE_W=TILE_W, PART=rows < positions, ADD=chunk.start > 0,
         PRECISION=dot_precision(grad_columns),
-        BLOCK_S=tile.block_p, BLOCK_C=tile.block_c, **tile.options,
+        BLOCK_S=tile.block_p, BLOCK_C=block_c, **tile.options,
     )  # fmt: skip
 
 
@@ -347,6 +355,10 @@ def _words(geom: ConvGeometry, x: Tensor) -> Tensor:
 def _cdiv(count: int, block: int) -> int:
     """Return how many blocks cover `count`. A call of triton.cdiv on the host takes 3 us."""
     return -(-count // block)
+
+
+def _next_power_of_2(count: int) -> int:
+    return 1 << (count - 1).bit_length()
 
 
 def _gradient_tensors(grads: OffsetMaskGrad, samples: SampleArrays) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,14 @@ from torch import Tensor
 
 from triton_dcn.geometry import ConvGeometry
 
-TILE_H = 8
 TILE_W = 16
-"""Height and width of the tile of input pixels that a bin of samples belongs to."""
+T_TILE_H = 8
+G_TILE_H = 2
+"""Width and height of the tile of input pixels that a bin of samples belongs to, for T-columns and for the G-form.
+
+Of a higher tile fewer samples enter a second bin; a lower one has a hat matrix with fewer zeros. A bin of T holds the
+samples of one tap, too few to fill a block for a low tile; the G-form goes through the bins of all taps as through one.
+"""
 STRIP = 16
 """Columns in a strip of output positions, see `kernels.sampling.swizzle`."""
 STRIP_MIN_WIDTH = 64
@@ -155,11 +160,11 @@ TABLE: tuple[TileRow, ...] = (
     TileRow("t_columns", "t_columns", PORTABLE, "half", ANY, Tile(32, 256, 0, 8)),
     TileRow("t_columns", "t_columns", ("sm90", "sm100"), "half", ANY, Tile(64, 128, 0, 8)),
     TileRow("t_columns", "t_columns", ("sm80", "sm90"), "tf32", ANY, Tile(64, 64, 0, 8)),
-    TileRow("t_columns", "t_columns", GPUS, "any", ANY, Tile(32, 64, 0, 8)),
-    TileRow("g_form", "g_form", GPUS, "half", 64, Tile(64, 0, 64, 4)),
-    TileRow("g_form", "g_form", GPUS, "half", ANY, Tile(64, 0, 128, 8)),
-    TileRow("g_form", "g_form", ("sm80", "sm90"), "tf32", ANY, Tile(64, 0, 64, 8)),
-    TileRow("g_form", "g_form", GPUS, "any", ANY, Tile(32, 0, 64, 8)),
+    TileRow("t_columns", "t_columns", ("sm90",), "any", ANY, Tile(32, 64, 0, 8, 128)),
+    TileRow("t_columns", "t_columns", ("sm80", "sm100", "gfx942"), "any", ANY, Tile(32, 64, 0, 8)),
+    TileRow("g_form", "g_form", GPUS, "half", ANY, Tile(32, 0, 64, 1)),
+    TileRow("g_form", "g_form", ("sm80", "sm90"), "tf32", ANY, Tile(32, 0, 64, 1)),
+    TileRow("g_form", "g_form", GPUS, "any", ANY, Tile(32, 0, 32, 1)),
     TileRow("sampling", "sampling", HOST, "any", ANY, Tile(4096)),
     TileRow("bins", "bins", HOST, "any", ANY, Tile(4096)),
     TileRow("forward", "forward_direct", HOST, "half", ANY, Tile(256, 16, 16)),

@@ -177,7 +177,7 @@ def _backward_by_t_columns(
     if grads.offset_mask.needed:
         _backward_by_columns(geom, grad, x, samples, w, _Gradients(None, grads.offset_mask, None))
 
-    bins = launchers.bin_samples(geom, samples)
+    bins = launchers.bin_samples(geom, samples, tile_table.T_TILE_H)
     weight_matrix = _weight_for_t(geom, w)
     pixels = x.view(-1, geom.groups, geom.in_channels // geom.groups)
     grad_pixels = grads.input.view(-1, geom.in_channels)
@@ -195,7 +195,8 @@ def _backward_by_columns(
 
     The gradient of the input comes from column gradients by the G-form. Those of offset and mask come from the same
     ones, or without the gradient of the input from the fused kernel, where it has a row. That of the weight comes from
-    columns.
+    columns: the pass that reads the column gradients last leaves the columns in their place, since it has loaded the
+    pixels that they blend. Without such a pass they are computed on their own.
     """
     needs_samples = grads.offset_mask.needed
     fused_row = tile_table.find_row("grad_sample_fused", geom, x) if grads.input is None else None
@@ -205,7 +206,7 @@ def _backward_by_columns(
 
     chunks = list(column_chunks(geom, x))
     if grads.input is not None:
-        bins = launchers.bin_samples(geom, samples)
+        bins = launchers.bin_samples(geom, samples, tile_table.G_TILE_H)
         # several chunks are summed in float32
         grad_input = grads.input if len(chunks) == 1 else torch.empty_like(grads.input, dtype=torch.float32)
 
@@ -215,12 +216,13 @@ def _backward_by_columns(
             if grads.input is not None:
                 launchers.g_form(geom, grad_columns, samples, bins, chunk, grad_input)
             if needs_samples:
-                launchers.grad_sample(geom, grad_columns, x, samples, chunk, grads.offset_mask)
-            del grad_columns  # frees the memory before the columns are allocated
+                write_columns = grads.weight is not None
+                launchers.grad_sample(
+                    geom, grad_columns, x, samples, chunk, grads.offset_mask, write_columns=write_columns
+                )
         if grads.weight is not None:
-            columns = launchers.columns(geom, x, samples, chunk)
+            columns = grad_columns if needs_samples else launchers.columns(geom, x, samples, chunk)
             accumulate(grads.weight, by_group(geom, grad[chunk]).transpose(1, 2), columns)
-            del columns
 
     if grads.input is not None and grad_input is not grads.input:
         grads.input.copy_(grad_input)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from triton_dcn.geometry import ConvGeometry, even_slices
-from triton_dcn.tile_table import TILE_H, TILE_W
+from triton_dcn.tile_table import T_TILE_H, TILE_W
 
 WORKSPACE_BYTES = 128 << 20
 """The most that one chunk of columns, of column gradients or of T may take."""
@@ -90,8 +90,8 @@ def tile_chunks(geom: ConvGeometry, x: Tensor) -> Iterator[TileChunk]:
 
     They are of nearly the same size, as those of `column_chunks`.
     """
-    rows_per_image, _ = input_tiles(geom)
-    row_bytes = TILE_H * geom.width * geom.taps * geom.out_channels * x.element_size()
+    rows_per_image, _ = input_tiles(geom, T_TILE_H)
+    row_bytes = T_TILE_H * geom.width * geom.taps * geom.out_channels * x.element_size()
     rows_that_fit = max(1, WORKSPACE_BYTES // row_bytes)
     images_that_fit = max(1, rows_that_fit // rows_per_image)
 
@@ -136,9 +136,9 @@ def prefers_t_columns(geom: ConvGeometry, *, needs_samples: bool, fused_samples:
     return t_moved < g_moved
 
 
-def input_tiles(geom: ConvGeometry) -> tuple[int, int]:
-    """Return how many rows and columns of tiles cover one image of the input."""
-    return -(-geom.height // TILE_H), -(-geom.width // TILE_W)
+def input_tiles(geom: ConvGeometry, tile_h: int) -> tuple[int, int]:
+    """Return how many rows and columns of tiles, `tile_h` pixels high, cover one image of the input."""
+    return -(-geom.height // tile_h), -(-geom.width // TILE_W)
 
 
 def _check_count(geom: ConvGeometry, unit: str, count: int, limit: int) -> None:

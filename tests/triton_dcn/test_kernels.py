@@ -266,16 +266,17 @@ def test_deterministic_algorithms(spec):
     assert_agree(first, exact(case), FLOOR[torch.float32])
 
 
-def test_bins_hold_the_samples_of_their_tile():
+@pytest.mark.parametrize("tile_h", [tile_table.T_TILE_H, tile_table.G_TILE_H])
+def test_bins_hold_the_samples_of_their_tile(tile_h):
     """Both ways list the same samples, the stable one in their order; every entry touches the tile of its bin."""
     case = case_of("offset-groups")
     geom = case.geom
     samples = launchers.sample(geom, case.offset_mask)
-    ranked = launchers.bin_samples(geom, samples)
+    ranked = launchers.bin_samples(geom, samples, tile_h)
     with deterministic():
-        stable = launchers.bin_samples(geom, samples)
+        stable = launchers.bin_samples(geom, samples, tile_h)
     assert torch.equal(ranked.start, stable.start)
-    tiles_y, tiles_x = workspace.input_tiles(geom)
+    tiles_y, tiles_x = workspace.input_tiles(geom, tile_h)
     samples_inside = int((samples.cell & 15).ne(0).sum())
     assert samples_inside <= int(stable.start[-1]) <= 4 * samples_inside
 
@@ -291,7 +292,7 @@ def test_bins_hold_the_samples_of_their_tile():
             y, x = divmod(cell >> 4, geom.width)
             has_two_rows = (cell >> 3) & (cell >> 2) & 1
             has_two_columns = (cell >> 1) & cell & 1
-            assert tile_y in {y // tile_table.TILE_H, (y + has_two_rows) // tile_table.TILE_H}
+            assert tile_y in {y // tile_h, (y + has_two_rows) // tile_h}
             assert tile_x in {x // tile_table.TILE_W, (x + has_two_columns) // tile_table.TILE_W}
             assert entry // geom.positions == tap
 
@@ -316,6 +317,7 @@ def test_offsets_that_are_not_finite_or_huge():
 def test_infinite_gradients_stay_in_their_tiles(offset_groups, workspace_bytes, monkeypatch):
     monkeypatch.setattr(workspace, "WORKSPACE_BYTES", workspace_bytes)
     force_way(monkeypatch, "t_columns" if offset_groups == 1 else "g_form")
+    tile_h = tile_table.T_TILE_H if offset_groups == 1 else tile_table.G_TILE_H
     spec = OperatorCase(
         "", 1, 4, 4, 40, 40, kernel=(1, 1), padding=(0, 0), offset_groups=offset_groups, has_mask=False, has_bias=False
     )
@@ -324,7 +326,7 @@ def test_infinite_gradients_stay_in_their_tiles(offset_groups, workspace_bytes, 
     case.grad_output[0, 0, 0, 0] = torch.inf
     finite = run(case, (True, False, False, False))["grad_input"].isfinite()
     assert not finite[0, :, 0, 0].any()
-    finite[0, :, : tile_table.TILE_H, : tile_table.TILE_W] = True
+    finite[0, :, :tile_h, : tile_table.TILE_W] = True
     assert finite.all()
 
 

@@ -47,7 +47,8 @@ def hat_matrix(
 ):
     """Return hat(q, s) in `dtype`, (TILE_H * TILE_W, BLOCK_S), for the pixels of a tile; zero where not `live`.
 
-    Its two factors are computed separately, for the rows and for the columns of the tile, and multiplied last.
+    Its two factors are computed separately, for the rows and for the columns of the tile, and multiplied last. They
+    come from distances, not from comparisons with the corners of the cell, which take more instructions.
 
     Args:
         sample: (BLOCK_S,), indices into the sample arrays; all lie in the image that begins at `first_pixel`.
@@ -59,10 +60,12 @@ def hat_matrix(
     lx = tl.load(lx_ptr + sample)
     scale = tl.where(live, tl.load(scale_ptr + sample), 0.0)
     y, x = cell_origin(cell, (cell >> 4) - first_pixel, width)
-    dy = tile_y * TILE_H + tl.arange(0, TILE_H)[:, None] - y[None, :]
-    dx = tile_x * TILE_W + tl.arange(0, TILE_W)[:, None] - x[None, :]
-    hat_y = tl.where(dy == 0, 1 - ly, tl.where(dy == 1, ly, 0.0))
-    hat_x = tl.where(dx == 0, 1 - lx, tl.where(dx == 1, lx, 0.0)) * scale
+    y_in_tile = (y - tile_y * TILE_H).to(tl.float32) + ly
+    x_in_tile = (x - tile_x * TILE_W).to(tl.float32) + lx
+    distance_y = tl.abs(tl.arange(0, TILE_H).to(tl.float32)[:, None] - y_in_tile[None, :])
+    distance_x = tl.abs(tl.arange(0, TILE_W).to(tl.float32)[:, None] - x_in_tile[None, :])
+    hat_y = tl.clamp(1 - distance_y, 0.0, 1.0) * scale
+    hat_x = tl.clamp(1 - distance_x, 0.0, 1.0)  # clamped, not a maximum: one instruction with the subtraction
     hat = round_to(hat_y[:, None, :] * hat_x[None, :, :], dtype)
     return tl.reshape(hat, (TILE_H * TILE_W, sample.shape[0]))
 
