@@ -211,6 +211,7 @@ def _backward_by_columns(
         grad_input = grads.input if len(chunks) == 1 else torch.empty_like(grads.input, dtype=torch.float32)
 
     for chunk in chunks:
+        columns = None  # frees those of the chunk before
         if grads.input is not None or needs_samples:
             grad_columns = column_gradients(geom, grad[chunk], w)
             if grads.input is not None:
@@ -220,8 +221,11 @@ def _backward_by_columns(
                 launchers.grad_sample(
                     geom, grad_columns, x, samples, chunk, grads.offset_mask, write_columns=write_columns
                 )
+                columns = grad_columns
+            del grad_columns
         if grads.weight is not None:
-            columns = grad_columns if needs_samples else launchers.columns(geom, x, samples, chunk)
+            if columns is None:
+                columns = launchers.columns(geom, x, samples, chunk)
             accumulate(grads.weight, by_group(geom, grad[chunk]).transpose(1, 2), columns)
 
     if grads.input is not None and grad_input is not grads.input:
