@@ -80,7 +80,7 @@ def constants(row: TileRow, arch: str, offset_groups: int = 1) -> dict[str, int 
     tile = row.tile
     return {
         "CHANNELS": channels * offset_groups,
-        "OUT_CHANNELS": size,
+        "OUT_CHANNELS": tile.block_o if row.task == "grad_sample_fused" else size,
         "GROUPS": 1,
         "OFFSET_GROUPS": offset_groups,
         "TAPS": 9,
@@ -103,7 +103,7 @@ def constants(row: TileRow, arch: str, offset_groups: int = 1) -> dict[str, int 
         "BLOCK_S": tile.block_p,
         "BLOCK_O": tile.block_o,
         "BLOCK_C": tile.block_c,
-        "WARPS": tile.num_warps,
+        "WARPS": tile.num_warps if arch in tile_table.REGISTER_ORDER else 0,
         "BLEND_IN_PAIRS": row.arithmetic == "half",
     }
 

@@ -134,7 +134,7 @@ def _row_for(row: TileRow, case: Case) -> TileRow | None:
     tile = row.tile
     if any(not MIN_BLOCK <= block <= MAX_BLOCK for block in (tile.block_p, tile.block_o, tile.block_c) if block):
         return None
-    if row.kernel == "forward_direct":
+    if row.kernel in ("forward_direct", "grad_sample_fused"):
         if tile.block_p % (16 * tile.num_warps):
             return None
         if case.channels // case.offset_groups % tile.block_c:

@@ -24,19 +24,25 @@ from triton_dcn.kernels.forward import (
 from triton_dcn.kernels.grad_input import g_form_kernel, t_columns_kernel
 from triton_dcn.kernels.grad_sample import grad_sample_fused_kernel, grad_sample_kernel
 from triton_dcn.kernels.launch import launch
-from triton_dcn.kernels.register_order import permute_weight, round_weight
+from triton_dcn.kernels.register_order import block_channels, permute_weight, round_weight
 from triton_dcn.kernels.sampling import PAIRS, sampling_kernel
 from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
 from triton_dcn.tile_table import (
+    REGISTER_ORDER,
     TILE_W,
     WORD_KERNELS,
+    Tile,
     TileRow,
+    architecture,
     dot_precision,
     find_tile,
     narrowed,
     strip_width,
 )
 from triton_dcn.workspace import TileChunk, input_tiles
+
+FULL_WARPS = 4096
+"""With fewer warps, 32 for each of 132 multiprocessors, a launch divides its taps among more programs."""
 
 FORWARD_KERNELS = {
     "forward_direct": forward_direct_kernel,
@@ -112,10 +118,12 @@ def columns(geom: ConvGeometry, x: Tensor, samples: SampleArrays, chunk: slice) 
     columns = x.new_empty(geom.groups, rows, geom.taps * geom.in_channels // geom.groups)
     per_offset = geom.in_channels // geom.offset_groups
     tile = narrowed(find_tile("columns", geom, x), per_offset)
+    blocks = _cdiv(rows * geom.offset_groups, tile.block_p) * _cdiv(per_offset, tile.block_c)
+    taps = _taps_per_program(geom, blocks, tile)
     launch(
-        columns_kernel, _cdiv(rows * geom.offset_groups, tile.block_p) * _cdiv(per_offset, tile.block_c),
+        columns_kernel, blocks * _cdiv(geom.taps, taps),
         (_words(geom, x), *samples, columns),
-        (geom.batch * geom.positions, chunk.start, rows, geom.out_width, geom.width),
+        (geom.batch * geom.positions, chunk.start, rows, geom.out_width, geom.width, taps),
         CHANNELS=geom.in_channels, GROUPS=geom.groups, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
         STRIP=strip_width(geom.out_width), BLOCK_P=tile.block_p, BLOCK_C=tile.block_c, **tile.options,
     )  # fmt: skip
@@ -176,14 +184,23 @@ def grad_sample_fused(
 ) -> None:
     """Launch `grad_sample_fused_kernel`: fill the gradients of offset and mask from grad_output."""
     tile = row.tile
+    precision = dot_precision(x)
+    in_order = architecture(x.device) in REGISTER_ORDER
+    if in_order:
+        w = permute_weight(w, "result", block=min(tile.block_c, block_channels(w.dtype)))
+        if precision == "tf32":
+            w = round_weight(w)
     positions = geom.batch * geom.positions
+    blocks = _cdiv(positions, tile.block_p) * min(geom.offset_groups, geom.in_channels // tile.block_c)
+    taps = _taps_per_program(geom, blocks, tile)
     launch(
-        grad_sample_fused_kernel, _cdiv(positions, tile.block_p) * geom.offset_groups * geom.taps,
+        grad_sample_fused_kernel, blocks * _cdiv(geom.taps, taps),
         (grad, _words(geom, x), *samples, w, *_gradient_tensors(grad_offset_mask, samples)),
-        (positions, geom.out_height, geom.out_width, geom.width, *_gradient_batch_strides(grad_offset_mask)),
+        (positions, geom.out_height, geom.out_width, geom.width, taps, *_gradient_batch_strides(grad_offset_mask)),
         CHANNELS=geom.in_channels, OUT_CHANNELS=geom.out_channels, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
-        **_gradient_flags(grad_offset_mask), STRIP=strip_width(geom.out_width), PRECISION=dot_precision(x),
-        BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, **tile.options,
+        **_gradient_flags(grad_offset_mask), STRIP=strip_width(geom.out_width), PRECISION=precision,
+        BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, WARPS=tile.num_warps if in_order else 0,
+        **tile.options,
     )  # fmt: skip
 
 
@@ -210,10 +227,12 @@ def grad_sample(
     """
     rows = chunk.stop - chunk.start
     tile = narrowed(find_tile("grad_sample", geom, x), geom.in_channels // geom.offset_groups)
+    blocks = _cdiv(rows * geom.offset_groups, tile.block_p)
+    taps = _taps_per_program(geom, blocks, tile)
     launch(
-        grad_sample_kernel, _cdiv(rows * geom.offset_groups, tile.block_p),
+        grad_sample_kernel, blocks * _cdiv(geom.taps, taps),
         (grad_columns, _words(geom, x), *samples, *_gradient_tensors(grad_offset_mask, samples)),
-        (geom.batch * geom.positions, chunk.start, rows, geom.out_width, geom.positions, geom.width,
+        (geom.batch * geom.positions, chunk.start, rows, geom.out_width, geom.positions, geom.width, taps,
          *_gradient_batch_strides(grad_offset_mask)),
         CHANNELS=geom.in_channels, GROUPS=geom.groups, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
         **_gradient_flags(grad_offset_mask), WRITE_COLUMNS=write_columns, STRIP=strip_width(geom.out_width),
@@ -359,6 +378,12 @@ def _cdiv(count: int, block: int) -> int:
 
 def _next_power_of_2(count: int) -> int:
     return 1 << (count - 1).bit_length()
+
+
+def _taps_per_program(geom: ConvGeometry, blocks: int, tile: Tile) -> int:
+    """Return how many taps a program walks through: all, or fewer where `blocks` programs are too few for a GPU."""
+    parts = min(geom.taps, _cdiv(FULL_WARPS, blocks * tile.num_warps))
+    return _cdiv(geom.taps, parts)
 
 
 def _gradient_tensors(grads: OffsetMaskGrad, samples: SampleArrays) -> tuple[Tensor, Tensor]:

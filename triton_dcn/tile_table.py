@@ -107,7 +107,10 @@ class TileRow:
             return False
         if self.task not in EXACT_TASKS:
             return True
-        if (
+        if self.task == "grad_sample_fused":
+            if out_channels > tile.block_o or (self.spans_groups and tile.block_c % channels):
+                return False
+        elif (
             out_channels % tile.block_o
             or -(-positions // tile.block_p) * (out_channels // tile.block_o) < self.programs
         ):
@@ -122,9 +125,12 @@ WORD_KERNELS = ("forward_transposed", "columns", "grad_sample_fused", "grad_samp
 """Kernels that read pairs of bfloat16 channels as int32, see `kernels.sampling.widen`; the other forward kernels gain
 nothing."""
 EXACT_TASKS = ("forward", "grad_sample_fused")
-"""Tasks whose kernels need blocks that divide the channels, and one channel group."""
+"""Tasks whose kernels need one channel group, and blocks that divide its channels. (The block of output channels of
+"grad_sample_fused" has to hold all of them: with more, column gradients in memory take less.)"""
 HOST = ("interpreter",)
 GPUS = ("sm80", "sm90", "sm100", "gfx942")
+REGISTER_ORDER = ("sm80", "sm90", *HOST)
+"""Where the results of products are in the registers that `kernels.register_order` says."""
 PORTABLE = ("sm80", "gfx942")
 FULL = 256
 """Programs: about two for each of the 132 multiprocessors of an H100."""
@@ -150,9 +156,21 @@ TABLE: tuple[TileRow, ...] = (
     TileRow("forward", "forward_prefetch", ("sm80",), "tf32", 256, Tile(64, 256, 16, 8)),
     TileRow("columns", "columns", GPUS, "half", ANY, Tile(32, 0, 64, 4)),
     TileRow("columns", "columns", GPUS, "any", ANY, Tile(16, 0, 64, 4)),
-    TileRow("grad_sample_fused", "grad_sample_fused", GPUS, "half", 256, Tile(64, 128, 64, 8)),
-    TileRow("grad_sample_fused", "grad_sample_fused", GPUS, "half", 256, Tile(64, 128, 32, 4)),
-    TileRow("grad_sample_fused", "grad_sample_fused", ("sm80", "sm90"), "tf32", 256, Tile(64, 64, 32, 4)),
+    TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "half", 128, Tile(128, 64, 64, 8, 128)),
+    TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "half", 128, Tile(128, 128, 64, 8, 128)),
+    TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "half", 256, Tile(128, 128, 32, 8, 128)),
+    TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "half", 256, Tile(128, 256, 32, 8, 128)),
+    TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "half", 256, Tile(128, 64, 32, 8), spans_groups=True),
+    TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "half", 256, Tile(128, 256, 32, 8), spans_groups=True),
+    TileRow("grad_sample_fused", "grad_sample_fused", ("sm80",), "half", 256, Tile(64, 128, 32, 4)),
+    TileRow("grad_sample_fused", "grad_sample_fused", ("sm80",), "half", 256, Tile(64, 256, 32, 4)),
+    TileRow("grad_sample_fused", "grad_sample_fused", ("sm80",), "half", 256, Tile(64, 64, 32, 4), spans_groups=True),
+    TileRow("grad_sample_fused", "grad_sample_fused", ("sm80",), "half", 256, Tile(64, 256, 32, 4), spans_groups=True),
+    TileRow("grad_sample_fused", "grad_sample_fused", ("sm100", "gfx942"), "half", 256, Tile(64, 128, 64, 8)),
+    TileRow("grad_sample_fused", "grad_sample_fused", ("sm100", "gfx942"), "half", 256, Tile(64, 256, 64, 8)),
+    TileRow("grad_sample_fused", "grad_sample_fused", ("sm100", "gfx942"), "half", 256, Tile(64, 256, 32, 4)),
+    TileRow("grad_sample_fused", "grad_sample_fused", ("sm80", "sm90"), "tf32", 256, Tile(64, 128, 16, 4)),
+    TileRow("grad_sample_fused", "grad_sample_fused", ("sm80", "sm90"), "tf32", 256, Tile(64, 256, 16, 4)),
     TileRow("grad_sample", "grad_sample", GPUS, "half", ANY, Tile(32, 0, 64, 4)),
     TileRow("grad_sample", "grad_sample", GPUS, "any", ANY, Tile(32, 0, 32, 4)),
     TileRow("t_columns", "t_columns", GPUS, "half", 64, Tile(64, 64, 0, 4)),
@@ -170,7 +188,8 @@ TABLE: tuple[TileRow, ...] = (
     TileRow("forward", "forward_direct", HOST, "half", ANY, Tile(256, 16, 16)),
     TileRow("forward", "forward_direct", HOST, "half", ANY, Tile(256, 16, 16), spans_groups=True),
     TileRow("columns", "columns", HOST, "any", ANY, Tile(256, 0, 64)),
-    TileRow("grad_sample_fused", "grad_sample_fused", HOST, "half", ANY, Tile(256, 16, 16)),
+    TileRow("grad_sample_fused", "grad_sample_fused", HOST, "half", ANY, Tile(256, 64, 32)),
+    TileRow("grad_sample_fused", "grad_sample_fused", HOST, "half", ANY, Tile(256, 64, 32), spans_groups=True),
     TileRow("grad_sample", "grad_sample", HOST, "any", ANY, Tile(256, 0, 64)),
     TileRow("t_columns", "t_columns", HOST, "any", ANY, Tile(256, 64, 0)),
     TileRow("g_form", "g_form", HOST, "any", ANY, Tile(256, 0, 64)),

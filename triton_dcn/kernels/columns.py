@@ -32,6 +32,7 @@ def columns_kernel(
     rows,
     out_width,
     width,
+    taps_per_program,
     CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
     OFFSET_GROUPS: tl.constexpr,
@@ -45,8 +46,8 @@ def columns_kernel(
     The taps of a position sample neighboring pixels: one program walks through them and finds most pixels in L1. At
     one position the offset groups follow each other, so that narrow ones are written side by side, too.
 
-    Grid: (ceil(rows*D / BLOCK_P) * ceil(C/D / BLOCK_C),); a program owns BLOCK_P (position, offset group) pairs and a
-    block of channels, at all taps.
+    Grid: (ceil(rows*D / BLOCK_P) * ceil(C/D / BLOCK_C) * ceil(K / taps_per_program),); a program owns BLOCK_P
+        (position, offset group) pairs and a block of channels.
     Reads: input (B, H, W, C), or int32 (B, H, W, C/2), see `widen`; the sample arrays, (D*K, M).
     Writes: columns (G, rows, K, C/G), in full.
     Assumes: nothing, it works for any sizes.
@@ -54,8 +55,10 @@ def columns_kernel(
     PACK: tl.constexpr = 2 if input_ptr.dtype.element_ty == tl.int32 else 1
     PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
     BLOCKS_C: tl.constexpr = (PER_OFFSET + BLOCK_C - 1) // BLOCK_C
-    start = tl.program_id(0) % BLOCKS_C * BLOCK_C
-    index = tl.program_id(0) // BLOCKS_C * BLOCK_P + tl.arange(0, BLOCK_P)
+    tap_blocks = tl.cdiv(TAPS, taps_per_program)
+    first_tap = tl.program_id(0) % tap_blocks * taps_per_program
+    start = tl.program_id(0) // tap_blocks % BLOCKS_C * BLOCK_C
+    index = tl.program_id(0) // (tap_blocks * BLOCKS_C) * BLOCK_P + tl.arange(0, BLOCK_P)
     live = index < rows * OFFSET_GROUPS
     index = tl.where(live, index, 0)
     group = index % OFFSET_GROUPS
@@ -67,7 +70,7 @@ def columns_kernel(
     c = group[:, None] * PER_OFFSET + c_in_group
     live_store = live[:, None] & (c_in_group < PER_OFFSET)
     base_ptr = input_ptr + group[:, None] * (PER_OFFSET // PACK)
-    for tap in tl.range(0, TAPS, num_stages=1):
+    for tap in tl.range(first_tap, tl.minimum(first_tap + taps_per_program, TAPS), num_stages=1):
         sample = (group * TAPS + tap) * positions + first_position + row
         cell = tl.load(cell_ptr + sample)[:, None]
         row00, row01, row10, row11 = corner_rows(cell, width, CHANNELS // PACK)

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from triton_dcn.kernels.arithmetic import contract, round_to
 from triton_dcn.kernels.jit import kernel
+from triton_dcn.kernels.register_order import QUARTERS, from_result, product_row
 from triton_dcn.kernels.sampling import (
     blend,
     column_offset,
@@ -103,6 +104,22 @@ def store_gradients(
         tl.store(grad_ptr, round_to(grad, grad_mask_ptr.dtype.element_ty), mask=live)
 
 
+@triton.jit
+def column_block(tile, index: tl.constexpr, BLOCKS: tl.constexpr):
+    """Return one of the BLOCKS, one or two, equal blocks of columns of a tile."""
+    if BLOCKS == 2:
+        halves = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+        first, second = tl.split(tl.permute(halves, (0, 2, 1)))
+        tile = first if index == 0 else second
+    return tile
+
+
+@triton.jit
+def sum_by_group(d, GROUPS: tl.constexpr):
+    """Return (BLOCK_P, GROUPS), sums of neighboring quarters of `d` (BLOCK_P, QUARTERS)."""
+    return tl.sum(tl.reshape(d, (d.shape[0], GROUPS, QUARTERS // GROUPS)), 2)
+
+
 @kernel
 def grad_sample_fused_kernel(
     grad_output_ptr,
@@ -118,6 +135,7 @@ def grad_sample_fused_kernel(
     out_height,
     out_width,
     width,
+    taps_per_program,
     stride_ob,
     stride_mb,
     CHANNELS: tl.constexpr,
@@ -132,69 +150,101 @@ def grad_sample_fused_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     """Compute the column gradients tile by tile from grad_output and weight, and reduce them at once.
 
-    Grid: (ceil(M / BLOCK_P) * D*K,); a program owns BLOCK_P positions of one plane.
-    Reads: grad_output (M, O), input (B, H, W, C) or int32 (B, H, W, C/2), weight (O, K, C), the sample arrays.
+    The channels of a product's result are in the threads that load the same channels of the corners (`register_order`),
+    so that column gradients never move. grad_output is read once for all taps of a program. The dot products are
+    float32: their differences, which give the gradients, would lose too much in half precision.
+
+    Where an offset group has whole blocks of channels, a program owns one offset group. Where it has fewer channels, a
+    program owns one block of channels, which spans several offset groups, one or more of its quarters each.
+
+    Grid: (ceil(M / BLOCK_P) * min(D, C / BLOCK_C) * ceil(K / taps_per_program),); a program owns BLOCK_P positions.
+    Reads: grad_output (M, O), input (B, H, W, C) or int32 (B, H, W, C/2), the sample arrays; weight (O, K, C), where
+        WARPS is not 0 that of `permute_weight` for results, for TF32 rounded.
     Writes: grad_offset (B, 2*D*K, Ho, Wo) and grad_mask (B, D*K, Ho, Wo), in full; contiguous except for the batch.
-    Assumes: one channel group, BLOCK_C divides C/D, BLOCK_O divides O.
+    Assumes: one channel group, O <= BLOCK_O; BLOCK_C, one or two gathered blocks (`register_order`), divides C/D, or
+        it is one, divides C, and C/D is all, a half or a quarter of it. WARPS: those of a program, BLOCK_P is a
+        multiple of 16 * WARPS; 0 where the registers of a result have another order, and the compiler moves it, rounded
+        as the weight is.
     """
     PACK: tl.constexpr = 2 if input_ptr.dtype.element_ty == tl.int32 else 1
     PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
-    plane = tl.program_id(0) % (OFFSET_GROUPS * TAPS)
-    index = tl.program_id(0) // (OFFSET_GROUPS * TAPS) * BLOCK_P + tl.arange(0, BLOCK_P)
-    live = index < positions
-    position = swizzle(tl.where(live, index, 0), out_height, out_width, STRIP)
-    sample = plane * positions + position
-    cell = tl.load(cell_ptr + sample)
-    row00, row01, row10, row11 = corner_rows(cell[:, None], width, CHANNELS // PACK)
+    LOAD: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth
+    RUN: tl.constexpr = LOAD if BLOCK_C >= QUARTERS * LOAD else BLOCK_C // QUARTERS
+    BLOCKS: tl.constexpr = BLOCK_C // (QUARTERS * RUN)
+    GROUPS: tl.constexpr = 1 if PER_OFFSET % BLOCK_C == 0 else BLOCK_C // PER_OFFSET  # offset groups of a program
+    SPAN: tl.constexpr = GROUPS * PER_OFFSET
+    tap_blocks = tl.cdiv(TAPS, taps_per_program)
+    first_tap = tl.program_id(0) % tap_blocks * taps_per_program
+    first_c = tl.program_id(0) // tap_blocks % (CHANNELS // SPAN) * SPAN
+    first_index = tl.program_id(0) // (tap_blocks * (CHANNELS // SPAN)) * BLOCK_P
     o = tl.arange(0, BLOCK_O)
-    c = tl.arange(0, BLOCK_C)[None, :]
-    word = tl.arange(0, BLOCK_C // PACK)[None, :]
-    grad_row_ptr = grad_output_ptr + position.to(tl.int64)[:, None] * OUT_CHANNELS + o[None, :]
+    live_o = o < OUT_CHANNELS
+    quarter_c = tl.arange(0, QUARTERS)[None, :, None] * RUN
+    word = quarter_c // PACK + tl.arange(0, RUN // PACK)[None, None, :]
+    group = first_c // PER_OFFSET + tl.arange(0, GROUPS)[None, :]
 
-    d00 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
-    d01 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
-    d10 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
-    d11 = tl.zeros((BLOCK_P, BLOCK_C // 8), tl.float32)
-    first_c = plane // TAPS * PER_OFFSET
-    for start in tl.range(0, PER_OFFSET, BLOCK_C, num_stages=1):
-        weight_block_ptr = weight_ptr + (plane % TAPS * CHANNELS + first_c + start) + o[:, None] * (TAPS * CHANNELS) + c
-        grad = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        for first_o in tl.range(0, OUT_CHANNELS, BLOCK_O, num_stages=1):
-            grad_out = tl.load(grad_row_ptr + first_o)  # (BLOCK_P, BLOCK_O)
-            weight = tl.load(weight_block_ptr + first_o * (TAPS * CHANNELS))  # (BLOCK_O, BLOCK_C)
-            grad = contract(grad_out, weight, grad, PRECISION)
-        # rounded first: less shared memory on the way from the layout of the product to that of the loaded pixels
-        grad = runs(round_to(grad, weight_ptr.dtype.element_ty), BLOCK_P, BLOCK_C)
-        block_ptr = input_ptr + (first_c + start) // PACK
-        x00, x01, x10, x11 = load_corners(block_ptr, row00, row01, row10, row11, word, True, False)
-        d00 += partial_dot(grad, x00, BLOCK_P, BLOCK_C)
-        d01 += partial_dot(grad, x01, BLOCK_P, BLOCK_C)
-        d10 += partial_dot(grad, x10, BLOCK_P, BLOCK_C)
-        d11 += partial_dot(grad, x11, BLOCK_P, BLOCK_C)
-    store_gradients(
-        tl.sum(d00, 1),
-        tl.sum(d01, 1),
-        tl.sum(d10, 1),
-        tl.sum(d11, 1),
-        cell,
-        tl.load(ly_ptr + sample),
-        tl.load(lx_ptr + sample),
-        tl.load(scale_ptr + sample),
-        grad_offset_ptr,
-        grad_mask_ptr,
-        stride_ob,
-        stride_mb,
-        position,
-        out_height * out_width,
-        plane,
-        live,
-        WANT_OFFSET,
-        WANT_MASK,
-        MASK_LOGITS,
-    )
+    index = first_index + tl.arange(0, BLOCK_P)
+    position = swizzle(tl.where(index < positions, index, 0), out_height, out_width, STRIP)
+    grad_out_ptr = grad_output_ptr + position.to(tl.int64)[:, None] * OUT_CHANNELS + o[None, :]
+    grad_out = tl.load(grad_out_ptr, mask=live_o[None, :], other=0.0)  # (BLOCK_P, BLOCK_O)
+
+    # from here on in the order of the gathered rows
+    if WARPS > 0:
+        index = first_index + product_row(tl.arange(0, BLOCK_P), BLOCK_P, WARPS)
+    live = (index < positions)[:, None]
+    position = swizzle(tl.where(index < positions, index, 0), out_height, out_width, STRIP)
+    for tap in tl.range(first_tap, tl.minimum(first_tap + taps_per_program, TAPS), num_stages=1):
+        sample = ((first_c + quarter_c) // PER_OFFSET * TAPS + tap) * positions + position[:, None, None]
+        row00, row01, row10, row11 = corner_rows(tl.load(cell_ptr + sample), width, CHANNELS // PACK)
+        d00 = tl.zeros((BLOCK_P, QUARTERS), tl.float32)
+        d01 = tl.zeros((BLOCK_P, QUARTERS), tl.float32)
+        d10 = tl.zeros((BLOCK_P, QUARTERS), tl.float32)
+        d11 = tl.zeros((BLOCK_P, QUARTERS), tl.float32)
+        for start in tl.range(0, SPAN, BLOCK_C, num_stages=1):
+            weight_block_ptr = weight_ptr + (tap * CHANNELS + first_c + start) + o[:, None] * (TAPS * CHANNELS)
+            weight_block_ptr += tl.arange(0, BLOCK_C)[None, :]
+            weight = tl.load(weight_block_ptr, mask=live_o[:, None], other=0.0)  # (BLOCK_O, BLOCK_C)
+            grad = contract(grad_out, weight, tl.zeros((BLOCK_P, BLOCK_C), tl.float32), PRECISION, WARPS > 0)
+            for block in tl.static_range(BLOCKS):
+                block_ptr = input_ptr + (first_c + start + block * QUARTERS * RUN) // PACK
+                x00, x01, x10, x11 = load_corners(block_ptr, row00, row01, row10, row11, word, True, False)
+                part = column_block(grad, block, BLOCKS)
+                if WARPS > 0:
+                    part = from_result(part, WARPS)
+                else:
+                    part = round_to(part, weight_ptr.dtype.element_ty).to(tl.float32)
+                part = tl.reshape(part, (BLOCK_P, QUARTERS, RUN))
+                d00 += tl.sum(part * widen(x00), 2)
+                d01 += tl.sum(part * widen(x01), 2)
+                d10 += tl.sum(part * widen(x10), 2)
+                d11 += tl.sum(part * widen(x11), 2)
+        plane = group * TAPS + tap
+        sample = plane * positions + position[:, None]
+        store_gradients(
+            sum_by_group(d00, GROUPS),
+            sum_by_group(d01, GROUPS),
+            sum_by_group(d10, GROUPS),
+            sum_by_group(d11, GROUPS),
+            tl.load(cell_ptr + sample),
+            tl.load(ly_ptr + sample),
+            tl.load(lx_ptr + sample),
+            tl.load(scale_ptr + sample),
+            grad_offset_ptr,
+            grad_mask_ptr,
+            stride_ob,
+            stride_mb,
+            position[:, None],
+            out_height * out_width,
+            plane,
+            live,
+            WANT_OFFSET,
+            WANT_MASK,
+            MASK_LOGITS,
+        )
 
 
 @kernel
@@ -213,6 +263,7 @@ def grad_sample_kernel(
     out_width,
     positions_per_image,
     width,
+    taps_per_program,
     stride_ob,
     stride_mb,
     CHANNELS: tl.constexpr,
@@ -232,7 +283,7 @@ def grad_sample_kernel(
     Offset groups and taps are walked through as in `columns_kernel`, and for the same reasons. The corners that it
     loads are all that columns are made of: with WRITE_COLUMNS it leaves the columns in place of the column gradients.
 
-    Grid: (ceil(rows*D / BLOCK_P),); a program owns BLOCK_P (position, offset group) pairs, at all taps.
+    Grid: (ceil(rows*D / BLOCK_P) * ceil(K / taps_per_program),); a program owns BLOCK_P (position, offset group) pairs.
     Reads: grad_column (G, rows, K, C/G), input (B, H, W, C) or int32 (B, H, W, C/2), the sample arrays.
     Writes: as `grad_sample_fused_kernel`, for these positions; WRITE_COLUMNS: grad_column, in full.
     Assumes: nothing, it works for any sizes.
@@ -241,13 +292,15 @@ def grad_sample_kernel(
     PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
     MASKED: tl.constexpr = PER_OFFSET % BLOCK_C != 0
     RUNS: tl.constexpr = (BLOCK_C + 7) // 8
-    index = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    tap_blocks = tl.cdiv(TAPS, taps_per_program)
+    first_tap = tl.program_id(0) % tap_blocks * taps_per_program
+    index = tl.program_id(0) // tap_blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     live = index < rows * OFFSET_GROUPS
     index = tl.where(live, index, 0)
     group = index % OFFSET_GROUPS
     row = swizzle_chunk(index // OFFSET_GROUPS, rows, out_width, STRIP)
     base_ptr = input_ptr + group[:, None] * (PER_OFFSET // PACK)
-    for tap in tl.range(0, TAPS, num_stages=1):
+    for tap in tl.range(first_tap, tl.minimum(first_tap + taps_per_program, TAPS), num_stages=1):
         sample = (group * TAPS + tap) * positions + first_position + row
         cell = tl.load(cell_ptr + sample)
         ly = tl.load(ly_ptr + sample)

@@ -177,9 +177,9 @@ def load_corners(input_ptr, row00, row01, row10, row11, c, live_c, MASKED: tl.co
 
 @triton.jit
 def widen(x):
-    """Return the channels of a tile (BLOCK_P, BLOCK_C) in float32.
+    """Return the channels of a tile (BLOCK_P, BLOCK_C), or (BLOCK_P, QUARTERS, RUN), in float32.
 
-    A tile of int32, (BLOCK_P, BLOCK_C // 2), holds two neighboring bfloat16 channels in each word. The bits of a
+    A tile of int32, half as wide, holds two neighboring bfloat16 channels in each word. The bits of a
     bfloat16 are the higher half of those of a float32: the lower channel is shifted there, and for the higher one the
     lower half is cleared. With a tile of bfloat16, the compiler would first move every higher channel to the lower
     half, which takes one more instruction.
@@ -187,7 +187,10 @@ def widen(x):
     if x.dtype == tl.int32:
         even = (x << 16).to(tl.float32, bitcast=True)
         odd = (x & -65536).to(tl.float32, bitcast=True)
-        wide = tl.reshape(tl.join(even, odd), (x.shape[0], 2 * x.shape[1]))
+        if len(x.shape) == 2:
+            wide = tl.reshape(tl.join(even, odd), (x.shape[0], 2 * x.shape[1]))
+        else:
+            wide = tl.reshape(tl.join(even, odd), (x.shape[0], x.shape[1], 2 * x.shape[2]))
     else:
         wide = x.to(tl.float32)
     return wide
