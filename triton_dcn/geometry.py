@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from torch import Tensor
 
@@ -83,51 +83,84 @@ class ConvGeometry:
         Raises:
             ValueError: names the argument, what was expected and what was given.
         """
-        _check_dimensions(input, offset, weight, mask)
-        check_minimum("stride", stride, 1)
-        check_minimum("padding", padding, 0)
-        check_minimum("dilation", dilation, 1)
+        mask_shape = None if mask is None else mask.shape
+        return _derive(input.shape, offset.shape, weight.shape, mask_shape, stride, padding, dilation)
 
-        batch, in_channels, height, width = input.shape
-        out_channels, channels_per_group, kernel_height, kernel_width = weight.shape
-        if 0 in weight.shape:
-            raise ValueError(f"weight: expected no dimension of size 0, got shape {tuple(weight.shape)}")
-        if height < 1 or width < 1:
-            raise ValueError(f"input: expected images of at least 1x1, got {height}x{width}")
-        groups = _count_groups(in_channels, out_channels, channels_per_group)
-
-        kernel = (kernel_height, kernel_width)
-        out_height, out_width = conv_output_size((height, width), kernel, stride, padding, dilation)
-        if out_height <= 0 or out_width <= 0:  # min() would make torch.compile guard on H < W
-            raise ValueError(
-                f"output: expected at least 1x1, got {out_height}x{out_width} from an input of {height}x{width} with "
-                f"kernel {kernel}, stride {tuple(stride)}, padding {tuple(padding)}, dilation {tuple(dilation)}"
-            )
-
-        taps = kernel_height * kernel_width
-        offset_groups = _count_offset_groups(in_channels, taps, offset.shape[1])
-        _check_shape("offset", offset, (batch, 2 * offset_groups * taps, out_height, out_width))
-        if mask is not None:
-            _check_shape("mask", mask, (batch, offset_groups * taps, out_height, out_width))
-
-        stride_y, stride_x = stride
-        padding_y, padding_x = padding
-        dilation_y, dilation_x = dilation
-        return ConvGeometry(
-            batch=batch,
-            in_channels=in_channels,
-            height=height,
-            width=width,
-            out_channels=out_channels,
-            kernel=kernel,
-            stride=(stride_y, stride_x),
-            padding=(padding_y, padding_x),
-            dilation=(dilation_y, dilation_x),
-            groups=groups,
-            offset_groups=offset_groups,
-            out_height=out_height,
-            out_width=out_width,
+    @staticmethod
+    def remembered(
+        input: Tensor,
+        offset: Tensor,
+        weight: Tensor,
+        mask: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+    ) -> ConvGeometry:
+        """Do as `of` for tensors with numbers, whose sizes are not symbolic; the same sizes give the same object."""
+        mask_shape = None if mask is None else mask.shape
+        return _derive_once(
+            input.shape, offset.shape, weight.shape, mask_shape, tuple(stride), tuple(padding), tuple(dilation)
         )
+
+
+def _derive(
+    input: Sequence[int],
+    offset: Sequence[int],
+    weight: Sequence[int],
+    mask: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> ConvGeometry:
+    """Return the geometry of tensors of these shapes, after the checks; see `ConvGeometry.of`."""
+    _check_dimensions(input=input, offset=offset, weight=weight, mask=mask)
+    check_minimum("stride", stride, 1)
+    check_minimum("padding", padding, 0)
+    check_minimum("dilation", dilation, 1)
+
+    batch, in_channels, height, width = input
+    out_channels, channels_per_group, kernel_height, kernel_width = weight
+    if 0 in weight:
+        raise ValueError(f"weight: expected no dimension of size 0, got shape {tuple(weight)}")
+    if height < 1 or width < 1:
+        raise ValueError(f"input: expected images of at least 1x1, got {height}x{width}")
+    groups = _count_groups(in_channels, out_channels, channels_per_group)
+
+    kernel = (kernel_height, kernel_width)
+    out_height, out_width = conv_output_size((height, width), kernel, stride, padding, dilation)
+    if out_height <= 0 or out_width <= 0:  # min() would make torch.compile guard on H < W
+        raise ValueError(
+            f"output: expected at least 1x1, got {out_height}x{out_width} from an input of {height}x{width} with "
+            f"kernel {kernel}, stride {tuple(stride)}, padding {tuple(padding)}, dilation {tuple(dilation)}"
+        )
+
+    taps = kernel_height * kernel_width
+    offset_groups = _count_offset_groups(in_channels, taps, offset[1])
+    _check_shape("offset", offset, (batch, 2 * offset_groups * taps, out_height, out_width))
+    if mask is not None:
+        _check_shape("mask", mask, (batch, offset_groups * taps, out_height, out_width))
+
+    stride_y, stride_x = stride
+    padding_y, padding_x = padding
+    dilation_y, dilation_x = dilation
+    return ConvGeometry(
+        batch=batch,
+        in_channels=in_channels,
+        height=height,
+        width=width,
+        out_channels=out_channels,
+        kernel=kernel,
+        stride=(stride_y, stride_x),
+        padding=(padding_y, padding_x),
+        dilation=(dilation_y, dilation_x),
+        groups=groups,
+        offset_groups=offset_groups,
+        out_height=out_height,
+        out_width=out_width,
+    )
+
+
+_derive_once = lru_cache(maxsize=1024)(_derive)
 
 
 def conv_output_size(
@@ -156,20 +189,22 @@ def even_slices(total: int, longest: int) -> list[slice]:
     """Divide range(total) into slices of nearly the same length, which is at most `longest`."""
     if total == 0:
         return []
+    if total <= longest:
+        return [slice(0, total)]
     count = math.ceil(total / longest)
     length = math.ceil(total / count)
     return [slice(start, min(start + length, total)) for start in range(0, total, length)]
 
 
-def _check_dimensions(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None) -> None:
-    for name, tensor in (("input", input), ("offset", offset), ("weight", weight), ("mask", mask)):
-        if tensor is not None and tensor.ndim != 4:
-            raise ValueError(f"{name}: expected 4 dimensions, got shape {tuple(tensor.shape)}")
+def _check_dimensions(**shapes: Sequence[int] | None) -> None:
+    for name, shape in shapes.items():
+        if shape is not None and len(shape) != 4:
+            raise ValueError(f"{name}: expected 4 dimensions, got shape {tuple(shape)}")
 
 
-def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != expected:
-        raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
+def _check_shape(name: str, shape: Sequence[int], expected: tuple[int, ...]) -> None:
+    if tuple(shape) != expected:
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(shape)}")
 
 
 def _count_groups(in_channels: int, out_channels: int, channels_per_group: int) -> int:

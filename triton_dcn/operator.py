@@ -1,5 +1,9 @@
 """The `torch.library` operators that torch.compile, export, autograd and vmap see: one forward, one backward.
 
+They are defined by `torch.library.Library`, not by its decorator `custom_op`, because their derivatives are registered
+as `torch.autograd.Function`s: `register_autograd` takes longer for a call of as many arguments than the kernels take
+for a small image.
+
 Receives checked tensors and the name of a backend from `functional`. Hands them on to the backend, `triton_backend` or
 `torch_backend`, as a `ConvGeometry` and an `OffsetMask`.
 
@@ -9,8 +13,9 @@ gradient that is not needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -21,9 +26,11 @@ from triton_dcn import torch_backend
 from triton_dcn.geometry import ConvGeometry
 from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
 
+LIBRARY = torch.library.Library("triton_dcn", "FRAGMENT")
+NO_CONTEXT = nullcontext()
 
-@torch.library.custom_op("triton_dcn::deform_conv2d", mutates_args=())
-def forward_op(
+
+def _run_forward(
     input: Tensor,
     offset: Tensor,
     mask: Tensor | None,
@@ -44,13 +51,12 @@ def forward_op(
         relu: negative outputs become 0.
     """
     offset_mask = OffsetMask.of(offset, mask, mask_logits)
-    geom = ConvGeometry.of(input, offset_mask.offset, weight, offset_mask.mask, stride, padding, dilation)
+    geom = ConvGeometry.remembered(input, offset_mask.offset, weight, offset_mask.mask, stride, padding, dilation)
     with without_autocast(input.device.type):  # the caller has chosen the dtypes
         output: Tensor = _module_of(backend).forward(geom, input, offset_mask, weight, bias, relu=relu)
     return store_like(output, input)
 
 
-@forward_op.register_fake
 def _forward_fake(
     input: Tensor,
     offset: Tensor,
@@ -69,8 +75,7 @@ def _forward_fake(
     return store_like(input.new_empty(geom.output_shape), input)
 
 
-@torch.library.custom_op("triton_dcn::deform_conv2d_backward", mutates_args=())
-def backward_op(
+def _run_backward(
     grad_output: Tensor,
     input: Tensor,
     offset: Tensor,
@@ -94,7 +99,7 @@ def backward_op(
     """
     needs_input, needs_offset, needs_mask, needs_weight = needs
     offset_mask = OffsetMask.of(offset, mask, mask_logits)
-    geom = ConvGeometry.of(input, offset_mask.offset, weight, offset_mask.mask, stride, padding, dilation)
+    geom = ConvGeometry.remembered(input, offset_mask.offset, weight, offset_mask.mask, stride, padding, dilation)
 
     grad_offset = _empty_gradient(offset, backend) if needs_offset else None
     grad_mask = _empty_gradient(mask, backend) if needs_mask and mask is not None else None
@@ -119,7 +124,6 @@ def backward_op(
     return stored(grad_input, input), stored(grad_offset, offset), stored(grad_mask, mask), stored(grad_weight, weight)
 
 
-@backward_op.register_fake
 def _backward_fake(
     grad_output: Tensor,
     input: Tensor,
@@ -146,7 +150,7 @@ def without_autocast(device_type: str) -> AbstractContextManager[None]:
     """Switch autocast off where it is on; to do so costs more than to ask. Meta tensors have none."""
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    return NO_CONTEXT
 
 
 def store_like(tensor: Tensor, like: Tensor) -> Tensor:
@@ -154,7 +158,7 @@ def store_like(tensor: Tensor, like: Tensor) -> Tensor:
 
     Under vmap, `is_contiguous(memory_format=...)` raises an error; a permuted view answers the same question.
     """
-    if like.permute(0, 2, 3, 1).is_contiguous() and not like.is_contiguous():
+    if not like.is_contiguous() and like.permute(0, 2, 3, 1).is_contiguous():
         channels_last = tensor.permute(0, 2, 3, 1)
         if channels_last.is_contiguous():
             return tensor
@@ -162,6 +166,7 @@ def store_like(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
+@cache
 def _module_of(backend: str) -> ModuleType:
     """Return the module of a backend. Triton's is imported at its first use: the other runs without triton."""
     if backend == "torch":
@@ -179,36 +184,128 @@ def _empty_gradient(tensor: Tensor, backend: str) -> Tensor:
     return gradient if backend == "triton" else store_like(gradient, tensor)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, offset, mask, weight, bias, stride, padding, dilation, backend, mask_logits, relu = inputs
-    ctx.save_for_backward(input, offset, mask, weight, output if relu else None)
-    ctx.settings = (stride, padding, dilation, backend)
-    ctx.mask_logits = mask_logits
-    ctx.bias_dtype = None if bias is None else bias.dtype
+def _define(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
+    """Define the operator `triton_dcn::name`, its implementation for all devices and that for fake tensors."""
+    LIBRARY.define(name + torch.library.infer_schema(run, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
+
+    def implementation(*arguments: Any) -> Any:
+        return _uncompiled(run)(*arguments)
+
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"triton_dcn::{name}", fake, lib=LIBRARY)
+    operator: torch._ops.OpOverload = getattr(torch.ops.triton_dcn, name).default
+    return operator
 
 
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    input, offset, mask, weight, rectified_output = ctx.saved_tensors
-    if rectified_output is not None:
-        # not "> 0", because NaN passes the gradient on, as in torch
-        grad_output = torch.where(rectified_output <= 0, 0, grad_output)
-
-    needs = list(ctx.needs_input_grad[:4])
-    grads: list[Tensor | None] = [None] * 4
-    if any(needs):
-        computed = backward_op(grad_output, input, offset, mask, weight, *ctx.settings, needs, ctx.mask_logits)
-        grads = [grad if need else None for grad, need in zip(computed, needs, strict=True)]
-
-    grad_bias = grad_output.sum((0, 2, 3), dtype=ctx.bias_dtype) if ctx.needs_input_grad[4] else None
-    return *grads, grad_bias, None, None, None, None, None, None  # no gradients of the settings
+@cache
+def _uncompiled(function: Callable[..., Any]) -> Any:
+    """Keep torch.compile out of a function. This imports the compiler, so not before the function is called."""
+    return torch.compiler.disable(function)
 
 
-def _second_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError("deform_conv2d has no second derivatives: use backend='reference'")
+forward_op = _define("deform_conv2d", _run_forward, _forward_fake)
+backward_op = _define("deform_conv2d_backward", _run_backward, _backward_fake)
 
 
-forward_op.register_autograd(_backward, setup_context=_setup_context)
-backward_op.register_autograd(_second_backward)
+class _Convolution(torch.autograd.Function):
+    """`forward_op` and its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        """Run the operator.
+
+        Args:
+            ctx: of autograd.
+            arguments: input, offset, mask, weight, bias, and a tuple of the settings that follow them.
+        """
+        input, offset, mask, weight, bias, settings = arguments
+        stride, padding, dilation, backend, mask_logits, relu = settings
+        with torch._C._AutoDispatchBelowAutograd():
+            output: Tensor = forward_op(input, offset, mask, weight, bias, *settings)
+        ctx.save_for_backward(input, offset, mask, weight, output if relu else None)
+        ctx.settings = (stride, padding, dilation, backend)
+        ctx.mask_logits = mask_logits
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the tensors."""
+        input, offset, mask, weight, rectified_output = ctx.saved_tensors
+        if rectified_output is not None:
+            # not "> 0", because NaN passes the gradient on, as in torch
+            grad_output = torch.where(rectified_output <= 0, 0, grad_output)
+
+        needs = list(ctx.needs_input_grad[:4])
+        grads: list[Tensor | None] = [None] * 4
+        if True in needs:
+            computed = backward_op(grad_output, input, offset, mask, weight, *ctx.settings, needs, ctx.mask_logits)
+            grads = [grad if need else None for grad, need in zip(computed, needs, strict=True)]
+
+        grad_bias = grad_output.sum((0, 2, 3), dtype=ctx.bias_dtype) if ctx.needs_input_grad[4] else None
+        return *grads, grad_bias, None  # no gradient of the settings
+
+
+class _Gradients(torch.autograd.Function):
+    """`backward_op`, which has no gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        """Run the operator; the arguments are its own."""
+        with torch._C._AutoDispatchBelowAutograd():
+            grads: tuple[Tensor, ...] = backward_op(*arguments)
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Raise an error."""
+        raise NotImplementedError("deform_conv2d has no second derivatives: use backend='reference'")
+
+
+def _autograd_forward(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    backend: str,
+    mask_logits: bool = False,
+    relu: bool = False,
+) -> Tensor:
+    """Do what the dispatcher does for `forward_op` where a tensor may need a gradient."""
+    settings = (stride, padding, dilation, backend, mask_logits, relu)
+    if _records_gradients(input, offset, mask, weight, bias):
+        output: Tensor = _Convolution.apply(input, offset, mask, weight, bias, settings)  # type: ignore[no-untyped-call]
+        return output
+    with torch._C._AutoDispatchBelowAutograd():
+        output = forward_op(input, offset, mask, weight, bias, *settings)
+    return output
+
+
+def _autograd_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Do what the dispatcher does for `backward_op`, whose first five arguments are tensors."""
+    if _records_gradients(*arguments[:5]):
+        grads: tuple[Tensor, ...] = _Gradients.apply(*arguments)  # type: ignore[no-untyped-call]
+        return grads
+    with torch._C._AutoDispatchBelowAutograd():
+        grads = backward_op(*arguments)
+    return grads
+
+
+def _records_gradients(*tensors: Tensor | None) -> bool:
+    """Tell whether autograd is on, and one of the tensors takes part."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+LIBRARY.impl("deform_conv2d", _autograd_forward, "Autograd")
+LIBRARY.impl("deform_conv2d_backward", _autograd_backward, "Autograd")
 
 
 def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
@@ -290,5 +387,5 @@ def _elements(
         yield element
 
 
-forward_op.register_vmap(_vmap_forward)
-backward_op.register_vmap(_vmap_backward)
+torch.library.register_vmap("triton_dcn::deform_conv2d", _vmap_forward, lib=LIBRARY)
+torch.library.register_vmap("triton_dcn::deform_conv2d_backward", _vmap_backward, lib=LIBRARY)
