@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -28,6 +28,8 @@ class ConvGeometry:
         offset_groups: groups of input channels that share offsets and mask, D.
         out_height: of the output, Ho.
         out_width: of the output, Wo.
+        taps: kernel taps, K; follows from `kernel`.
+        positions: output positions of one image, Ho * Wo; follows from the sizes of the output.
     """
 
     batch: int
@@ -43,16 +45,13 @@ class ConvGeometry:
     offset_groups: int
     out_height: int
     out_width: int
+    taps: int = field(init=False)
+    positions: int = field(init=False)
 
-    @cached_property
-    def taps(self) -> int:
-        """Number of kernel taps, K."""
-        return self.kernel[0] * self.kernel[1]
-
-    @cached_property
-    def positions(self) -> int:
-        """Number of output positions of one image, Ho * Wo."""
-        return self.out_height * self.out_width
+    def __post_init__(self) -> None:
+        """Derive what is asked for at every step."""
+        object.__setattr__(self, "taps", self.kernel[0] * self.kernel[1])
+        object.__setattr__(self, "positions", self.out_height * self.out_width)
 
     @property
     def output_shape(self) -> tuple[int, int, int, int]:
