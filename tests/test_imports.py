@@ -20,6 +20,7 @@ LAYERS = {
         {"extras", "geometry", "matmul", "offset_mask", "kernels"},
         {"tile_table", "workspace"},
         {"launchers", "torch_samples"},
+        {"torch_planes"},
         {"triton_backend", "torch_backend", "reference"},
         {"operator"},
         {"functional"},

@@ -22,12 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from triton_dcn import torch_planes
 from triton_dcn.geometry import ConvGeometry
 from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
 from triton_dcn.torch_samples import (
-    BilinearSamples,
+    Corners,
+    Samples,
+    TapGrid,
+    column_groups,
+    corners_by_offset,
     divide_work,
-    make_samples,
+    find_corners,
+    find_samples,
     make_table,
     tap_grid,
     view_pixels,
@@ -70,20 +76,23 @@ def forward(
         (B, O, Ho, Wo), dtype of `input`; channels_last if `input` is, else contiguous.
     """
     dtype = _compute_dtype(input)
-    weight_matrix = _weight_matrix(geom, weight.to(dtype))
     mask = offset_mask.modulation()
-    grid = tap_grid(geom, input.device)
+    grid = tap_grid(geom, input.device, dtype)
     output = input.new_empty(geom.output_shape).to(memory_format=_memory_format(input))
-    output_rows = _view_rows(geom, output)
+    if torch_planes.suits(geom, input):
+        torch_planes.forward(geom, input, offset_mask.offset, mask, weight.to(dtype), bias, grid, output, relu=relu)
+        return output
 
+    weight_matrix = _weight_matrix(geom, weight.to(dtype))
+    output_rows = _view_rows(geom, output)
     for images, blocks in divide_work(geom, dtype.itemsize):
         table = make_table(geom, input[images], dtype)
         for block in blocks:
-            samples = make_samples(geom, offset_mask.offset, mask, images, block.positions, grid, dtype)
+            _, corners = _sample_block(geom, offset_mask.offset, mask, images, block.positions, grid)
             block_rows = output_rows[:, images, block.positions]
             for chunk in block.chunks:
                 # no variable holds the columns: so the next chunk can reuse their memory, which is in the cache
-                product = _matmul(_sample_columns(geom, table, *samples.chunk(chunk)), weight_matrix.mT)
+                product = _matmul(_sample_columns(geom, table, *corners.chunk(chunk)), weight_matrix.mT)
                 # product is (G, n * p, O/G)
                 if bias is not None:
                     product.add_(bias.view(geom.groups, 1, -1))
@@ -123,21 +132,46 @@ def backward(
         Gradients of input and weight in the dtype of each, None where not needed.
     """
     dtype = _compute_dtype(input)
-    weight_matrix = _weight_matrix(geom, weight.to(dtype))
     mask = offset_mask.modulation()
-    grid = tap_grid(geom, input.device)
-    grad_rows = _view_rows(geom, grad_output)
+    grid = tap_grid(geom, input.device, dtype)
     grad_input = torch.empty_like(input, memory_format=_memory_format(input)) if needs_input else None
+    backward_of = torch_planes.backward if torch_planes.suits(geom, input) else _backward
+    grad_weight = backward_of(
+        geom, grad_output, input, offset_mask.offset, mask, weight.to(dtype), grid, grad_input, grad_offset_mask,
+        needs_weight=needs_weight,
+    )  # fmt: skip
+    if offset_mask.mask_logits:
+        _apply_sigmoid_gradient(grad_offset_mask.mask, mask)
+    return grad_input, None if grad_weight is None else grad_weight.to(weight.dtype)
+
+
+def _backward(
+    geom: ConvGeometry,
+    grad_output: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    grid: TapGrid,
+    grad_input: Tensor | None,
+    grad_offset_mask: OffsetMaskGrad,
+    *,
+    needs_weight: bool,
+) -> Tensor | None:
+    """Fill the gradients that are not None, and return that of the weight (O, C/G, kh, kw), if needed."""
+    dtype = weight.dtype
+    weight_matrix = _weight_matrix(geom, weight)
+    grad_rows = _view_rows(geom, grad_output)
     grad_matrix = torch.zeros_like(weight_matrix, memory_format=torch.contiguous_format) if needs_weight else None
 
     for images, blocks in divide_work(geom, dtype.itemsize):
         table = make_table(geom, input[images], dtype)
-        grad_table = torch.zeros_like(table) if needs_input else None
+        grad_table = None if grad_input is None else torch.zeros_like(table)
         for block in blocks:
-            samples = make_samples(geom, offset_mask.offset, mask, images, block.positions, grid, dtype)
-            corner_dots = torch.empty_like(samples.weights) if grad_offset_mask.needed else None
+            samples, corners = _sample_block(geom, offset, mask, images, block.positions, grid)
+            corner_dots = torch.empty_like(corners.weights) if grad_offset_mask.needed else None
             for chunk in block.chunks:
-                rows, weights = samples.chunk(chunk)
+                rows, weights = corners.chunk(chunk)
                 grad = grad_rows[:, images, block.positions][:, :, chunk].to(dtype)
                 grad = grad.flatten(1, 2).contiguous()  # (G, n * p, O/G)
                 if grad_matrix is not None:
@@ -145,7 +179,7 @@ def backward(
                 if grad_table is None and corner_dots is None:
                     continue
 
-                grad_columns = _matmul(grad, weight_matrix)
+                grad_columns = _join_groups(geom, _matmul(grad, weight_matrix))
                 if grad_table is not None:
                     _scatter_add(geom, grad_columns, rows, weights, grad_table)
                 if corner_dots is not None:
@@ -155,11 +189,18 @@ def backward(
                 _write_sample_gradients(geom, corner_dots, samples, grad_offset_mask, images, block.positions)
         if grad_input is not None and grad_table is not None:
             grad_input[images].copy_(view_pixels(geom, grad_table).permute(0, 3, 1, 2))
+    return None if grad_matrix is None else _to_weight(geom, grad_matrix).contiguous()
 
-    if offset_mask.mask_logits:
-        _apply_sigmoid_gradient(grad_offset_mask.mask, mask)
-    grad_weight = None if grad_matrix is None else _to_weight(geom, grad_matrix).to(weight.dtype).contiguous()
-    return grad_input, grad_weight
+
+def _sample_block(
+    geom: ConvGeometry, offset: Tensor, mask: Tensor | None, images: slice, positions: slice, grid: TapGrid
+) -> tuple[Samples, Corners]:
+    """Return the samples of a block of positions, and their corners."""
+    offset = view_samples(geom, offset, images)[..., positions]
+    if mask is not None:
+        mask = view_samples(geom, mask, images)[0, ..., positions]
+    samples = find_samples(offset, mask, grid.at(positions), geom.width + 2)
+    return samples, find_corners(geom, samples)
 
 
 def _compute_dtype(input: Tensor) -> torch.dtype:
@@ -191,10 +232,27 @@ def _to_weight(geom: ConvGeometry, matrix: Tensor) -> Tensor:
 
 
 def _sample_columns(geom: ConvGeometry, table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """Compute the columns of a chunk: (G, n * p, K*C/G); rows and weights from `BilinearSamples.chunk`."""
+    """Compute the columns of a chunk: (G, n * p, K*C/G); rows and weights from `Corners.chunk`."""
     starts = torch.arange(0, len(rows), 4, dtype=rows.dtype, device=rows.device)
     columns, *_ = torch.embedding_bag(view_slices(geom, table), rows, starts, per_sample_weights=weights)
-    return columns.view(geom.groups, -1, geom.taps * geom.in_channels // geom.groups)
+    return _split_groups(geom, columns)
+
+
+def _split_groups(geom: ConvGeometry, columns: Tensor) -> Tensor:
+    """Return columns (Q, n * p, K*C/Q), of any shape, as (G, n * p, K*C/G)."""
+    channels = geom.in_channels // geom.groups
+    if column_groups(geom) == geom.groups:
+        return columns.view(geom.groups, -1, geom.taps * channels)
+    by_tap = columns.view(-1, geom.taps, geom.groups, channels)
+    return by_tap.permute(2, 0, 1, 3).contiguous().view(geom.groups, -1, geom.taps * channels)
+
+
+def _join_groups(geom: ConvGeometry, columns: Tensor) -> Tensor:
+    """Undo `_split_groups`."""
+    if column_groups(geom) == geom.groups:
+        return columns
+    by_tap = columns.view(geom.groups, -1, geom.taps, geom.in_channels // geom.groups)
+    return by_tap.permute(1, 2, 0, 3).contiguous().view(1, -1, geom.taps * geom.in_channels)
 
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -267,8 +325,8 @@ def _dot_with_corners(geom: ConvGeometry, table: Tensor, grad_columns: Tensor, r
     Args:
         geom: of the call.
         table: (R, C), from `make_table`.
-        grad_columns: (G, n * p, K*C/G).
-        rows: (G * n * p * K * J * 4,), from `BilinearSamples.chunk`.
+        grad_columns: (Q, n * p, K*C/Q).
+        rows: (Q * n * p * K * J * 4,), from `Corners.chunk`.
     """
     table = view_slices(geom, table)
     grads = view_slices(geom, grad_columns)
@@ -286,7 +344,7 @@ def _dot_with_corners(geom: ConvGeometry, table: Tensor, grad_columns: Tensor, r
 def _write_sample_gradients(
     geom: ConvGeometry,
     corner_dots: Tensor,
-    samples: BilinearSamples,
+    samples: Samples,
     grad_offset_mask: OffsetMaskGrad,
     images: slice,
     positions: slice,
@@ -295,40 +353,30 @@ def _write_sample_gradients(
 
     Args:
         geom: of the call.
-        corner_dots: (G, n, p, K, J, 4), from `_dot_with_corners`.
+        corner_dots: (Q, n, p, K, J, 4), from `_dot_with_corners`.
         samples: of the block.
         grad_offset_mask: of the whole call.
         images, positions: what the block is of.
     """
-    gradients = _sample_derivatives(corner_dots, samples.fractions)
-    if grad_offset_mask.mask is not None:
-        view_samples(geom, grad_offset_mask.mask, images, positions).copy_(gradients[:1])
-    if grad_offset_mask.offset is not None:
-        grad_position = gradients[1:]
-        if samples.mask is not None:
-            grad_position.mul_(samples.mask)
-        view_samples(geom, grad_offset_mask.offset, images, positions).copy_(grad_position)
-
-
-def _sample_derivatives(corner_dots: Tensor, fractions: Tensor) -> Tensor:
-    """Return derivatives with respect to mask, y and x, the last two before the factor of the mask: (3, n, p, K, D).
-
-    Args:
-        corner_dots: (G, n, p, K, J, 4).
-        fractions: (2, n, p, K, D).
-    """
-    # summed over the slices of an offset group
-    dots = corner_dots.permute(5, 1, 2, 3, 0, 4).reshape(4, *fractions.shape[1:], -1).sum(-1)
+    dots = corners_by_offset(corner_dots).flatten(2, 3).contiguous()  # (4, n, D, K, p)
     top_left, top_right, bottom_left, bottom_right = dots
-    fraction_y, fraction_x = fractions
+    fraction_y, fraction_x = samples.fractions
     top = torch.lerp(top_left, top_right, fraction_x)
     bottom = torch.lerp(bottom_left, bottom_right, fraction_x)
+    if grad_offset_mask.mask is not None:
+        grad_mask = view_samples(geom, grad_offset_mask.mask, images)[..., positions]
+        grad_mask[0].copy_(torch.lerp(top, bottom, fraction_y))
+    if grad_offset_mask.offset is None:
+        return
 
-    gradients = dots.new_empty(3, *fractions.shape[1:])
-    torch.lerp(top, bottom, fraction_y, out=gradients[0])
-    torch.sub(bottom, top, out=gradients[1])
-    torch.lerp(top_right - top_left, bottom_right - bottom_left, fraction_y, out=gradients[2])
-    return gradients
+    grad_y = bottom.sub_(top)
+    grad_x = top_right.sub_(top_left).lerp_(bottom_right.sub_(bottom_left), fraction_y)
+    if samples.mask is not None:
+        grad_y.mul_(samples.mask)
+        grad_x.mul_(samples.mask)
+    grad_offset = view_samples(geom, grad_offset_mask.offset, images)[..., positions]
+    grad_offset[0].copy_(grad_y)
+    grad_offset[1].copy_(grad_x)
 
 
 def _apply_sigmoid_gradient(grad: Tensor | None, mask: Tensor | None) -> None:

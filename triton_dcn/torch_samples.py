@@ -1,18 +1,17 @@
-"""What `torch_backend` samples with: tables of pixels, and the table rows and weights of each sample.
+"""What `torch_backend` and `torch_planes` sample with: tables of pixels, and the rows and weights of each sample.
 
-Receives the tensors and the geometry of a call. Hands tables and samples to `torch_backend`, for some of the images and
-a block of their positions at a time.
+Receives the tensors and the geometry of a call. Hands out samples in the order of the offsets, and for `torch_backend`
+also in the order of the columns, for some of the images and a block of their positions at a time.
 
-Letters: B images, n images of one table, C channels, G channel groups, D offset groups, K taps, P positions of an
-image, p positions of a block or of a chunk, L = lcm(G, D) slices of the channels, J = L / G slices of a group.
+Letters: B images, n images of one table, C channels, G channel groups, D offset groups, d some of the offset groups,
+K taps, P positions of an image, p positions of a block or of a chunk, Q groups of the columns, J = D / Q offset groups
+of such a group.
 
-In this file and in `torch_backend`, a slice is a slice of the channels: all of its channels have the same group and the
-same offset group, so that a sample reads it at once. Samples are ordered (G, n, p, K, J).
+In this file and in `torch_backend`, a slice is the C/D channels of an offset group, which a sample reads at once.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -27,9 +26,6 @@ CHUNK_BYTES = 8 << 20
 CHUNK_WEIGHTS = 3
 """How many times the size of the weight a chunk may always have, because products rearrange the weight per chunk."""
 
-FAR = float(1 << 30)
-"""Pixels. Offsets are clamped to it, so that the sampled coordinates fit in int32."""
-
 
 class Block(NamedTuple):
     """Positions whose samples are computed at once.
@@ -43,24 +39,53 @@ class Block(NamedTuple):
     chunks: list[slice]
 
 
-class BilinearSamples(NamedTuple):
-    """The samples of a block: four corners each, and what the weights of the corners are made of.
+class TapGrid(NamedTuple):
+    """Where the taps lie without offsets, and for which offsets they are inside the image.
 
     Attributes:
-        rows: (G, n, p, K, J, 4), int32 or int64, the table row of each corner: top left, top right, bottom left,
-            bottom right.
-        weights: (G, n, p, K, J, 4), the weight of each corner, the mask included.
-        fractions: (2, n, p, K, D), y and x from the top left corner.
-        mask: (n, p, K, D), 0 outside the image; None in version 1.
+        pixels: (K, P), int32 or int64, the number of the pixel in the table of one image, see `make_table`.
+        above: (2, K, P), y and x in the dtype of the computation; offsets up to here lead outside.
+        below: (2, K, P), offsets from here on lead outside.
+        outside: (2, K, P), an offset that leads to a cell whose corners are zero, whatever the other axis says.
+    """
+
+    pixels: Tensor
+    above: Tensor
+    below: Tensor
+    outside: Tensor
+
+    def at(self, positions: slice) -> TapGrid:
+        """Return the grid of some positions."""
+        return TapGrid(*(values[..., positions] for values in self))
+
+
+class Samples(NamedTuple):
+    """Samples in the order of the offsets.
+
+    Attributes:
+        pixels: (n, d, K, p), int32 or int64, the number of the top left corner in the table of one image.
+        fractions: (2, n, d, K, p), y and x from the top left corner.
+        mask: (n, d, K, p), 0 outside the image; None in version 1.
+    """
+
+    pixels: Tensor
+    fractions: Tensor
+    mask: Tensor | None
+
+
+class Corners(NamedTuple):
+    """The four corners of samples in the order of the columns: top left, top right, bottom left, bottom right.
+
+    Attributes:
+        rows: (Q, n, p, K, J, 4), int32 or int64, the row of the corner in the table of slices.
+        weights: (Q, n, p, K, J, 4), the weight of the corner, the mask included.
     """
 
     rows: Tensor
     weights: Tensor
-    fractions: Tensor
-    mask: Tensor | None
 
     def chunk(self, positions: slice) -> tuple[Tensor, Tensor]:
-        """Return rows and weights of a chunk, each (G * n * p * K * J * 4,)."""
+        """Return rows and weights of a chunk, each (Q * n * p * K * J * 4,)."""
         return self.rows[:, :, positions].flatten(), self.weights[:, :, positions].flatten()
 
 
@@ -79,7 +104,7 @@ def divide_work(geom: ConvGeometry, itemsize: int) -> Iterator[tuple[slice, list
         Some of the images, as a slice of the batch, and the blocks of their positions.
     """
     pixel_bytes = geom.in_channels * itemsize
-    sample_bytes = 64 * geom.taps * slice_count(geom)  # per position: four rows and weights, and their order
+    sample_bytes = 64 * geom.taps * geom.offset_groups  # per position: four rows and weights, and their order
     column_bytes = geom.taps * pixel_bytes + sample_bytes
     table_bytes = (geom.height + 3) * (geom.width + 2) * pixel_bytes
     image_bytes = max(geom.positions * column_bytes, table_bytes)
@@ -94,41 +119,52 @@ def divide_work(geom: ConvGeometry, itemsize: int) -> Iterator[tuple[slice, list
         yield images, blocks
 
 
-def slice_count(geom: ConvGeometry) -> int:
-    """Return the number of slices of the channels, L."""
-    return math.lcm(geom.groups, geom.offset_groups)
+def column_groups(geom: ConvGeometry) -> int:
+    """Return Q: columns are made group by group where each group has whole slices, else for all channels at once."""
+    return geom.groups if geom.offset_groups % geom.groups == 0 else 1
 
 
 def view_slices(geom: ConvGeometry, rows: Tensor) -> Tensor:
-    """View rows of C channels as rows of slices: (any, C/L)."""
-    return rows.view(-1, geom.in_channels // slice_count(geom))
+    """View rows of C channels as rows of slices: (any, C/D)."""
+    return rows.view(-1, geom.in_channels // geom.offset_groups)
 
 
-def view_samples(geom: ConvGeometry, tensor: Tensor, images: slice, positions: slice) -> Tensor:
-    """View a block of offsets (B, 2*D*K, Ho, Wo) as (2, n, p, K, D), or of masks (B, D*K, Ho, Wo) as (1, n, p, K, D).
+def view_samples(geom: ConvGeometry, tensor: Tensor, images: slice) -> Tensor:
+    """View offsets (B, 2*D*K, Ho, Wo) as (2, n, D, K, P), or masks (B, D*K, Ho, Wo) as (1, n, D, K, P).
 
     To write through the view, height and width must lie in memory as one dimension; otherwise it is a copy.
     """
-    block = tensor[images].flatten(2)[..., positions]
-    by_tap: Tensor = block.unflatten(1, (geom.offset_groups, geom.taps, -1))
-    return by_tap.permute(3, 0, 4, 2, 1)
+    by_tap: Tensor = tensor[images].flatten(2).unflatten(1, (geom.offset_groups, geom.taps, -1))
+    return by_tap.movedim(3, 0)
 
 
-def tap_grid(geom: ConvGeometry, device: torch.device) -> Tensor:
-    """Return where the taps lie without offsets: (2, P, K), y and x, int32 pixels."""
+def tap_grid(geom: ConvGeometry, device: torch.device, dtype: torch.dtype) -> TapGrid:
+    """Compute where the taps lie, for offsets in this dtype."""
 
     def steps(count: int, step: int) -> Tensor:
         return torch.arange(count, dtype=torch.int32, device=device) * step
 
     window_y = steps(geom.out_height, geom.stride[0]) - geom.padding[0]  # where the first tap lies
     window_x = steps(geom.out_width, geom.stride[1]) - geom.padding[1]
-    y = window_y[:, None] + steps(geom.kernel[0], geom.dilation[0])
-    x = window_x[:, None] + steps(geom.kernel[1], geom.dilation[1])
+    y = steps(geom.kernel[0], geom.dilation[0])[:, None] + window_y
+    x = steps(geom.kernel[1], geom.dilation[1])[:, None] + window_x
 
-    shape = (geom.out_height, geom.out_width, *geom.kernel)
+    shape = (*geom.kernel, geom.out_height, geom.out_width)
     y = y[:, None, :, None].expand(shape)
     x = x[None, :, None, :].expand(shape)
-    return torch.stack((y, x)).view(2, geom.positions, geom.taps)
+    taps = torch.stack((y, x)).view(2, geom.taps, geom.positions)
+
+    tap_y, tap_x = taps.to(_index_dtype(geom))
+    pixels = (tap_y + 2) * (geom.width + 2) + (tap_x + 1)
+    size = taps.new_tensor([geom.height, geom.width]).view(2, 1, 1)
+    outside = taps.new_tensor([-2, geom.width]).view(2, 1, 1)
+    return TapGrid(pixels, (-1 - taps).to(dtype), (size - taps).to(dtype), (outside - taps).to(dtype))
+
+
+def _index_dtype(geom: ConvGeometry) -> torch.dtype:
+    """Return the dtype in which every row and plane of all images can be numbered."""
+    elements = (geom.batch * (geom.height + 3) + 2) * (geom.width + 2) * geom.in_channels
+    return torch.int32 if elements < 2**31 else torch.int64
 
 
 def make_table(geom: ConvGeometry, input: Tensor, dtype: torch.dtype) -> Tensor:
@@ -149,127 +185,93 @@ def view_pixels(geom: ConvGeometry, table: Tensor) -> Tensor:
     """View the pixels of the images that a table holds: (n, H, W, C)."""
     row_length = geom.width + 2
     image_rows = geom.height + 3
-    images = table[2 * row_length :].view(-1, image_rows, row_length, geom.in_channels)
+    images = table[2 * row_length :].view(-1, image_rows, row_length, table.shape[1])
     return images[:, : geom.height, 1:-1]
 
 
-def make_samples(
-    geom: ConvGeometry,
-    offset: Tensor,
-    mask: Tensor | None,
-    images: slice,
-    positions: slice,
-    grid: Tensor,
-    dtype: torch.dtype,
-) -> BilinearSamples:
-    """Compute which table rows the samples of a block read, and with which weights.
+def image_pixels(geom: ConvGeometry) -> int:
+    """Return how many rows of a table lie between a pixel and the same pixel of the next image."""
+    return (geom.height + 3) * (geom.width + 2)
 
-    Args:
-        geom: of the call.
-        offset: (B, 2*D*K, Ho, Wo), pixels.
-        mask: (B, D*K, Ho, Wo), the factor of each sample, or None.
-        images: the images that the table holds.
-        positions: the positions of the block.
-        grid: from `tap_grid`.
-        dtype: of the weights.
-    """
-    y, x, fractions = _find_cells(geom, view_samples(geom, offset, images, positions), grid[:, positions], dtype)
-    lower_weight = fractions[0]
-    if mask is None:
-        upper_weight = 1 - lower_weight
-    else:
-        mask = view_samples(geom, mask, images, positions)[0].to(dtype).contiguous()
-        mask = _clear_outside(geom, mask, y, x)
-        lower_weight = lower_weight * mask
-        upper_weight = mask - lower_weight
 
-    slices = slice_count(geom)
+def corner_distances(geom: ConvGeometry) -> tuple[int, int, int, int]:
+    """Return how many pixels of a table lie between the top left corner of a cell and each of its corners."""
     row_length = geom.width + 2
-    image_rows = geom.height + 3
-    if (geom.batch * image_rows + 2) * row_length * slices >= 2**31:
-        y = y.long()
-        x = x.long()
-    image = torch.arange(len(y), dtype=y.dtype, device=y.device).view(-1, 1, 1, 1)
-    top_left = torch.add(x, y, alpha=row_length).add_((image * image_rows + 2) * row_length + 1)
-    top_left = _repeat_for_slices(geom, top_left) * slices
-    top_left = top_left + torch.arange(slices, dtype=y.dtype, device=y.device).view(geom.groups, -1)
-    rows = _corner_rows(geom, top_left)
-
-    weights = _corner_weights(
-        _repeat_for_slices(geom, upper_weight),
-        _repeat_for_slices(geom, lower_weight),
-        _repeat_for_slices(geom, fractions[1]),
-    )
-    return BilinearSamples(rows, weights, fractions, mask)
+    return 0, 1, row_length, row_length + 1
 
 
-def _find_cells(geom: ConvGeometry, offset: Tensor, grid: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the top left corner of each sample, y and x (n, p, K, D) int32, and its fractions (2, n, p, K, D).
+def find_samples(offset: Tensor, mask: Tensor | None, grid: TapGrid, row_length: int) -> Samples:
+    """Compute between which pixels the samples lie.
 
     The whole pixels of the offset are split off before the grid is added, as in the Triton kernels: the corner is
     exact, and the fractions are rounded as the offset alone is, however large the image. What lies at or beyond -1, H
     or W, or is NaN, gets one of the corners that stand for everything outside, see `make_table`.
 
     Args:
-        geom: of the call.
-        offset: (2, n, p, K, D).
-        grid: (2, p, K).
-        dtype: of the fractions.
+        offset: (2, n, d, K, p), pixels, from `view_samples`.
+        mask: (n, d, K, p), the factor of each sample, or None.
+        grid: of the same positions.
+        row_length: pixels of a row of the table, W + 2.
     """
-    fractions = offset.to(dtype).nan_to_num(nan=FAR).clamp_(-FAR, FAR)
+    dtype = grid.above.dtype
+    above, below, outside = (bound[:, None, None] for bound in grid[1:])
+    offset = offset.to(dtype)
+    if mask is not None:
+        mask = _clear_outside(mask.to(dtype), offset, above, below)
+
+    fractions = torch.empty(offset.shape, dtype=dtype, device=offset.device)
+    torch.where(offset > above, offset, outside, out=fractions)  # outside also where the offset is NaN
+    torch.minimum(fractions, below, out=fractions)
     whole = fractions.floor()
     fractions.sub_(whole)
-    cell = whole.to(torch.int32) + grid[:, None, :, :, None]
-
-    at_most_minus_one = cell + (fractions > 0) < 0
-    y = torch.where(at_most_minus_one[0], -2, cell[0]).clamp_(max=geom.height)
-    x = torch.where(at_most_minus_one[1], geom.width, cell[1]).clamp_(max=geom.width)
-    return y, x, fractions
+    whole_y, whole_x = whole.to(grid.pixels.dtype)
+    pixels = whole_y.mul_(row_length).add_(whole_x).add_(grid.pixels)
+    return Samples(pixels, fractions, mask)
 
 
-def _clear_outside(geom: ConvGeometry, mask: Tensor, y: Tensor, x: Tensor) -> Tensor:
+def _clear_outside(mask: Tensor, offset: Tensor, above: Tensor, below: Tensor) -> Tensor:
     """Return the mask with 0 where the sample lies outside the image, because it may be NaN there."""
     if mask.is_cpu and mask.sum().isfinite():  # on a GPU, looking at a value would wait for the device
         return mask
-    outside = (y < -1) | (y == geom.height) | (x == geom.width)
-    return torch.where(outside, 0, mask)
+    inside = (offset > above) & (offset < below)
+    return torch.where(inside.all(0), mask, 0)
 
 
-def _repeat_for_slices(geom: ConvGeometry, samples: Tensor) -> Tensor:
-    """Repeat the value of each offset group, (n, p, K, D), for its slices: (n, p, K, G, J)."""
-    slices = slice_count(geom)
-    repeated = samples.repeat_interleave(slices // geom.offset_groups, -1)
-    return repeated.view(*samples.shape[:-1], geom.groups, slices // geom.groups)
+def find_corners(geom: ConvGeometry, samples: Samples) -> Corners:
+    """Compute the rows and weights of all corners of all slices, in the order of the columns."""
+    groups = (column_groups(geom), -1)
+    pixels = samples.pixels.unflatten(1, groups)
+    fraction_y, fraction_x = samples.fractions.unflatten(2, groups)
+    mask = None if samples.mask is None else samples.mask.unflatten(1, groups)
+    # all (n, Q, J, K, p)
+
+    slices = torch.arange(geom.offset_groups, dtype=pixels.dtype, device=pixels.device).view(*groups, 1, 1)
+    images = torch.arange(len(pixels), dtype=pixels.dtype, device=pixels.device).view(-1, 1, 1, 1, 1)
+    first_rows = images * (image_pixels(geom) * geom.offset_groups) + slices
+    top_left_rows = (pixels * geom.offset_groups).add_(first_rows)
+    rows, corner_rows = _empty_corners(pixels)
+    for corner, distance in enumerate(corner_distances(geom)):
+        torch.add(top_left_rows, distance * geom.offset_groups, out=corner_rows[corner])
+
+    lower = fraction_y if mask is None else fraction_y * mask
+    upper = 1 - lower if mask is None else mask - lower
+    lower_right = lower * fraction_x
+    upper_right = upper * fraction_x
+    weights, (top_left, top_right, bottom_left, bottom_right) = _empty_corners(fraction_y)
+    torch.sub(upper, upper_right, out=top_left)
+    top_right.copy_(upper_right)
+    torch.sub(lower, lower_right, out=bottom_left)
+    bottom_right.copy_(lower_right)
+    return Corners(rows, weights)
 
 
-def _corner_rows(geom: ConvGeometry, top_left: Tensor) -> Tensor:
-    """Return the rows of the four corners, (G, n, p, K, J, 4), from those of the first, (n, p, K, G, J)."""
-    rows, corners = _empty_corners(top_left)
-    slices = slice_count(geom)
-    row_length = geom.width + 2
-    for corner, pixels_from_first in enumerate((0, 1, row_length, row_length + 1)):
-        torch.add(top_left, pixels_from_first * slices, out=corners[corner])
-    return rows
-
-
-def _corner_weights(upper: Tensor, lower: Tensor, right: Tensor) -> Tensor:
-    """Return the weights of the four corners, (G, n, p, K, J, 4).
-
-    Args:
-        upper: (n, p, K, G, J), weight of the two upper corners together.
-        lower: (n, p, K, G, J), weight of the two lower corners together.
-        right: (n, p, K, G, J), the share of the right corners.
-    """
-    weights, (top_left, top_right, bottom_left, bottom_right) = _empty_corners(upper)
-    torch.mul(upper, right, out=top_right)
-    torch.sub(upper, top_right, out=top_left)
-    torch.mul(lower, right, out=bottom_right)
-    torch.sub(lower, bottom_right, out=bottom_left)
-    return weights
+def corners_by_offset(corners: Tensor) -> Tensor:
+    """View (Q, n, p, K, J, 4) as (4, n, Q, J, K, p)."""
+    return corners.permute(5, 1, 0, 4, 3, 2)
 
 
 def _empty_corners(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Allocate (G, n, p, K, J, 4) for a tensor of shape (n, p, K, G, J); also return it as (4, n, p, K, G, J)."""
-    images, positions, taps, groups, slices_per_group = like.shape
-    values = like.new_empty(groups, images, positions, taps, slices_per_group, 4)
-    return values, values.permute(5, 1, 2, 3, 0, 4)
+    """Allocate (Q, n, p, K, J, 4) for samples of shape (n, Q, J, K, p); also return it as (4, n, Q, J, K, p)."""
+    images, groups, slices, taps, positions = like.shape
+    values = like.new_empty(groups, images, positions, taps, slices, 4)
+    return values, corners_by_offset(values)

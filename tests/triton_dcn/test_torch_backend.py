@@ -21,7 +21,7 @@ from tests.triton_dcn.cases import (
     run_backend,
     two_threads,
 )
-from triton_dcn import deform_conv2d, reference, torch_backend, torch_samples
+from triton_dcn import deform_conv2d, reference, torch_backend, torch_planes, torch_samples
 from triton_dcn.geometry import ConvGeometry
 from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
 
@@ -29,6 +29,12 @@ GOLDEN = [f"c{number:02d}" for number in range(25)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # half: machine epsilon
 CASES_WITH_IMAGES = [name for name in CASES if name != "empty"]
+
+
+@pytest.fixture(params=[0, 1 << 20], ids=["rows", "planes"], autouse=True)
+def _form(request, monkeypatch):
+    """Every test runs with both forms: samples read rows of channels, or single channels of planes."""
+    monkeypatch.setattr(torch_planes, "WIDEST", request.param)
 
 
 def run(case, needs=None, backend=torch_backend):
@@ -66,6 +72,7 @@ def check_golden(golden, name, dtype):
 def test_golden(golden, dtype, chunk, monkeypatch):
     if chunk is not None:
         monkeypatch.setattr(torch_samples, "CHUNK_BYTES", chunk)
+        monkeypatch.setattr(torch_planes, "CHUNK_SAMPLES", chunk // 50)
     for name in GOLDEN:
         check_golden(golden, name, dtype)
 
@@ -85,6 +92,7 @@ def test_golden_with_convolutions(golden, name):
 
 def test_onednn_computes_the_products(capfd, monkeypatch):
     """On a processor of AMD's, also with one thread, and without copies of the columns."""
+    monkeypatch.setattr(torch_planes, "WIDEST", 0)
     monkeypatch.setattr(torch_backend, "_is_amd_processor", lambda: True)
     case = make_case(OperatorCase("", 1, 64, 48, 24, 24), torch.float32)
     threads = torch.get_num_threads()
@@ -206,6 +214,7 @@ def test_random_shapes_agree_with_the_reference(spec, seed, layout, chunk):
     case.grad_output = stored(case.grad_output, layout)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_samples, "CHUNK_BYTES", chunk)
+        patch.setattr(torch_planes, "CHUNK_SAMPLES", chunk)
         found = run(case)
     assert set(found) == set(target)
     for key, value in found.items():
@@ -373,13 +382,14 @@ def test_memory_is_bounded(spec, monkeypatch):
     """No tensor is larger than the arguments and results, or than a chunk, which here is larger than three weights."""
     case = make_case(spec, torch.float32)
     monkeypatch.setattr(torch_samples, "CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(torch_planes, "CHUNK_SAMPLES", 1 << 13)
     with Largest() as largest:
         run(case)
     largest_argument = max(tensor.nbytes for tensor in (*case.tensors, case.grad_output))
     assert largest.size <= max(largest_argument, 1 << 20)
 
     geom = case.geom
-    bytes_per_tap = 4 * geom.in_channels + 64 * torch_samples.slice_count(geom)
+    bytes_per_tap = 4 * geom.in_channels + 64 * geom.offset_groups
     assert 3 * largest.size < geom.batch * geom.positions * geom.taps * bytes_per_tap
 
 
