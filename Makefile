@@ -4,7 +4,7 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: setup train test test-slow test-gpu test-wheel bench bench-gpu lint format clean
+.PHONY: setup train test test-slow test-gpu test-wheel bench bench-gpu gpu-kit lint format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -36,6 +36,9 @@ bench: $(READY)            ## kernels on this machine, side by side; under 5 min
 bench-gpu: $(READY)        ## everything there is to measure on a GPU
 	$(BIN)/python -m bench.gpu
 
+gpu-kit: $(READY)          ## fill .gpu for a bare GPU machine: wheels, compiled kernels, scripts
+	$(BIN)/python -m bench.gpu_kit.build
+
 lint: $(READY)             ## what CI checks before the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,4 +49,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv data runs
+	rm -rf .venv .gpu data runs

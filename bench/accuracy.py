@@ -71,7 +71,7 @@ def find_violations(errors: Errors, ours: list[str], dtype: str) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print the largest error of every case and dtype, write all to the CSV; return the exit status."""
-    options = _parse(arguments)
+    options = parse(arguments)
     device = torch.device(options.device)
     names = ["reference", *(name for name in options.providers or FACTORIES if name != "reference")]
     if device.type == "cpu" and not options.providers:
@@ -109,7 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
     return int(bool(violations or failed))
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=["r50", "odd"], help="sets or names of bench.cases, or all")

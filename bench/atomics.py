@@ -166,7 +166,7 @@ def scatter_methods(inputs: Inputs, mode: str) -> dict[str, ScatterCall]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure the machine, then every case; print the table, write the CSV, return 1 where something is left out."""
-    options = _parse(arguments)
+    options = parse(arguments)
     device = gpu_or_dry_run(options.dry_run)
     ceiling_sizes: dict[str, int] = {}
     if options.dry_run:
@@ -196,7 +196,8 @@ def main(arguments: list[str] | None = None) -> int:
     return int(bool(failed))
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.atomics", description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=["r50"], help="sets or names of bench.cases")
     parser.add_argument("--batch-size", "--batch", type=int, help="instead of each case's own")

@@ -87,15 +87,13 @@ def add_rows(buffer: Tensor, width: int, rows: int) -> tuple[Callable[[], object
     return call, rows * width * 4
 
 
-def measure_ceilings(
-    device: torch.device, failed: list[str], seconds: float = 1.0, nbytes: int = BUFFER_BYTES, rows: int = ROWS
-) -> dict[str, tuple[int, Timing]]:
-    """Return, by name, the bytes that a call moved and its times.
+def ceiling_calls(
+    device: torch.device, nbytes: int = BUFFER_BYTES, rows: int = ROWS
+) -> dict[str, tuple[Callable[[], object], int]]:
+    """Return, by name, what to time and the bytes that it moves.
 
     Args:
         device: a GPU, or the CPU for a dry run in the interpreter.
-        failed: receives the names of what cannot be measured.
-        seconds: for all rounds together.
         nbytes: of the buffer of the atomics.
         rows: that atomics add.
     """
@@ -108,7 +106,20 @@ def measure_ceilings(
             row_count = rows * 64 // width
             work[f"{prefix}, aligned"] = add_rows(buffer[:-1], width, row_count)
             work[f"{prefix}, single floats"] = add_rows(buffer[1:], width, row_count)
+    return work
 
+
+def measure_ceilings(
+    device: torch.device, failed: list[str], seconds: float = 1.0, nbytes: int = BUFFER_BYTES, rows: int = ROWS
+) -> dict[str, tuple[int, Timing]]:
+    """Return, by name, the bytes that a call moved and its times.
+
+    Args:
+        device, nbytes, rows: of `ceiling_calls`.
+        failed: receives the names of what cannot be measured.
+        seconds: for all rounds together.
+    """
+    work = ceiling_calls(device, nbytes, rows)
     functions = {name: call for name, (call, _) in work.items()}
     timings = time_interleaved(functions, device, seconds, "ceilings", failed)
     results = {}

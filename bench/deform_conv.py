@@ -50,7 +50,7 @@ class _Settings:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, measure, print the table, write the CSV; return the exit status."""
-    options = _parse(arguments)
+    options = parse(arguments)
     device = torch.device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -81,7 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
     return int(bool(failed))
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="python -m bench.deform_conv", description=__doc__.splitlines()[0])
     default_cases = ["r50", "micro-64", "video-120-d12"]
