@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
 from triton_dcn import tile_table
 
@@ -120,8 +121,16 @@ def pretended_gpu(*, compiling: bool) -> Iterator[Record]:
             stack.enter_context(_recording_launches(record))
         if record.device.type == "cpu":
             stack.enter_context(mock.patch.object(tile_table, "architecture", return_value=ARCHITECTURE))
+            stack.enter_context(mock.patch.object(tile_table, "arithmetic", _arithmetic))
         stack.enter_context(FakeTensorMode())
         yield record
+
+
+def _arithmetic(tensor: torch.Tensor) -> str:
+    """Return what the tile table says of a tensor on a GPU."""
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        return "half"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "float32"
 
 
 def _address(tensor: FakeTensor) -> int:
@@ -133,11 +142,28 @@ def _address(tensor: FakeTensor) -> int:
 def _recording_launches(record: Record) -> Iterator[None]:
     """Replace the launch of a kernel by a note of its name."""
 
-    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        record.launches.append(kernel.fn.__name__)
+    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> _RecordedKernel:
+        compiled = _RecordedKernel(kernel.fn.__name__, record)
+        compiled[grid](*arguments)
+        return compiled
 
-    with mock.patch.object(triton.runtime.jit.JITFunction, "run", run):
+    driver.set_active(_Driver(record, None))
+    with mock.patch.object(triton.JITFunction, "run", run):
         yield
+
+
+@dataclass(frozen=True)
+class _RecordedKernel:
+    """Stands for a compiled kernel, which may be launched again."""
+
+    name: str
+    record: Record
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            self.record.launches.append(self.name)
+
+        return launch
 
 
 @contextmanager
@@ -145,7 +171,6 @@ def _compiling_driver(record: Record) -> Iterator[None]:
     """Make the pretended GPU Triton's active one."""
     from triton import knobs
     from triton.backends.nvidia import driver as nvidia
-    from triton.runtime.driver import driver
 
     def compiled(src: Any, metadata: dict[str, Any], metadata_group: Any, times: Any, cache_hit: bool) -> None:
         microseconds = times.ir_initialization + times.total_lowering + times.store_results
