@@ -23,7 +23,7 @@ LAYERS = {
         {"torch_planes"},
         {"triton_backend", "torch_backend", "reference"},
         {"operator"},
-        {"functional"},
+        {"functional", "flops"},
         {"nn"},
         {"compat", "onnx"},
     ],
