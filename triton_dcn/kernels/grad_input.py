@@ -119,13 +119,12 @@ def t_columns_kernel(
     bin = ((b * tiles_y + tile_y) * tiles_x + tile_x) * TAPS + tap
     begin = tl.load(start_ptr + bin)
     end = tl.load(start_ptr + bin + 1)
-    first_entry = tl.load(entry_ptr + begin, mask=begin < end, other=0)  # read in place of those beyond the last
     live_o = (o < OUT_CHANNELS)[None, :]
     acc = tl.zeros((TILE_H * TILE_W, BLOCK_O), tl.float32)
     for first_slot in tl.range(begin, end, BLOCK_S, num_stages=1):
         slot = first_slot + tl.arange(0, BLOCK_S)
         live = slot < end
-        entry = tl.load(entry_ptr + slot, mask=live, other=first_entry)
+        entry = tl.load(entry_ptr + tl.minimum(slot, end - 1))  # the last one in place of those beyond it
         hat = hat_matrix(
             cell_ptr,
             ly_ptr,
@@ -202,41 +201,44 @@ def g_form_kernel(
     x = tile_x * TILE_W + q % TILE_W
     begin = tl.load(start_ptr + tile * TAPS)
     end = tl.load(start_ptr + tile * TAPS + TAPS)
-    first_entry = tl.load(entry_ptr + begin, mask=begin < end, other=0)  # read in place of those beyond the last
     first_sample = offset_group * TAPS * positions
     live_c = (c_in_group < PER_OFFSET)[None, :]
     acc = tl.zeros((TILE_H * TILE_W, BLOCK_C), tl.float32)
     for first_slot in tl.range(begin, end, BLOCK_S, num_stages=1):
         slot = first_slot + tl.arange(0, BLOCK_S)
         live = slot < end
-        entry = tl.load(entry_ptr + slot, mask=live, other=first_entry)
+        entry = tl.load(entry_ptr + tl.minimum(slot, end - 1))  # the last one in place of those beyond it
         row = entry % positions
+        needed = True
         if PART:
             row -= first_position
             live = live & (row >= 0) & (row < rows)
             row = tl.where(live, row, 0)
-        hat = hat_matrix(
-            cell_ptr,
-            ly_ptr,
-            lx_ptr,
-            scale_ptr,
-            first_sample + entry,
-            live,
-            b * height * width,
-            tile_y,
-            tile_x,
-            width,
-            grad_column_ptr.dtype.element_ty,
-            TILE_H,
-            TILE_W,
-        )
-        tap = (entry // positions)[:, None]
-        grad_ptr = grad_column_ptr + column_offset(row[:, None], tap, c[None, :], rows, CHANNELS, GROUPS, TAPS)
-        if PART:
-            grad = tl.load(grad_ptr, mask=live[:, None] & live_c, other=0.0)  # (BLOCK_S, BLOCK_C)
-        else:
-            grad = tl.load(grad_ptr) if EVEN else tl.load(grad_ptr, mask=live_c, other=0.0)
-        acc = contract(hat, grad, acc, PRECISION)
+            # a chunk is a band of the image, and most tiles have no sample there
+            needed = tl.max(live.to(tl.int32), 0) > 0
+        if needed:
+            hat = hat_matrix(
+                cell_ptr,
+                ly_ptr,
+                lx_ptr,
+                scale_ptr,
+                first_sample + entry,
+                live,
+                b * height * width,
+                tile_y,
+                tile_x,
+                width,
+                grad_column_ptr.dtype.element_ty,
+                TILE_H,
+                TILE_W,
+            )
+            tap = (entry // positions)[:, None]
+            grad_ptr = grad_column_ptr + column_offset(row[:, None], tap, c[None, :], rows, CHANNELS, GROUPS, TAPS)
+            if PART:
+                grad = tl.load(grad_ptr, mask=live[:, None] & live_c, other=0.0)  # (BLOCK_S, BLOCK_C)
+            else:
+                grad = tl.load(grad_ptr) if EVEN else tl.load(grad_ptr, mask=live_c, other=0.0)
+            acc = contract(hat, grad, acc, PRECISION)
 
     store_ptr = grad_input_ptr + ((b * height + y) * width + x).to(tl.int64)[:, None] * CHANNELS + c[None, :]
     inside = ((y < height) & (x < width))[:, None] & live_c
