@@ -10,11 +10,13 @@ import torch
 from torch.utils import deterministic
 
 from bench.cases import Case, Inputs
-from triton_dcn import launchers, tile_table
+from triton_dcn import launchers, tile_table, triton_backend, workspace
 from triton_dcn.tile_table import Tile, TileRow
 
 FUSED_TASK = {"columns": "forward", "grad_sample": "grad_sample_fused"}
 """Task -> the fused one; it is done only where the table has no row of the fused one."""
+WAYS = ("t_columns", "g_form")
+"""The two ways to the gradient of the input; for one offset group both can be taken."""
 MIN_BLOCK = 16
 MAX_BLOCK = 256
 
@@ -29,6 +31,7 @@ class Candidate:
         row: the row that is judged; None where the candidate is not about a row.
         strip_min_width: in place of `tile_table.STRIP_MIN_WIDTH`.
         deterministic: whether the bins come from the stable sort.
+        way: of `WAYS`, to the gradient of the input; "" leaves it to `workspace.prefers_t_columns`.
     """
 
     label: str
@@ -36,6 +39,7 @@ class Candidate:
     row: TileRow | None = None
     strip_min_width: int = tile_table.STRIP_MIN_WIDTH
     deterministic: bool = False
+    way: str = ""
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -49,6 +53,8 @@ class Candidate:
         tile_table.STRIP_MIN_WIDTH = self.strip_min_width
         deterministic.fill_uninitialized_memory = False
         torch.use_deterministic_algorithms(self.deterministic)
+        if self.way:
+            triton_backend.prefers_t_columns = lambda geom, **_: self.way == "t_columns" and geom.offset_groups == 1
         try:
             yield
         finally:
@@ -56,6 +62,7 @@ class Candidate:
             tile_table.STRIP_MIN_WIDTH = strip_min_width
             deterministic.fill_uninitialized_memory = fill_memory
             torch.use_deterministic_algorithms(was_deterministic)
+            triton_backend.prefers_t_columns = workspace.prefers_t_columns
 
 
 def candidates(task: str, inputs: Inputs, max_tiles: int) -> list[Candidate]:
@@ -68,14 +75,18 @@ def candidates(task: str, inputs: Inputs, max_tiles: int) -> list[Candidate]:
     """
     table = tuple(row for row in tile_table.TABLE if row.task != FUSED_TASK.get(task))
     current = tile_table.find_row(task, inputs.geometry, inputs.input)
-    results = [Candidate("table", table, current)]
+    way = task if task in WAYS else ""
+    results = [Candidate("table", table, current, way=way)]
     if task in tile_table.EXACT_TASKS:
         without_task = tuple(row for row in table if row.task != task)
         results.append(Candidate("general way", without_task))
         results.append(Candidate("rows", table, strip_min_width=1 << 30))
         results.append(Candidate("strips", table, strip_min_width=1))
-    if task in ("t_columns", "g_form"):
-        results.append(Candidate("stable sort", table, deterministic=True))
+    if task in WAYS:
+        results.append(Candidate("stable sort", table, deterministic=True, way=way))
+        if inputs.case.offset_groups == 1:
+            other_way = WAYS[1 - WAYS.index(task)]
+            results.append(Candidate(other_way, table, way=other_way))
     return results + _tile_candidates(task, inputs, max_tiles, table, current)
 
 
@@ -99,7 +110,7 @@ def _tile_candidates(
             if row is not None and (kernel, tile) != (current.kernel, current.tile):
                 rows.append(row)
         for row in rows[:max_tiles]:
-            results.append(Candidate(_label(row), (row, *table), row))
+            results.append(Candidate(_label(row), (row, *table), row, way=task if task in WAYS else ""))
     return results
 
 
@@ -112,7 +123,10 @@ def _label(row: TileRow) -> str:
 
 
 def tiles_around(tile: Tile) -> Iterator[Tile]:
-    """Yield tiles around one: each block halved or doubled, with 4 warps, 8, and 8 of which two blocks fit."""
+    """Yield tiles around one: each block halved or doubled, with 4 warps, 8, and 8 of which two blocks fit.
+
+    Where programs have one warp, because their tiles are small, they keep it or get two.
+    """
     block_changes: list[dict[str, int]] = [{}]
     for name in ("block_p", "block_o", "block_c"):
         size = getattr(tile, name)
@@ -121,7 +135,9 @@ def tiles_around(tile: Tile) -> Iterator[Tile]:
             block_changes.append({name: size * 2})
 
     warps_and_registers = [(4, 0), (8, 0)]
-    if not torch.version.hip:
+    if tile.num_warps == 1:
+        warps_and_registers = [(1, 0), (2, 0)]
+    elif not torch.version.hip:
         warps_and_registers.append((8, 128))
 
     for num_warps, max_registers in warps_and_registers:

@@ -8,8 +8,8 @@ from bench.cases import CASES, make_inputs
 from bench.device import DTYPES
 from bench.measure import Timing
 from bench.rows import read_csv
-from bench.tuning_candidates import Candidate, candidates
-from triton_dcn import tile_table
+from bench.tuning_candidates import WAYS, Candidate, candidates
+from triton_dcn import tile_table, triton_backend, workspace
 
 
 def test_dry_run(tmp_path, monkeypatch, capsys):
@@ -28,6 +28,21 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
     assert "cannot" not in printed.err
     assert "disagrees" not in printed.err
     assert len((tmp_path / "tune.csv").read_text().splitlines()) > 20
+
+
+@pytest.mark.parametrize("task", WAYS)
+def test_both_ways_to_the_gradient_of_the_input(task):
+    """A candidate takes the way of its task, whatever moves less; the other way is a candidate of its own."""
+    inputs = make_inputs(CASES["dry"][0], DTYPES["bfloat16"], torch.device("cpu"), 2.0)
+    ways = {}
+    for candidate in candidates(task, inputs, 2):
+        with candidate.applied():
+            by_t = triton_backend.prefers_t_columns(inputs.geometry, needs_samples=True)
+        ways[candidate.label] = "t_columns" if by_t else "g_form"
+    other_way = WAYS[1 - WAYS.index(task)]
+    assert len(ways) > 3
+    assert {label for label, way in ways.items() if way == other_way} == {other_way}
+    assert triton_backend.prefers_t_columns is workspace.prefers_t_columns
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch, capsys):
