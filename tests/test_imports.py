@@ -17,7 +17,7 @@ PEERS = {"torchvision", "mmcv", "mmdet", "mmengine", "detectron2", "deformops", 
 
 LAYERS = {
     "triton_dcn": [
-        {"extras", "geometry", "matmul", "offset_mask", "kernels"},
+        {"extras", "forward_mode", "geometry", "matmul", "offset_mask", "kernels"},
         {"tile_table", "workspace"},
         {"launchers", "torch_samples"},
         {"torch_planes"},

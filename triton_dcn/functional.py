@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from triton_dcn import reference, tile_table
+from triton_dcn.forward_mode import refuse_tangents
 from triton_dcn.geometry import ConvGeometry
 from triton_dcn.offset_mask import OffsetMask
 from triton_dcn.operator import forward_op, store_like, without_autocast
@@ -23,6 +23,9 @@ from triton_dcn.operator import forward_op, store_like, without_autocast
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF_DTYPES, torch.float32, torch.float64)
 BACKENDS = ("triton", "torch", "reference")
+NO_FORWARD_MODE = (
+    "deform_conv2d has no forward-mode derivative (jvp, jacfwd): use torch.autograd.grad, or backend='reference'"
+)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -120,7 +123,7 @@ def convolve(
     backend = choose_backend(backend, input)
     if backend == "reference":
         return _convolve_by_reference(geom, input, offset_mask, weight, bias, relu)
-    _refuse_tangents(input, offset, weight, bias, mask)
+    refuse_tangents(NO_FORWARD_MODE, input, offset, weight, bias, mask)
     output: Tensor = forward_op(
         input, offset, mask, weight, bias, list(stride), list(padding), list(dilation), backend, mask_logits, relu
     )
@@ -197,18 +200,6 @@ def _convolve_by_reference(
         if relu:
             output = output.relu()
     return store_like(output, input)
-
-
-def _refuse_tangents(*tensors: Tensor | None) -> None:
-    """Raise NotImplementedError in forward mode, where PyTorch would silently use 0 as the operator's derivative."""
-    if forward_ad._current_level < 0:
-        return
-    for tensor in tensors:
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError(
-                "deform_conv2d has no forward-mode derivative (jvp, jacfwd): use torch.autograd.grad, or "
-                "backend='reference'"
-            )
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

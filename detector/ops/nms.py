@@ -11,10 +11,13 @@ not suppress. A box with a NaN score is never kept and suppresses nothing.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from detector.ops import nms_cpu
+from detector.ops.vmapping import fold, unfold
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float) -> Tensor:
@@ -114,3 +117,13 @@ def _batched_nms_cuda(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshol
 @batched_nms_op.register_fake
 def _batched_nms_fake(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float) -> Tensor:
     return torch.empty_like(valid, memory_format=torch.contiguous_format)
+
+
+@batched_nms_op.register_vmap
+def _vmap_batched_nms(
+    info: Any, in_dims: tuple[int | None, ...], boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float
+) -> tuple[Tensor, int]:
+    """Run the groups of all elements in one call."""
+    tensors = (boxes, scores, valid)
+    folded = [fold(tensor, dim, info.batch_size) for tensor, dim in zip(tensors, in_dims[:3], strict=True)]
+    return unfold(batched_nms_op(*folded, iou_threshold), info.batch_size), 0

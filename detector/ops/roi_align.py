@@ -15,6 +15,8 @@ from torch import Tensor
 
 from detector.ops import roi_align_cpu
 from detector.ops.roi_align_geometry import RoIAlignGeometry
+from detector.ops.vmapping import fold, unfold
+from triton_dcn.forward_mode import refuse_tangents
 
 
 def roi_levels(boxes: Tensor, num_levels: int = 4, finest_scale: float = 56) -> Tensor:
@@ -69,12 +71,14 @@ def roi_align(
     Raises:
         ValueError: shapes, `strides`, `output_size` or `sampling_ratio` disagree with the above.
         TypeError: dtypes or devices disagree.
+        NotImplementedError: second derivatives, or forward-mode differentiation outside of torch.compile.
 
     Source:
         He et al., Mask R-CNN, ICCV 2017, section 3; half-cell shift and adaptive grid as in Detectron2.
     """
     features = list(features)
     check_arguments(features, rois, levels, strides, output_size, sampling_ratio)
+    refuse_tangents("roi_align has no forward-mode derivative (jvp, jacfwd): use torch.autograd.grad", *features, rois)
     float_strides = [float(stride) for stride in strides]
     pooled: Tensor = forward_op(features, rois, levels, float_strides, output_size, sampling_ratio)
     return pooled
@@ -225,4 +229,65 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor], None, None, None, N
     return grad_features, None, None, None, None, None
 
 
+def _second_backward(ctx: Any, grad: Tensor) -> None:
+    raise NotImplementedError("roi_align has no second derivatives")
+
+
 forward_op.register_autograd(_backward, setup_context=_setup_context)
+backward_op.register_autograd(_second_backward)
+
+
+def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
+    """Run all elements as one call: their rois one after the other and, where features differ, more images.
+
+    Args:
+        info: `info.batch_size` is the number of elements.
+        in_dims: the mapped dimension of each argument, None where all elements share it.
+        arguments: of `forward_op`.
+
+    Returns:
+        The pooled features, and the dimension along which they are stacked.
+    """
+    features, rois, levels, *settings = arguments
+    feature_dims, roi_dim, level_dim = in_dims[:3]
+    elements = info.batch_size
+    folded_rois = fold(rois, roi_dim, elements)
+    if any(dim is not None for dim in feature_dims):
+        batch = features[0].shape[0] if feature_dims[0] is None else features[0].movedim(feature_dims[0], 0).shape[1]
+        folded_rois = _images_apart(folded_rois, batch, elements)
+        features = [fold(feature, dim, elements) for feature, dim in zip(features, feature_dims, strict=True)]
+    pooled = forward_op(features, folded_rois, fold(levels, level_dim, elements), *settings)
+    return unfold(pooled, elements), 0
+
+
+def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
+    """Do as `_vmap_forward`: each element has images of its own, because it has a gradient of its own."""
+    grad, rois, levels, batch, heights, widths, strides, sampling_ratio = arguments
+    elements = info.batch_size
+    folded_rois = _images_apart(fold(rois, in_dims[1], elements), batch, elements)
+    table = backward_op(
+        fold(grad, in_dims[0], elements),
+        folded_rois,
+        fold(levels, in_dims[2], elements),
+        batch * elements,
+        heights,
+        widths,
+        strides,
+        sampling_ratio,
+    )
+    cells = [elements * batch * height * width for height, width in zip(heights, widths, strict=True)]
+    return torch.cat([unfold(level_table, elements) for level_table in table.split(cells)], 1), 0
+
+
+def _images_apart(rois: Tensor, batch: int, elements: int) -> Tensor:
+    """Let the rois of the i-th element refer to the i-th `batch` images; -1 where they referred to none."""
+    rois = rois.to(torch.promote_types(rois.dtype, torch.float32))  # in half precision few integers exist
+    image = rois[:, 0].view(elements, -1)
+    first_image = batch * torch.arange(elements, device=rois.device)[:, None]
+    exists = (image >= 0) & (image < batch)  # not so for NaN
+    image = torch.where(exists, image + first_image, -1).flatten()
+    return torch.cat([image[:, None], rois[:, 1:]], 1)
+
+
+forward_op.register_vmap(_vmap_forward)
+backward_op.register_vmap(_vmap_backward)
