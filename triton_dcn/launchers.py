@@ -158,7 +158,7 @@ def forward_fused(
         if half and not in_pairs:
             options.pop("maxnreg", None)  # float32 needs more registers
         w = permute_weight(w, block=tile.block_c)
-        if precision == "tf32":
+        if precision in ("tf32", "tf32_even"):
             w = round_weight(w)
     has_bias = bias is not None
     bias = w if bias is None else bias  # without a bias, a pointer that is not read

@@ -139,21 +139,21 @@ TABLE: tuple[TileRow, ...] = (
     TileRow("bins", "bins", GPUS, "any", ANY, Tile(256)),
     TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(128, 256, 32, 8), programs=FULL),
     TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(128, 128, 32, 8, 128), programs=FULL),
+    TileRow("forward", "forward_direct", ("sm80",), "half", 256, Tile(128, 128, 32, 8), programs=FULL),
     TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(64, 128, 32, 4), programs=FULL),
-    TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(64, 64, 32, 4)),
+    TileRow("forward", "forward_direct", ("sm80", "sm90"), "half", 256, Tile(64, 64, 32, 4)),
     TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(64, 128, 32, 4, 168), spans_groups=True),
-    TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(64, 64, 32, 4), spans_groups=True),
-    TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(64, 64, 16, 4), spans_groups=True),
-    TileRow("forward", "forward_transposed", ("sm90",), "tf32", 128, Tile(64, 128, 32, 8)),
-    TileRow("forward", "forward_transposed", ("sm90",), "tf32", 256, Tile(64, 256, 16, 8)),
+    TileRow("forward", "forward_direct", ("sm80", "sm90"), "half", 256, Tile(64, 64, 32, 4), spans_groups=True),
+    TileRow("forward", "forward_direct", ("sm80", "sm90"), "half", 256, Tile(64, 64, 16, 4), spans_groups=True),
+    TileRow("forward", "forward_direct", ("sm80", "sm90"), "tf32", 256, Tile(128, 128, 16, 8), programs=FULL),
+    TileRow("forward", "forward_direct", ("sm90",), "tf32", 256, Tile(64, 128, 16, 4), programs=FULL),
+    TileRow("forward", "forward_direct", ("sm80", "sm90"), "tf32", 256, Tile(64, 64, 16, 4)),
+    TileRow("forward", "forward_direct", ("sm80", "sm90"), "tf32", 256, Tile(64, 64, 16, 4), spans_groups=True),
     TileRow("forward", "forward_transposed", ("sm100",), "half", 128, Tile(64, 128, 32, 4)),
     TileRow("forward", "forward_transposed", ("sm100",), "half", 256, Tile(64, 64, 32, 4)),
-    TileRow("forward", "forward_prefetch", ("sm80",), "half", 128, Tile(64, 128, 32, 8)),
     TileRow("forward", "forward_prefetch", ("gfx942",), "half", 128, Tile(64, 128, 32, 4)),
-    TileRow("forward", "forward_prefetch", PORTABLE, "half", 256, Tile(64, 256, 32, 8)),
-    TileRow("forward", "forward_prefetch", PORTABLE, "half", 256, Tile(64, 64, 32, 4)),
-    TileRow("forward", "forward_prefetch", ("sm80",), "tf32", 128, Tile(64, 128, 16, 8)),
-    TileRow("forward", "forward_prefetch", ("sm80",), "tf32", 256, Tile(64, 256, 16, 8)),
+    TileRow("forward", "forward_prefetch", ("gfx942",), "half", 256, Tile(64, 256, 32, 8)),
+    TileRow("forward", "forward_prefetch", ("gfx942",), "half", 256, Tile(64, 64, 32, 4)),
     TileRow("columns", "columns", GPUS, "half", ANY, Tile(32, 0, 64, 4)),
     TileRow("columns", "columns", GPUS, "any", ANY, Tile(16, 0, 64, 4)),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "half", 128, Tile(128, 64, 64, 8, 128)),
@@ -299,14 +299,14 @@ def arithmetic(tensor: Tensor) -> str:
 
 
 def dot_precision(tensor: Tensor) -> str:
-    """Return `input_precision` of tl.dot for products of `tensor`."""
+    """Return the precision of `kernels.arithmetic.contract` for products of `tensor`."""
     return precision(architecture(tensor.device), arithmetic(tensor))
 
 
 def precision(arch: str, arithmetic: str) -> str:
-    """Return `input_precision` of tl.dot; three TF32 products replace one in float32, which tensor cores lack."""
+    """Return the precision of `contract`; three TF32 products replace one in float32, which tensor cores lack."""
     if arithmetic == "tf32":
-        return "tf32"
+        return "tf32" if arch == "sm80" else "tf32_even"
     if arithmetic == "float32" and arch.startswith("sm"):
         return "tf32x3"
     return "ieee"

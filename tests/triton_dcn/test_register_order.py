@@ -15,6 +15,7 @@ from triton_dcn.kernels.register_order import (
     multiply_pairs,
     permute_weight,
     product_row,
+    round_weight,
     to_operand,
 )
 
@@ -56,6 +57,16 @@ def test_threads_hold_what_the_tensor_core_wants(dtype, side, columns, next_quar
     for quarter in range(4):
         wanted = [column + quarter * next_quarter for column in columns]
         assert order[wanted].tolist() == list(range(quarter * run, (quarter + 1) * run))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_weight_is_rounded_to_tf32(sign):
+    ulp = 2.0**-10
+    values = torch.tensor([1 + 0.49 * ulp, 1 + 0.5 * ulp, 1 + 1.49 * ulp, 0.0, torch.inf, torch.nan, 3.4e38])
+    rounded = torch.tensor([1, 1 + ulp, 1 + ulp, 0.0, torch.inf, torch.nan, 3.4e38 // 2.0**117 * 2.0**117])
+    torch.testing.assert_close(round_weight(sign * values), sign * rounded, atol=0, rtol=0, equal_nan=True)
+    loud = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)  # NaNs that a GPU makes
+    assert round_weight(loud).isnan().all()
 
 
 @triton.jit

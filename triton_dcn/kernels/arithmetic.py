@@ -16,17 +16,24 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # triton.
 def contract(a, b, acc, PRECISION: tl.constexpr, B_IS_ROUNDED: tl.constexpr = False):
     """Return acc + a @ b, (m, n) + (m, k) @ (k, n), accumulated in float32.
 
-    Tensor cores cut float32 operands off to TF32: here they are rounded before, which more than halves the error of a
-    product. B_IS_ROUNDED: those of `b` are already.
+    Args:
+        a, b, acc: of the product; a and b have one dtype.
+        PRECISION: "ieee"; of float32 products, also "tf32x3", "tf32", or "tf32_even" on GPUs after sm_80, where one
+            instruction rounds to TF32. Tensor cores would cut the operands off: rounding them before more than halves
+            the error of a product.
+        B_IS_ROUNDED: `b` is rounded to TF32 already.
     """
-    if PRECISION == "tf32":
-        a = round_to_tf32(a)
-        if not B_IS_ROUNDED:
-            b = round_to_tf32(b)
     if INTERPRETED and a.dtype == tl.bfloat16:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    if PRECISION == "tf32" or PRECISION == "tf32_even":
+        a = round_to_tf32(a, PRECISION)
+        if not B_IS_ROUNDED:
+            b = round_to_tf32(b, PRECISION)
+        acc = tl.dot(a, b, acc, input_precision="tf32")
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -40,11 +47,16 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def round_to_tf32(x):
-    """Return float32 `x` with 10 bits of fraction, rounded to nearest, the middle of two numbers away from zero."""
+def round_to_tf32(x, PRECISION: tl.constexpr):
+    """Return float32 `x` with 10 bits of fraction, rounded to nearest, for a PRECISION of `contract`.
+
+    The middle of two numbers goes to the even one, or away from zero on sm_80, whose instruction for it is that.
+    """
     if INTERPRETED:
         bits = x.to(tl.int32, bitcast=True).to(tl.int64) + 0x1000
         x = tl.where(x == x, (bits >> 13 << 13).to(tl.int32).to(tl.float32, bitcast=True), x)
+    elif PRECISION == "tf32_even":
+        x = tl.inline_asm_elementwise("cvt.rn.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
         x = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
     return x
