@@ -93,7 +93,10 @@ def candidates(task: str, inputs: Inputs, max_tiles: int) -> list[Candidate]:
 def _tile_candidates(
     task: str, inputs: Inputs, max_tiles: int, table: tuple[TileRow, ...], current: TileRow | None
 ) -> list[Candidate]:
-    """Return tables with a new row in front: at most `max_tiles` tiles of each kernel, around that of `current`."""
+    """Return tables with a new row in front: at most `max_tiles` tiles of each kernel.
+
+    The kernel's own tiles in the table come first, also those of rows for other sizes; then those around `current`.
+    """
     case = inputs.case
     arch = tile_table.architecture(inputs.input.device)
     arithmetic = tile_table.arithmetic(inputs.input)
@@ -105,7 +108,8 @@ def _tile_candidates(
     results = []
     for kernel in kernels:
         rows = []
-        for tile in tiles_around(current.tile):
+        own_tiles = [row.tile for row in tile_table.TABLE if row.kernel == kernel and arch in row.archs]
+        for tile in dict.fromkeys([*own_tiles, *tiles_around(current.tile)]):
             row = _row_for(TileRow(task, kernel, (arch,), arithmetic, channels, tile), case)
             if row is not None and (kernel, tile) != (current.kernel, current.tile):
                 rows.append(row)

@@ -29,6 +29,7 @@ from triton_dcn.kernels.sampling import PAIRS, sampling_kernel
 from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
 from triton_dcn.tile_table import (
     REGISTER_ORDER,
+    TF32,
     TILE_W,
     WORD_KERNELS,
     Tile,
@@ -130,6 +131,15 @@ def columns(geom: ConvGeometry, x: Tensor, samples: SampleArrays, chunk: slice) 
     return columns
 
 
+def forward_weight(row: TileRow, weight: Tensor) -> Tensor:
+    """Return a weight (O, C, kh, kw) of any strides as (O, K, C), as the kernel of a row of "forward" reads it."""
+    taps_last = weight.flatten(2).transpose(1, 2)
+    if row.kernel != "forward_direct":
+        return taps_last.contiguous()
+    w = permute_weight(taps_last, block=row.tile.block_c)
+    return round_weight(w) if dot_precision(weight) in TF32 else w
+
+
 def forward_fused(
     geom: ConvGeometry,
     row: TileRow,
@@ -140,7 +150,7 @@ def forward_fused(
     output: Tensor,
     relu: bool,
 ) -> None:
-    """Launch the forward kernel of the table's row: fill `output` (M, O).
+    """Launch the forward kernel of the table's row: fill `output` (M, O). `w` comes from `forward_weight`.
 
     `forward_direct_kernel` blends half-precision channels in pairs, rounding after every product; where the user asks
     for determinism, in float32, as the other forward kernels do.
@@ -149,7 +159,6 @@ def forward_fused(
     options = tile.options
     kernel = FORWARD_KERNELS[row.kernel]
     kernel_constants: dict[str, int | bool] = {}
-    precision = dot_precision(x)
     pixels = _words(geom, x) if row.kernel in WORD_KERNELS else x
     if row.kernel == "forward_direct":
         half = x.dtype != torch.float32
@@ -157,9 +166,6 @@ def forward_fused(
         kernel_constants = {"WARPS": tile.num_warps, "BLEND_IN_PAIRS": in_pairs}
         if half and not in_pairs:
             options.pop("maxnreg", None)  # float32 needs more registers
-        w = permute_weight(w, block=tile.block_c)
-        if precision in ("tf32", "tf32_even"):
-            w = round_weight(w)
     has_bias = bias is not None
     bias = w if bias is None else bias  # without a bias, a pointer that is not read
     positions = geom.batch * geom.positions
@@ -168,7 +174,7 @@ def forward_fused(
         (pixels, *samples, w, bias, output),
         (positions, geom.out_height, geom.out_width, geom.width),
         CHANNELS=geom.in_channels, OUT_CHANNELS=geom.out_channels, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
-        HAS_BIAS=has_bias, RELU=relu, STRIP=strip_width(geom.out_width), PRECISION=precision,
+        HAS_BIAS=has_bias, RELU=relu, STRIP=strip_width(geom.out_width), PRECISION=dot_precision(x),
         BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, **kernel_constants, **options,
     )  # fmt: skip
 
@@ -188,7 +194,7 @@ def grad_sample_fused(
     in_order = architecture(x.device) in REGISTER_ORDER
     if in_order:
         w = permute_weight(w, "result", block=min(tile.block_c, block_channels(w.dtype)))
-        if precision == "tf32":
+        if precision in TF32:
             w = round_weight(w)
     positions = geom.batch * geom.positions
     blocks = _cdiv(positions, tile.block_p) * min(geom.offset_groups, geom.in_channels // tile.block_c)
