@@ -140,9 +140,9 @@ PLAN = (
     Benchmark(
         "odd-shapes",
         "deform_conv",
-        ("--cases", "odd", "r50-down", "wide", "depthwise", *FORWARD_BOTH, *PEERS, "--dtypes", "float16"),
+        ("--cases", "odd", "r50-down", "wide", "depthwise", *FORWARD_BOTH, *PEERS, "--dtypes", "float16", "float32"),
         (*DRY_CASE, "--modes", "both"),
-        50,
+        60,
     ),
     Benchmark(
         "contiguous",
