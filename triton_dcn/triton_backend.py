@@ -8,12 +8,16 @@ the first launch computes the sample arrays, `SampleArrays`, from offsets and ma
 
 Letters: see `triton_dcn.kernels.sampling`; B and M count the images, and their output positions, of one slice. The rows
 of a column buffer are the output positions of one chunk.
+
+Narrow channel groups are joined: the computation is that of fewer groups, whose weight has zeros where an input and an
+output channel are of different groups. Columns of a few channels each would be written and read a few bytes at a time,
+and products this narrow take as long as those with the zeros.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +28,13 @@ from triton_dcn.launchers import SampleArrays
 from triton_dcn.matmul import accumulate, multiply, multiply_groups
 from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
 from triton_dcn.workspace import column_chunks, image_slices, prefers_t_columns, tile_chunks
+
+NARROW_GROUP = 16
+"""Channel groups of fewer input channels are joined."""
+JOINED_CHANNELS = 128
+"""With no more input channels all narrow groups become one, for which there are fused kernels, ..."""
+JOINED_GROUP = 64
+"""... else groups of at least so many input channels."""
 
 
 def forward(
@@ -49,6 +60,7 @@ def forward(
         ValueError: one image has 2**27 pixels, or 2**29 samples, or more.
     """
     x = _channels_last(input)
+    geom, weight = _join_narrow_groups(geom, weight)
     row = tile_table.find_row("forward", geom, x)
     w = _taps_last(weight) if row is None else launchers.forward_weight(row, weight)
     bias = None if bias is None else bias.contiguous()
@@ -99,6 +111,8 @@ def backward(
         ValueError: one image has 2**27 pixels, or 2**29 samples, or more.
     """
     x = _channels_last(input)
+    groups = geom.groups
+    geom, weight = _join_narrow_groups(geom, weight)
     w = _taps_last(weight)
     grad = _channels_last(grad_output).view(-1, geom.out_channels)
     grad_input = torch.empty_like(x) if needs_input else None  # written in full
@@ -135,7 +149,7 @@ def backward(
         grad_input = grad_input.permute(0, 3, 1, 2)
     if grad_weight is not None:
         restore = _weight_from_t if use_t_columns else weight_from_columns
-        grad_weight = restore(geom, grad_weight).to(weight.dtype)
+        grad_weight = _take_groups_apart(geom, groups, restore(geom, grad_weight)).to(weight.dtype)
     return grad_input, grad_weight
 
 
@@ -230,6 +244,42 @@ def _backward_by_columns(
 
     if grads.input is not None and grad_input is not grads.input:
         grads.input.copy_(grad_input)
+
+
+def joined_geometry(geom: ConvGeometry) -> ConvGeometry:
+    """Return the geometry with narrow channel groups joined, `geom` itself if they are not narrow."""
+    per_group = geom.in_channels // geom.groups
+    if geom.groups == 1 or per_group >= NARROW_GROUP:
+        return geom
+    joined = geom.groups
+    if geom.in_channels > JOINED_CHANNELS:
+        divisors = [count for count in range(1, geom.groups + 1) if geom.groups % count == 0]
+        joined = next(count for count in divisors if count * per_group >= JOINED_GROUP)
+    return replace(geom, groups=geom.groups // joined)
+
+
+def _join_narrow_groups(geom: ConvGeometry, weight: Tensor) -> tuple[ConvGeometry, Tensor]:
+    """Return the joined geometry, and the weight (O, C/G, kh, kw) for it: zeros between the groups that were joined."""
+    joined_geom = joined_geometry(geom)
+    if joined_geom is geom:
+        return geom, weight
+    joined = geom.groups // joined_geom.groups
+    apart = weight.unflatten(0, (joined_geom.groups, joined, -1))
+    _, _, out_per_group, per_group, *kernel = apart.shape
+    together = weight.new_zeros(joined_geom.groups, joined, out_per_group, *kernel, joined, per_group)
+    together.diagonal(dim1=1, dim2=5).copy_(apart.permute(0, 2, 4, 5, 3, 1))
+    return joined_geom, together.view(geom.out_channels, *kernel, -1).permute(0, 3, 1, 2)
+
+
+def _take_groups_apart(geom: ConvGeometry, groups: int, weight: Tensor) -> Tensor:
+    """Return the weight (O, C/groups, kh, kw) in that of the joined groups of `geom`, (O, C/G, kh, kw)."""
+    joined = groups // geom.groups
+    if joined == 1:
+        return weight
+    out_channels, _, *kernel = weight.shape
+    per_group = geom.in_channels // groups
+    together = weight.view(geom.groups, joined, -1, joined, per_group, *kernel)
+    return together.diagonal(dim1=1, dim2=3).movedim(-1, 1).reshape(out_channels, per_group, *kernel)
 
 
 def column_gradients(geom: ConvGeometry, grad: Tensor, w: Tensor) -> Tensor:

@@ -56,6 +56,23 @@ def test_sample_gradients_take_fewer_output_channels_than_a_block(tmp_path):
     assert set(run.stdout.splitlines()) == {"True True"}, run.stdout + run.stderr
 
 
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+def test_g_form_of_narrow_offset_groups(arch, tmp_path):
+    """The launcher makes blocks as narrow as an offset group, and these are products for tensor cores, too."""
+    code = f"""if True:
+        from bench.compiled_code import compile_row
+        from triton_dcn import tile_table
+        for arithmetic in ("half", "tf32", "float32"):
+            row = tile_table.match_row("g_form", {arch!r}, arithmetic, tile_table.ANY, tile_table.ANY)
+            for channels in (4, 8, 15):
+                block = max(8, 1 << (channels - 1).bit_length())
+                report = compile_row(row, {arch!r}, CHANNELS=4 * channels, OFFSET_GROUPS=4, BLOCK_C=block)
+                print(report.spills == 0, report.tensor_core > 0, report.float_atomics == 0)
+    """
+    run = compile_in("-c", code, cache=tmp_path)
+    assert set(run.stdout.splitlines()) == {"True True True"}, run.stdout + run.stderr
+
+
 def test_no_kernel_is_compiled_anew_for_a_size(tmp_path):
     """Only what is a constant of the kernel, and the alignment of pointers, makes another variant."""
     code = """if True:

@@ -41,6 +41,7 @@ SPECS = {
     "groups-cross": OperatorCase(
         "groups-cross", 1, 12, 6, 6, 5, kernel=(2, 2), groups=2, offset_groups=3, has_bias=False
     ),
+    "depthwise": OperatorCase("depthwise", 1, 20, 20, 6, 7, groups=20, offset_groups=2),
     "many-channels": OperatorCase("many-channels", 1, 80, 80, 5, 5, kernel=(1, 2), padding=(0, 1), has_bias=False),
     "one-pixel": OperatorCase("one-pixel", 2, 16, 16, 1, 1),
     "odd-channels": OperatorCase("odd-channels", 1, 9, 6, 6, 5, kernel=(2, 2), offset_groups=3, has_bias=False),
@@ -232,12 +233,50 @@ def test_each_gradient_alone(spec, wanted):
     assert_agree(run(case, needs), exact(case, needs), FLOOR[torch.float32])
 
 
+def keep_groups_apart(monkeypatch):
+    """Let the kernels see the channel groups of a case, however narrow they are."""
+    monkeypatch.setattr(triton_backend, "NARROW_GROUP", 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spec", ["groups", "groups-cross", "depthwise"])
+def test_groups_apart(spec, dtype, monkeypatch):
+    """As in `test_half`, which joins them."""
+    keep_groups_apart(monkeypatch)
+    case = case_of(spec, dtype)
+    assert triton_backend.joined_geometry(case.geom) is case.geom
+    assert_agree(run(case), exact(case), FLOOR[dtype])
+
+
+@pytest.mark.parametrize("needs_samples", [True, False])
+def test_several_joined_groups(needs_samples, monkeypatch):
+    """Six groups of four channels become two of twelve, four output channels in each; by columns and by T."""
+    monkeypatch.setattr(triton_backend, "JOINED_CHANNELS", 16)
+    monkeypatch.setattr(triton_backend, "JOINED_GROUP", 12)
+    case = make_case(OperatorCase("", 2, 24, 12, 6, 5, kernel=(2, 2), groups=6), torch.float32, DEVICE)
+    assert triton_backend.joined_geometry(case.geom).groups == 2
+    needs = (True, needs_samples, needs_samples, True)
+    assert_agree(run(case, needs), exact(case, needs), FLOOR[torch.float32])
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "expected"),
+    [(96, 96, 1), (128, 32, 1), (256, 32, 4), (768, 768, 12), (90, 18, 1), (360, 36, 4), (64, 4, 4), (64, 1, 1)],
+)
+def test_narrow_groups_are_joined(channels, groups, expected):
+    """Groups of fewer than 16 channels: all of them up to 128 channels, else to at least 64; wider ones stay."""
+    case = make_case(OperatorCase("", 1, channels, channels, 2, 2, groups=groups), torch.float32)
+    joined = triton_backend.joined_geometry(case.geom)
+    assert joined == replace(case.geom, groups=expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("needs_samples", [True, False])
 @pytest.mark.parametrize("way", ["t_columns", "g_form"])
 @pytest.mark.parametrize("spec", ["two-blocks", "v1", "groups", "many-channels"])
 def test_both_ways_to_the_gradient_of_the_input(spec, way, needs_samples, dtype, monkeypatch):
     force_way(monkeypatch, way)
+    keep_groups_apart(monkeypatch)
     case = case_of(spec, dtype)
     needs = (True, needs_samples, needs_samples and case.tensors[2] is not None, True)
     assert_agree(run(case, needs), exact(case, needs), FLOOR[dtype])
@@ -264,6 +303,7 @@ def test_more_output_channels_take_no_t(monkeypatch):
 def test_chunks_and_slices(spec, way, monkeypatch):
     """A workspace that holds one row of tiles: one image a slice, several chunks of columns and of T."""
     force_way(monkeypatch, way)
+    keep_groups_apart(monkeypatch)
     case = case_of(spec)
     monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 20_000)
     images_per_slice = [part.batch for part, _ in workspace.image_slices(case.geom, "ranks")]
@@ -276,6 +316,7 @@ def test_chunks_and_slices(spec, way, monkeypatch):
 @pytest.mark.parametrize(("spec", "workspace_bytes"), [("offset-groups", 70_000), ("groups-cross", 3_000)])
 def test_column_gradients_of_an_image_beyond_the_workspace(spec, workspace_bytes, dtype, monkeypatch):
     """Several offset groups: the column gradients come in bounded chunks, too, and each adds to grad_input."""
+    keep_groups_apart(monkeypatch)
     case = case_of(spec, dtype)
     sizes = []
     monkeypatch.setattr(workspace, "WORKSPACE_BYTES", workspace_bytes)
