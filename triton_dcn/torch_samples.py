@@ -44,15 +44,14 @@ class TapGrid(NamedTuple):
 
     Attributes:
         pixels: (K, P), int32 or int64, the number of the pixel in the table of one image, see `make_table`.
-        above: (2, K, P), y and x in the dtype of the computation; offsets up to here lead outside.
-        below: (2, K, P), offsets from here on lead outside.
-        outside: (2, K, P), an offset that leads to a cell whose corners are zero, whatever the other axis says.
+        lowest: (2, K, P), y and x in the dtype of the computation, offsets that lead to -1; from there on all lie
+            outside.
+        highest: (2, K, P), offsets that lead to H and W; from there on all lie outside.
     """
 
     pixels: Tensor
-    above: Tensor
-    below: Tensor
-    outside: Tensor
+    lowest: Tensor
+    highest: Tensor
 
     def at(self, positions: slice) -> TapGrid:
         """Return the grid of some positions."""
@@ -155,10 +154,10 @@ def tap_grid(geom: ConvGeometry, device: torch.device, dtype: torch.dtype) -> Ta
     taps = torch.stack((y, x)).view(2, geom.taps, geom.positions)
 
     tap_y, tap_x = taps.to(_index_dtype(geom))
-    pixels = (tap_y + 2) * (geom.width + 2) + (tap_x + 1)
-    size = taps.new_tensor([geom.height, geom.width]).view(2, 1, 1)
-    outside = taps.new_tensor([-2, geom.width]).view(2, 1, 1)
-    return TapGrid(pixels, (-1 - taps).to(dtype), (size - taps).to(dtype), (outside - taps).to(dtype))
+    pixels = (tap_y + 2) * (geom.width + 2) + (tap_x + 2)
+    lowest = (-1 - taps).to(dtype)
+    extent = lowest.new_tensor([geom.height + 1, geom.width + 1]).view(2, 1, 1)
+    return TapGrid(pixels, lowest, lowest + extent)
 
 
 def _index_dtype(geom: ConvGeometry) -> torch.dtype:
@@ -170,13 +169,13 @@ def _index_dtype(geom: ConvGeometry) -> torch.dtype:
 def make_table(geom: ConvGeometry, input: Tensor, dtype: torch.dtype) -> Tensor:
     """Lay out images (n, C, H, W) as a table of pixels with zeros around them: (R, C).
 
-    R is (n * (H + 3) + 2) * (W + 2), and pixel (y, x) of image i is row (i * (H + 3) + y + 2) * (W + 2) + x + 1. All
-    four corners exist for every cell with -2 <= y <= H and -1 <= x <= W: the right neighbor of the last column is the
-    first column of the next row. The corners are zero for the cells at y = -2, y = H and x = W, which stand for
-    everything outside.
+    R is (n * (H + 3) + 2) * (W + 2) + 1, and pixel (y, x) of image i is row (i * (H + 3) + y + 2) * (W + 2) + x + 2.
+    All four corners exist for every cell with -2 <= y <= H and -2 <= x <= W: left of a row's first column, x = -1, is
+    the last column of the row before, x = W. The corners are zero for the cells at y = -2, y = H, x = -2 and x = W,
+    which stand for everything outside.
     """
     images, channels, height, width = input.shape
-    table = input.new_zeros((images * (height + 3) + 2) * (width + 2), channels, dtype=dtype)
+    table = input.new_zeros((images * (height + 3) + 2) * (width + 2) + 1, channels, dtype=dtype)
     view_pixels(geom, table).copy_(input.permute(0, 2, 3, 1))
     return table
 
@@ -185,7 +184,7 @@ def view_pixels(geom: ConvGeometry, table: Tensor) -> Tensor:
     """View the pixels of the images that a table holds: (n, H, W, C)."""
     row_length = geom.width + 2
     image_rows = geom.height + 3
-    images = table[2 * row_length :].view(-1, image_rows, row_length, table.shape[1])
+    images = table[2 * row_length + 1 :].view(-1, image_rows, row_length, table.shape[1])
     return images[:, : geom.height, 1:-1]
 
 
@@ -213,27 +212,31 @@ def find_samples(offset: Tensor, mask: Tensor | None, grid: TapGrid, row_length:
         grid: of the same positions.
         row_length: pixels of a row of the table, W + 2.
     """
-    dtype = grid.above.dtype
-    above, below, outside = (bound[:, None, None] for bound in grid[1:])
+    dtype = grid.lowest.dtype
+    lowest = grid.lowest[:, None, None]
+    highest = grid.highest[:, None, None]
     offset = offset.to(dtype)
     if mask is not None:
-        mask = _clear_outside(mask.to(dtype), offset, above, below)
+        mask = _clear_outside(mask.to(dtype), offset, lowest, highest)
 
     fractions = torch.empty(offset.shape, dtype=dtype, device=offset.device)
-    torch.where(offset > above, offset, outside, out=fractions)  # outside also where the offset is NaN
-    torch.minimum(fractions, below, out=fractions)
-    whole = fractions.floor()
+    torch.nan_to_num(offset, nan=torch.inf, out=fractions)
+    torch.clamp(fractions, lowest, highest, out=fractions)
+    whole = torch.empty_like(fractions)
+    torch.le(fractions, lowest, out=whole)  # 1 at or beyond -1; as numbers, which takes a tenth of the time of `where`
+    fractions.sub_(whole)  # the cell at -1 has corners inside
+    torch.floor(fractions, out=whole)
     fractions.sub_(whole)
     whole_y, whole_x = whole.to(grid.pixels.dtype)
     pixels = whole_y.mul_(row_length).add_(whole_x).add_(grid.pixels)
     return Samples(pixels, fractions, mask)
 
 
-def _clear_outside(mask: Tensor, offset: Tensor, above: Tensor, below: Tensor) -> Tensor:
+def _clear_outside(mask: Tensor, offset: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
     """Return the mask with 0 where the sample lies outside the image, because it may be NaN there."""
     if mask.is_cpu and mask.sum().isfinite():  # on a GPU, looking at a value would wait for the device
         return mask
-    inside = (offset > above) & (offset < below)
+    inside = (offset > lowest) & (offset < highest)
     return torch.where(inside.all(0), mask, 0)
 
 
