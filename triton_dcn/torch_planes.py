@@ -36,7 +36,7 @@ from triton_dcn.torch_samples import (
 WIDEST = 4
 """Channels of an offset group up to which this is faster than reading them at once, on a CPU."""
 
-CHUNK_SAMPLES = 1 << 16
+CHUNK_SAMPLES = 1 << 17
 """Samples computed at once: their arrays stay in the cache."""
 
 
@@ -46,13 +46,11 @@ class _Part(NamedTuple):
     Attributes:
         groups: within range(G).
         offset_groups: within range(D).
-        channels: within range(C).
         positions: within range(P).
     """
 
     groups: slice
     offset_groups: slice
-    channels: slice
     positions: slice
 
 
@@ -78,11 +76,13 @@ def forward(
     output_by_group = _view_groups(geom, output)
     for image in range(geom.batch):
         planes = _make_planes(geom, input[image], weight.dtype)
+        corner_planes = _shift_planes(geom, planes)
+        image_offset, image_mask = _view_image(geom, offset, mask, image)
         for part in _divide(geom):
-            samples = _sample(geom, offset, mask, image, part, grid)
-            columns = planes.new_empty(_column_shape(geom, samples))
+            samples = _sample(geom, image_offset, image_mask, part, grid)
+            columns = planes.new_empty(_column_shape(geom, part))
             for channel, channel_columns in enumerate(columns.unbind(1)):
-                top, bottom = _blend_in_rows(_read_corners(geom, planes, samples, channel), samples)
+                top, bottom = _blend_in_rows(_read_corners(corner_planes[channel], samples), samples)
                 _modulate(top.lerp_(bottom, samples.fractions[0]), samples, channel_columns)
             product = torch.bmm(weight_matrix[part.groups], _by_group(columns, part))
             if bias is not None:
@@ -112,20 +112,24 @@ def backward(
 
     for image in range(geom.batch):
         planes = _make_planes(geom, input[image], weight.dtype)
+        corner_planes = _shift_planes(geom, planes)
         grad_planes = None if grad_input is None else torch.zeros_like(planes)
+        grad_corner_planes = None if grad_planes is None else _shift_planes(geom, grad_planes)
+        image_offset, image_mask = _view_image(geom, offset, mask, image)
         for part in _divide(geom):
-            samples = _sample(geom, offset, mask, image, part, grid)
+            samples = _sample(geom, image_offset, image_mask, part, grid)
             grad = grad_by_group[image, part.groups, :, part.positions].to(weight.dtype)
             grad_columns = None
             if grad_planes is not None or grad_offset_mask.needed:
-                grad_columns = torch.bmm(weight_matrix[part.groups].mT, grad).view(_column_shape(geom, samples))
+                grad_columns = torch.bmm(weight_matrix[part.groups].mT, grad).view(_column_shape(geom, part))
             if grad_matrix is not None or grad_offset_mask.needed:
-                sums = _SampleSums(geom, planes, samples, grad_columns)
+                columns = planes.new_empty(_column_shape(geom, part))
+                sums = _SampleSums(corner_planes, samples, grad_columns, columns)
                 if grad_matrix is not None:
-                    grad_matrix[part.groups].baddbmm_(grad, _by_group(sums.columns, part).mT)
+                    grad_matrix[part.groups].baddbmm_(grad, _by_group(columns, part).mT)
                 sums.write(geom, samples, grad_offset_mask, image, part)
-            if grad_planes is not None and grad_columns is not None:
-                _scatter_add(geom, grad_columns, samples, grad_planes)
+            if grad_corner_planes is not None and grad_columns is not None:
+                _scatter_add(grad_columns, samples, grad_corner_planes)
         if grad_input is not None and grad_planes is not None:
             grad_input[image] = view_pixels(geom, grad_planes[:, None])[..., 0]
     return None if grad_matrix is None else grad_matrix.view(weight.shape)
@@ -151,10 +155,10 @@ def _divide(geom: ConvGeometry) -> Iterator[_Part]:
     def members(part: slice, total: int) -> slice:
         return slice(part.start * total // units, part.stop * total // units)
 
-    for part in even_slices(units, max(1, longest // max(1, geom.positions))):
-        for positions in even_slices(geom.positions, longest):
+    for positions in even_slices(geom.positions, longest):
+        for part in even_slices(units, max(1, longest // geom.positions)):
             groups = members(part, geom.groups)
-            yield _Part(groups, members(part, geom.offset_groups), members(part, geom.in_channels), positions)
+            yield _Part(groups, members(part, geom.offset_groups), positions)
 
 
 def _make_planes(geom: ConvGeometry, image: Tensor, dtype: torch.dtype) -> Tensor:
@@ -162,28 +166,41 @@ def _make_planes(geom: ConvGeometry, image: Tensor, dtype: torch.dtype) -> Tenso
     return make_table(geom, image[:, None], dtype).flatten()
 
 
-def _sample(geom: ConvGeometry, offset: Tensor, mask: Tensor | None, image: int, part: _Part, grid: TapGrid) -> Samples:
-    """Return the samples of a part, without the dimension of the images: (d, K, p).
+def _shift_planes(geom: ConvGeometry, planes: Tensor) -> list[list[Tensor]]:
+    """View the planes so that element i is a corner of pixel i, for each channel of a slice and each of the corners."""
+    channels = range(geom.in_channels // geom.offset_groups)
+    return [[planes[j * image_pixels(geom) + distance :] for distance in corner_distances(geom)] for j in channels]
+
+
+def _view_image(geom: ConvGeometry, offset: Tensor, mask: Tensor | None, image: int) -> tuple[Tensor, Tensor | None]:
+    """View offsets (2, 1, D, K, P) and mask (1, D, K, P) of one image."""
+    images = slice(image, image + 1)
+    return view_samples(geom, offset, images), None if mask is None else view_samples(geom, mask, images)[0]
+
+
+def _sample(geom: ConvGeometry, offset: Tensor, mask: Tensor | None, part: _Part, grid: TapGrid) -> Samples:
+    """Return the samples of a part of an image, d offset groups, without the other dimensions: (d*K*p,).
 
     Their pixels are numbered within the planes of the whole image, for the first channel of each offset group.
     """
-    images = slice(image, image + 1)
-    offset = view_samples(geom, offset, images)[:, :, part.offset_groups, :, part.positions]
+    offset = offset[:, :, part.offset_groups, :, part.positions]
     if mask is not None:
-        mask = view_samples(geom, mask, images)[0, :, part.offset_groups, :, part.positions]
+        mask = mask[:, part.offset_groups, :, part.positions]
     samples = find_samples(offset, mask, grid.at(part.positions), geom.width + 2)
 
-    pixels = samples.pixels[0]
+    pixels = samples.pixels
     step = geom.in_channels // geom.offset_groups * image_pixels(geom)
-    offset_groups = torch.arange(part.offset_groups.start, part.offset_groups.stop, dtype=pixels.dtype)
-    pixels.add_((offset_groups * step).view(-1, 1, 1))
-    return Samples(pixels, samples.fractions[:, 0], None if samples.mask is None else samples.mask[0])
+    first = part.offset_groups.start * step
+    pixels.add_(torch.arange(first, first + pixels.shape[1] * step, step, dtype=pixels.dtype).view(-1, 1, 1))
+    mask = samples.mask
+    return Samples(pixels.flatten(), samples.fractions.flatten(1), None if mask is None else mask.flatten())
 
 
-def _column_shape(geom: ConvGeometry, samples: Samples) -> tuple[int, ...]:
-    """Return the shape of the columns of these samples: (d, w, K, p)."""
-    offset_groups, taps, positions = samples.pixels.shape
-    return offset_groups, geom.in_channels // geom.offset_groups, taps, positions
+def _column_shape(geom: ConvGeometry, part: _Part) -> tuple[int, ...]:
+    """Return the shape of the columns of a part: (d, w, K, p)."""
+    offset_groups = part.offset_groups.stop - part.offset_groups.start
+    positions = part.positions.stop - part.positions.start
+    return offset_groups, geom.in_channels // geom.offset_groups, geom.taps, positions
 
 
 def _by_group(columns: Tensor, part: _Part) -> Tensor:
@@ -191,12 +208,9 @@ def _by_group(columns: Tensor, part: _Part) -> Tensor:
     return columns.view(part.groups.stop - part.groups.start, -1, columns.shape[-1])
 
 
-def _read_corners(geom: ConvGeometry, planes: Tensor, samples: Samples, channel: int) -> list[Tensor]:
-    """Read the four corners of each sample, (d, K, p) each, in one channel of its offset group."""
-    pixels = samples.pixels.flatten()
-    first = channel * image_pixels(geom)
-    corners = (planes[first + distance :].index_select(0, pixels) for distance in corner_distances(geom))
-    return [corner.view(samples.pixels.shape) for corner in corners]
+def _read_corners(corner_planes: list[Tensor], samples: Samples) -> list[Tensor]:
+    """Read the four corners of each sample, (d*K*p,) each, in one channel of its offset group."""
+    return [plane.index_select(0, samples.pixels) for plane in corner_planes]
 
 
 def _blend_in_rows(corners: list[Tensor], samples: Samples) -> tuple[Tensor, Tensor]:
@@ -207,37 +221,40 @@ def _blend_in_rows(corners: list[Tensor], samples: Samples) -> tuple[Tensor, Ten
 
 
 def _modulate(values: Tensor, samples: Samples, out: Tensor) -> None:
-    """Write the values times the mask to `out`."""
+    """Write the values (d*K*p,) times the mask to `out` (d, K, p)."""
     if samples.mask is None:
-        out.copy_(values)
+        out.copy_(values.view(out.shape))
     else:
-        torch.mul(values, samples.mask, out=out)
+        torch.mul(values.view(out.shape), samples.mask.view(out.shape), out=out)
 
 
 class _SampleSums:
-    """What the backward pass needs of the samples, which are read again.
+    """What the gradients of offset and mask are made of: sums over the channels of each offset group.
 
     Attributes:
-        columns: (d, w, K, p).
-        mask, y, x: (d, K, p) each, the derivatives with respect to mask and position times the gradient of the
-            columns, summed over the channels; the last two before the factor of the mask. Zeros without a gradient.
+        mask, y, x: (d*K*p,) each, the derivatives with respect to mask and position times the gradient of the columns;
+            the last two before the factor of the mask. Zeros without that gradient.
     """
 
-    def __init__(self, geom: ConvGeometry, planes: Tensor, samples: Samples, grad_columns: Tensor | None) -> None:
-        """Read the samples."""
-        self.columns = planes.new_empty(_column_shape(geom, samples))
-        self.mask, self.y, self.x = planes.new_zeros(3, *samples.pixels.shape)
+    def __init__(
+        self,
+        corner_planes: list[list[Tensor]],
+        samples: Samples,
+        grad_columns: Tensor | None,
+        columns: Tensor,
+    ) -> None:
+        """Read the samples again, and also write them to the columns (d, w, K, p)."""
         fraction_y, _ = samples.fractions
-        for channel, channel_columns in enumerate(self.columns.unbind(1)):
-            corners = _read_corners(geom, planes, samples, channel)
-            top_left, top_right, bottom_left, bottom_right = corners
-            if grad_columns is not None:
-                grad = grad_columns[:, channel]
-                slope_x = torch.lerp(top_right - top_left, bottom_right - bottom_left, fraction_y)
-                self.x.addcmul_(grad, slope_x)
+        self.mask, self.y, self.x = fraction_y.new_zeros(3, len(fraction_y))
+        for channel, channel_columns in enumerate(columns.unbind(1)):
+            corners = _read_corners(corner_planes[channel], samples)
+            grad = None if grad_columns is None else grad_columns[:, channel].flatten()
+            if grad is not None:
+                top_left, top_right, bottom_left, bottom_right = corners
+                self.x.addcmul_(grad, torch.lerp(top_right - top_left, bottom_right - bottom_left, fraction_y))
             top, bottom = _blend_in_rows(corners, samples)
             values = torch.lerp(top, bottom, fraction_y)
-            if grad_columns is not None:
+            if grad is not None:
                 self.mask.addcmul_(grad, values)
                 self.y.addcmul_(grad, bottom.sub_(top))
             _modulate(values, samples, channel_columns)
@@ -248,28 +265,27 @@ class _SampleSums:
         """Write the gradients of offset and mask that are needed."""
         images = slice(image, image + 1)
         if grad_offset_mask.mask is not None:
-            grad_mask = view_samples(geom, grad_offset_mask.mask, images)
-            grad_mask[0, 0, part.offset_groups, :, part.positions] = self.mask
+            grad_mask = view_samples(geom, grad_offset_mask.mask, images)[0, 0, part.offset_groups, :, part.positions]
+            grad_mask.copy_(self.mask.view(grad_mask.shape))
         if grad_offset_mask.offset is not None:
             if samples.mask is not None:
                 self.y.mul_(samples.mask)
                 self.x.mul_(samples.mask)
-            grad_offset = view_samples(geom, grad_offset_mask.offset, images)
-            grad_offset[0, 0, part.offset_groups, :, part.positions] = self.y
-            grad_offset[1, 0, part.offset_groups, :, part.positions] = self.x
+            grad_offset = view_samples(geom, grad_offset_mask.offset, images)[:, 0, part.offset_groups]
+            grad_y, grad_x = grad_offset[..., part.positions]
+            grad_y.copy_(self.y.view(grad_y.shape))
+            grad_x.copy_(self.x.view(grad_x.shape))
 
 
-def _scatter_add(geom: ConvGeometry, grad_columns: Tensor, samples: Samples, grad_planes: Tensor) -> None:
+def _scatter_add(grad_columns: Tensor, samples: Samples, grad_corner_planes: list[list[Tensor]]) -> None:
     """Add to each pixel the weighted gradients of the samples that read it, in the order of the samples."""
-    pixels = samples.pixels.flatten()
     fraction_y, fraction_x = samples.fractions
-    for channel, grad in enumerate(grad_columns.unbind(1)):
-        upper = grad if samples.mask is None else grad * samples.mask
+    for grad, planes in zip(grad_columns.unbind(1), grad_corner_planes, strict=True):
+        upper = grad.flatten() if samples.mask is None else grad.flatten() * samples.mask
         lower = upper * fraction_y
         upper = upper - lower
         upper_right = upper * fraction_x
         lower_right = lower * fraction_x
         corners = (upper.sub_(upper_right), upper_right, lower.sub_(lower_right), lower_right)
-        first = channel * image_pixels(geom)
-        for corner, distance in zip(corners, corner_distances(geom), strict=True):
-            grad_planes[first + distance :].index_add_(0, pixels, corner.flatten())
+        for plane, corner in zip(planes, corners, strict=True):
+            plane.index_add_(0, samples.pixels, corner)
