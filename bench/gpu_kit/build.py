@@ -48,6 +48,8 @@ WHEELS = (
     "tyro==1.0.17",
 )
 """What the tests and benchmarks import and the machine lacks."""
+CACHE_THERE = Path("/tmp/gpu-kit/triton")
+"""Where the scripts unpack the compiled kernels."""
 SCRIPTS = ("unpack.sh", "run1.sh", "run2.sh")
 CACHE_FILES = (".cubin", ".json", ".so")
 """Of Triton's cache, what a launch reads; the text of the steps between is left out."""
@@ -80,11 +82,19 @@ def compile_kernels(python: Path, cache: Path, shares: int) -> bool:
     return not any(statuses)
 
 
-def pack_cache(cache: Path, archive: Path) -> None:
-    """Pack what a launch reads of Triton's cache."""
-    with tarfile.open(archive, "w:xz") as tar:
+def pack_cache(cache: Path, archive: Path, there: Path = CACHE_THERE) -> None:
+    """Pack what a launch reads of Triton's cache.
+
+    Args:
+        cache: the folder.
+        archive: to write.
+        there: where it will be unpacked, because the lists of the files of a kernel have whole paths.
+    """
+    with tarfile.open(archive, "w:xz", preset=9) as tar:
         for path in sorted(cache.rglob("*")):
-            if path.suffix in CACHE_FILES or path.name.startswith("__grp__"):
+            if path.name.startswith("__grp__"):
+                path.write_text(path.read_text().replace(str(cache), str(there)))
+            if path.suffix in CACHE_FILES:
                 tar.add(path, arcname=str(path.relative_to(cache)))
 
 

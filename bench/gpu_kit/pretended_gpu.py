@@ -11,13 +11,16 @@ without such a build, too: tensors are then on "cpu", and the tile table is told
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +31,7 @@ import triton
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.cache import get_cache_manager
 
 from triton_dcn import tile_table
 
@@ -186,9 +190,24 @@ def _compiling_driver(record: Record) -> Iterator[None]:
         nvidia.library_dirs.cache_clear()
 
         stack.enter_context(mock.patch.object(knobs.compilation, "listener", compiled))
+        compile_module = partial(_compile_module_for_all, nvidia.compile_module_from_src)
+        stack.enter_context(mock.patch.object(nvidia, "compile_module_from_src", compile_module))
         _compile_driver_module(nvidia)
         driver.set_active(_Driver(record, nvidia.CudaLauncher))
         yield
+
+
+def _compile_module_for_all(compile_module: Callable[..., Any], src: str, name: str, **others: Any) -> Any:
+    """Compile a launcher, and put it into the cache also under the key that a machine without `file` asks for.
+
+    The key holds what Python says of its platform, for which it asks that command.
+    """
+    module = compile_module(src=src, name=name, **others)
+    library = Path(module.__file__)
+    platform_without_file = ",".join([platform.machine(), platform.system(), "64bit", ""])
+    key = hashlib.sha256((src + platform_without_file).encode()).hexdigest()
+    get_cache_manager(key).put(library.read_bytes(), library.name, binary=True)
+    return module
 
 
 def _compile_driver_module(nvidia: Any) -> None:

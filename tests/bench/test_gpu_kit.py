@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -48,13 +49,17 @@ def test_kernels_are_compiled_and_packed(tmp_path):
     arguments = ["--share", "1", "400"]
     first = run_inventory(ENVIRONMENT, cache, *arguments)
     assert int(re.search(r"launches, (\d+) compilations", first)[1]) > 0
-    again = run_inventory(ENVIRONMENT, cache, *arguments)
-    assert " 0 compilations" in again
 
-    build.pack_cache(cache, tmp_path / "triton.tar.xz")
+    there = tmp_path / "there"
+    build.pack_cache(cache, tmp_path / "triton.tar.xz", there)
     with tarfile.open(tmp_path / "triton.tar.xz") as tar:
-        endings = {Path(name).suffix for name in tar.getnames()}
-    assert {".cubin", ".json", ".so"} == endings
+        assert {Path(name).suffix for name in tar.getnames()} == {".cubin", ".json", ".so"}
+        tar.extractall(there, filter="data")
+    shutil.rmtree(cache)
+    libraries = set(there.rglob("*.so"))
+    again = run_inventory(ENVIRONMENT, there, *arguments)
+    assert " 0 compilations" in again
+    assert set(there.rglob("*.so")) == libraries, "launchers are not compiled again, either"
 
 
 @NEEDS_NO_GPU
@@ -131,6 +136,7 @@ def test_scripts_name_what_is_there(tmp_path):
         assert subprocess.run(["bash", "-n", str(build.FOLDER / name)], check=False).returncode == 0
         for module in re.findall(r"-m (bench[\w.]*)", script):
             assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), module
+    assert f"TRITON_CACHE_DIR={build.CACHE_THERE}" in (build.FOLDER / "unpack.sh").read_text()
     calls = [re.search(r"plan (\w+)", (build.FOLDER / name).read_text())[1] for name in ("run1.sh", "run2.sh")]
     assert calls == list(plan.CALLS)
     wheels = {wheel.split("==")[0] for wheel in build.WHEELS}
