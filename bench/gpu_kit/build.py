@@ -3,12 +3,14 @@
 The folder receives wheels, the kernels compiled for sm_90, and the scripts. They are for Python 3.12 with torch 2.11
 and triton 3.6, which the machine is expected to have, with torchvision, pytest and the like. Kernels are compiled in an
 environment of these versions: the one that GPU_KIT_ENVIRONMENT names, by default in the user's cache. It is made at the
-first use, which downloads some gigabytes; later uses take minutes.
+first use, which downloads some gigabytes, and keeps what was compiled: the first use takes a quarter of an hour, later
+ones compile only what has changed.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shutil
 import subprocess
@@ -70,32 +72,40 @@ def make_environment(environment: Path) -> Path:
     return python
 
 
-def compile_kernels(python: Path, cache: Path, shares: int) -> bool:
-    """Fill the cache by some processes side by side; return whether all went well."""
+def compile_kernels(python: Path, cache: Path, processes: int) -> tuple[bool, set[str]]:
+    """Fill the cache by some processes side by side; return whether all went well, and the folders that were used."""
     variables = {**os.environ, "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
     variables.pop("TRITON_INTERPRET", None)
-    processes = []
-    for index in range(shares):
-        command = [str(python), "-m", "bench.gpu_kit.inventory", "--share", str(index), str(shares)]
-        processes.append(subprocess.Popen(command, cwd=CHECKOUT, env=variables))
-    statuses = [process.wait() for process in processes]
-    return not any(statuses)
+    with tempfile.TemporaryDirectory() as folder:
+        running = []
+        for index in range(processes):
+            share = ("--share", str(index), str(processes), "--used", str(Path(folder) / str(index)))
+            command = [str(python), "-m", "bench.gpu_kit.inventory", *share]
+            running.append(subprocess.Popen(command, cwd=CHECKOUT, env=variables))
+        statuses = [process.wait() for process in running]
+        keys = {key for file in Path(folder).iterdir() for key in file.read_text().split()}
+    return not any(statuses), keys
 
 
-def pack_cache(cache: Path, archive: Path, there: Path = CACHE_THERE) -> None:
+def pack_cache(cache: Path, keys: set[str], archive: Path, there: Path = CACHE_THERE) -> None:
     """Pack what a launch reads of Triton's cache.
 
     Args:
         cache: the folder.
+        keys: the folders in it to pack.
         archive: to write.
         there: where it will be unpacked, because the lists of the files of a kernel have whole paths.
     """
     with tarfile.open(archive, "w:xz", preset=9) as tar:
-        for path in sorted(cache.rglob("*")):
+        for path in sorted(path for key in keys for path in (cache / key).iterdir()):
+            if path.suffix not in CACHE_FILES:
+                continue
+            content = path.read_bytes()
             if path.name.startswith("__grp__"):
-                path.write_text(path.read_text().replace(str(cache), str(there)))
-            if path.suffix in CACHE_FILES:
-                tar.add(path, arcname=str(path.relative_to(cache)))
+                content = content.replace(str(cache).encode(), str(there).encode())
+            entry = tarfile.TarInfo(str(path.relative_to(cache)))
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
 
 
 def download_wheels(python: Path, folder: Path) -> None:
@@ -123,9 +133,9 @@ def main(arguments: list[str] | None = None) -> int:
     wheels = options.out / "wheels"
     shutil.rmtree(wheels, ignore_errors=True)
     download_wheels(python, wheels)
-    with tempfile.TemporaryDirectory() as cache:
-        complete = compile_kernels(python, Path(cache), options.processes)
-        pack_cache(Path(cache), options.out / "triton.tar.xz")
+    cache = environment.resolve() / "triton-cache"
+    complete, keys = compile_kernels(python, cache, options.processes)
+    pack_cache(cache, keys, options.out / "triton.tar.xz")
     for name in SCRIPTS:
         shutil.copy(FOLDER / name, options.out / name)
 

@@ -1,6 +1,6 @@
 """Compile, on a pretended GPU, every kernel that the benchmarks, the smoke run and the tests of a GPU launch.
 
-    TRITON_CACHE_DIR=FOLDER python -m bench.gpu_kit.inventory [--dry-run] [--share 0 2]
+    TRITON_CACHE_DIR=FOLDER python -m bench.gpu_kit.inventory [--dry-run] [--share 0 2] [--used FILE]
 
 What to launch is read from the plan of `bench.gpu`, the layers of `bench.gpu_kit.smoke` and the cases of the tests, and
 the project's own launchers choose kernels and tiles: a new kernel or row of the tile table comes in by itself. The exit
@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.utils import deterministic as deterministic_memory
@@ -242,6 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Compile, or with --dry-run only go through the launches; print a summary and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_kit.inventory", description=__doc__.splitlines()[0])
     parser.add_argument("--share", nargs=2, type=int, default=(0, 1), metavar=("INDEX", "SHARES"), help="of the items")
+    parser.add_argument("--used", type=Path, help="write here which folders of the cache were used, one a line")
     parser.add_argument("--dry-run", action="store_true", help="compile nothing; any version of Triton does")
     options = parser.parse_args(arguments)
     deterministic_memory.fill_uninitialized_memory = False
@@ -249,9 +251,12 @@ def main(arguments: list[str] | None = None) -> int:
     with pretended_gpu(compiling=not options.dry_run) as record:
         failed = run_items(record, tuple(options.share))
 
+    if options.used:
+        options.used.write_text("\n".join(sorted(record.cache_keys)))
     compiled = [compilation for compilation in record.compilations if not compilation.cached]
     seconds = time.monotonic() - start
-    print(f"{len(record.launches)} launches, {len(compiled)} compilations, {seconds:.0f} s")
+    variants = len(record.compilations)
+    print(f"{len(record.launches)} launches of {variants} variants, {len(compiled)} compilations, {seconds:.0f} s")
     unlaunched = unlaunched_kernels(record)
     if unlaunched:
         print(f"not launched: {', '.join(unlaunched)}")

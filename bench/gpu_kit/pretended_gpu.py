@@ -31,7 +31,7 @@ import triton
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from triton.runtime.cache import get_cache_manager
+from triton.runtime.cache import FileCacheManager, get_cache_manager
 
 from triton_dcn import tile_table
 
@@ -87,11 +87,13 @@ class Record:
         device: of the tensors to make.
         launches: names of the kernels, in order.
         compilations: in order.
+        cache_keys: the folders of the cache that were read or written.
     """
 
     device: torch.device
     launches: list[str] = field(default_factory=list)
     compilations: list[Compilation] = field(default_factory=list)
+    cache_keys: set[str] = field(default_factory=set)
 
 
 @contextmanager
@@ -180,7 +182,13 @@ def _compiling_driver(record: Record) -> Iterator[None]:
         microseconds = times.ir_initialization + times.total_lowering + times.store_results
         record.compilations.append(Compilation(metadata["name"], cache_hit, 0.0 if cache_hit else microseconds / 1e6))
 
+    class NotingCache(FileCacheManager):
+        def __init__(self, key: str, **options: bool) -> None:
+            super().__init__(key, **options)
+            record.cache_keys.add(key)
+
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(knobs.cache, "manager_class", NotingCache))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         library = folder / "libcuda.so.1"
         subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, STUB_SOURCE], check=True)
