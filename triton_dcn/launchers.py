@@ -123,10 +123,11 @@ def columns(geom: ConvGeometry, x: Tensor, samples: SampleArrays, chunk: slice) 
     taps = _taps_per_program(geom, blocks, tile)
     launch(
         columns_kernel, blocks * _cdiv(geom.taps, taps),
-        (_words(geom, x), *samples, columns),
+        (x, *samples, columns),
         (geom.batch * geom.positions, chunk.start, rows, geom.out_width, geom.width, taps),
         CHANNELS=geom.in_channels, GROUPS=geom.groups, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
-        STRIP=strip_width(geom.out_width), BLOCK_P=tile.block_p, BLOCK_C=tile.block_c, **tile.options,
+        STRIP=strip_width(geom.out_width), BLOCK_P=tile.block_p, BLOCK_C=tile.block_c,
+        BLEND_IN_PAIRS=_blends_in_pairs(x), **tile.options,
     )  # fmt: skip
     return columns
 
@@ -162,7 +163,7 @@ def forward_fused(
     pixels = _words(geom, x) if row.kernel in WORD_KERNELS else x
     if row.kernel == "forward_direct":
         half = x.dtype != torch.float32
-        in_pairs = half and not torch.are_deterministic_algorithms_enabled()
+        in_pairs = _blends_in_pairs(x)
         kernel_constants = {"WARPS": tile.num_warps, "BLEND_IN_PAIRS": in_pairs}
         if half and not in_pairs:
             options.pop("maxnreg", None)  # float32 needs more registers
@@ -384,6 +385,14 @@ def _cdiv(count: int, block: int) -> int:
 
 def _next_power_of_2(count: int) -> int:
     return 1 << (count - 1).bit_length()
+
+
+def _blends_in_pairs(x: Tensor) -> bool:
+    """Tell whether two channels are blended by one instruction, rounding after every product; not in float32.
+
+    Where the user asks for determinism, blending is in float32 as well, and the result rounded once.
+    """
+    return x.dtype != torch.float32 and not torch.are_deterministic_algorithms_enabled()
 
 
 def _taps_per_program(geom: ConvGeometry, blocks: int, tile: Tile) -> int:

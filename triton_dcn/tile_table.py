@@ -121,7 +121,7 @@ class TileRow:
         return channels % tile.block_c == 0
 
 
-WORD_KERNELS = ("forward_transposed", "columns", "grad_sample_fused", "grad_sample")
+WORD_KERNELS = ("forward_transposed", "grad_sample_fused", "grad_sample")
 """Kernels that read pairs of bfloat16 channels as int32, see `kernels.sampling.widen`; the other forward kernels gain
 nothing."""
 EXACT_TASKS = ("forward", "grad_sample_fused")
@@ -156,8 +156,8 @@ TABLE: tuple[TileRow, ...] = (
     TileRow("forward", "forward_prefetch", ("gfx942",), "half", 128, Tile(64, 128, 32, 4)),
     TileRow("forward", "forward_prefetch", ("gfx942",), "half", 256, Tile(64, 256, 32, 8)),
     TileRow("forward", "forward_prefetch", ("gfx942",), "half", 256, Tile(64, 64, 32, 4)),
-    TileRow("columns", "columns", GPUS, "half", ANY, Tile(32, 0, 64, 4)),
-    TileRow("columns", "columns", GPUS, "any", ANY, Tile(16, 0, 64, 4)),
+    TileRow("columns", "columns", GPUS, "half", ANY, Tile(64, 0, 64, 8)),
+    TileRow("columns", "columns", GPUS, "any", ANY, Tile(32, 0, 32, 8)),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "half", 128, Tile(128, 64, 64, 8, 128)),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "half", 128, Tile(128, 128, 64, 8, 128)),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "half", 256, Tile(128, 128, 32, 8, 128)),
@@ -173,8 +173,8 @@ TABLE: tuple[TileRow, ...] = (
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm100", "gfx942"), "half", 256, Tile(64, 256, 32, 4)),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm80", "sm90"), "tf32", 256, Tile(64, 128, 16, 4)),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm80", "sm90"), "tf32", 256, Tile(64, 256, 16, 4)),
-    TileRow("grad_sample", "grad_sample", GPUS, "half", ANY, Tile(32, 0, 64, 4)),
-    TileRow("grad_sample", "grad_sample", GPUS, "any", ANY, Tile(32, 0, 32, 4)),
+    TileRow("grad_sample", "grad_sample", GPUS, "half", ANY, Tile(16, 0, 64, 4)),
+    TileRow("grad_sample", "grad_sample", GPUS, "any", ANY, Tile(16, 0, 32, 4)),
     TileRow("t_columns", "t_columns", GPUS, "half", 64, Tile(64, 64, 0, 4)),
     TileRow("t_columns", "t_columns", PORTABLE, "half", 128, Tile(64, 128, 0, 8)),
     TileRow("t_columns", "t_columns", PORTABLE, "half", ANY, Tile(32, 256, 0, 8)),

@@ -219,6 +219,38 @@ def test_sample_gradients_leave_columns(spec, dtype, monkeypatch):
     assert relative(found.mask, expected["grad_mask"]) <= FLOOR[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spec", ["groups-cross", "odd-channels"])
+def test_columns_blended_in_pairs_are_exact_enough(spec, dtype):
+    """Error to float64 at most twice that of the reference in the same dtype; less where the blending is in float32."""
+    case = case_of(spec, dtype)
+    input, _, _, weight = case.tensors
+    assert tile_table.find_row("forward", case.geom, input) is None
+    target = exact(case)["output"]
+    by_reference = relative(reference.forward(case.geom, input, case.offset_mask, weight, case.bias), target)
+    in_pairs = relative(triton_backend.forward(case.geom, input, case.offset_mask, weight, case.bias), target)
+    with deterministic():
+        in_float32 = relative(triton_backend.forward(case.geom, input, case.offset_mask, weight, case.bias), target)
+    assert in_float32 < in_pairs <= 2 * by_reference
+
+
+def test_offset_groups_that_one_pass_serves():
+    """A block of channels holds one, two or four offset groups, or an offset group holds whole blocks."""
+
+    def kernel(channels, offset_groups, out_channels=64):
+        row = tile_table.match_row(
+            "grad_sample_fused", "sm90", "half", channels, out_channels, offset_groups=offset_groups
+        )
+        return row and (row.tile.block_c, row.spans_groups)
+
+    assert kernel(128, 1) == kernel(64, 2) == (64, False)
+    assert kernel(32, 2) == kernel(96, 1) == (32, False)
+    assert kernel(8, 8) == kernel(16, 4) == (32, True)
+    assert kernel(24, 4) is kernel(10, 12) is kernel(8, 3) is None
+    assert kernel(64, 1, out_channels=27) == (64, False)
+    assert kernel(64, 1, out_channels=257) is None
+
+
 @pytest.mark.parametrize(("channels", "block"), [(1, 1), (3, 4), (8, 8), (15, 16), (64, 64), (100, 64)])
 def test_tiles_are_no_wider_than_an_offset_group(channels, block):
     tile = tile_table.narrowed(Tile(32, 0, 64, 4), channels)

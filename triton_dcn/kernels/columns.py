@@ -9,6 +9,7 @@ import triton.language as tl
 
 from triton_dcn.kernels.arithmetic import round_to
 from triton_dcn.kernels.jit import kernel
+from triton_dcn.kernels.register_order import blend_pairs
 from triton_dcn.kernels.sampling import (
     blend,
     column_offset,
@@ -40,6 +41,7 @@ def columns_kernel(
     STRIP: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLEND_IN_PAIRS: tl.constexpr,
 ):
     """Compute the columns of the positions [first_position, first_position + rows).
 
@@ -48,11 +50,10 @@ def columns_kernel(
 
     Grid: (ceil(rows*D / BLOCK_P) * ceil(C/D / BLOCK_C) * ceil(K / taps_per_program),); a program owns BLOCK_P
         (position, offset group) pairs and a block of channels.
-    Reads: input (B, H, W, C), or int32 (B, H, W, C/2), see `widen`; the sample arrays, (D*K, M).
+    Reads: input (B, H, W, C), the sample arrays, (D*K, M).
     Writes: columns (G, rows, K, C/G), in full.
-    Assumes: nothing, it works for any sizes.
+    Assumes: any sizes. BLEND_IN_PAIRS: input is of half precision.
     """
-    PACK: tl.constexpr = 2 if input_ptr.dtype.element_ty == tl.int32 else 1
     PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
     BLOCKS_C: tl.constexpr = (PER_OFFSET + BLOCK_C - 1) // BLOCK_C
     tap_blocks = tl.cdiv(TAPS, taps_per_program)
@@ -64,16 +65,14 @@ def columns_kernel(
     group = index % OFFSET_GROUPS
     row = swizzle_chunk(index // OFFSET_GROUPS, rows, out_width, STRIP)
 
-    word = start // PACK + tl.arange(0, BLOCK_C // PACK)[None, :]
-    live_word = word < PER_OFFSET // PACK
     c_in_group = start + tl.arange(0, BLOCK_C)[None, :]
+    live_c = c_in_group < PER_OFFSET
     c = group[:, None] * PER_OFFSET + c_in_group
-    live_store = live[:, None] & (c_in_group < PER_OFFSET)
-    base_ptr = input_ptr + group[:, None] * (PER_OFFSET // PACK)
+    base_ptr = input_ptr + group[:, None] * PER_OFFSET
     for tap in tl.range(first_tap, tl.minimum(first_tap + taps_per_program, TAPS), num_stages=1):
         sample = (group * TAPS + tap) * positions + first_position + row
         cell = tl.load(cell_ptr + sample)[:, None]
-        row00, row01, row10, row11 = corner_rows(cell, width, CHANNELS // PACK)
+        row00, row01, row10, row11 = corner_rows(cell, width, CHANNELS)
         w00, w01, w10, w11 = corner_weights(
             cell,
             tl.load(ly_ptr + sample)[:, None],
@@ -81,8 +80,11 @@ def columns_kernel(
             tl.load(scale_ptr + sample)[:, None],
         )
         x00, x01, x10, x11 = load_corners(
-            base_ptr, row00, row01, row10, row11, word, live_word, PER_OFFSET % BLOCK_C != 0
+            base_ptr, row00, row01, row10, row11, c_in_group, live_c, PER_OFFSET % BLOCK_C != 0
         )
-        value = round_to(blend(w00, w01, w10, w11, x00, x01, x10, x11), column_ptr.dtype.element_ty)
+        if BLEND_IN_PAIRS:
+            value = blend_pairs(w00, w01, w10, w11, x00, x01, x10, x11)
+        else:
+            value = round_to(blend(w00, w01, w10, w11, x00, x01, x10, x11), column_ptr.dtype.element_ty)
         store_at = column_offset(row[:, None], tap, c, rows, CHANNELS, GROUPS, TAPS)
-        tl.store(column_ptr + store_at, value, mask=live_store)
+        tl.store(column_ptr + store_at, value, mask=live[:, None] & live_c)
