@@ -56,7 +56,7 @@ class Benchmark:
 
 
 FORWARD_BOTH = ("--modes", "fwd", "both")
-PEERS = ("--providers", "triton", "conv2d", "torchvision", "mmcv", "deformops", "tvdcn")
+PEERS = ("--providers", "triton", "conv2d", "torchvision", "mmcv", "tvdcn")
 R50_N16 = ("--cases", "r50", "--batch-size", "16", *FORWARD_BOTH, *PEERS)
 DRY_CASE = ("--cases", "dry", "--providers", "triton", "torch", "conv2d", "--seconds", "0", "--device", "cpu")
 TRAIN = ("--size", "800", "1333", "--batch-size", "2", "--seconds", "15")
@@ -150,6 +150,13 @@ PLAN = (
         (*R50_N16, "--dtypes", "bfloat16"),
         (*DRY_CASE, "--modes", "fwd"),
         30,
+    ),
+    Benchmark(  # apart, because it compiles its kernels here
+        "deformops",
+        "deform_conv",
+        (*R50_N16, "deformops", "--channels-last", "--dtypes", "bfloat16"),
+        (*DRY_CASE, "--channels-last", "--modes", "fwd"),
+        45,
     ),
     Benchmark(
         "offsets-16",

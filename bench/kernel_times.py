@@ -79,7 +79,10 @@ class KernelTimer:
             call()
 
         kernels = self._profile(flush_and_call, rounds)
-        return [kernel for kernel in kernels if kernel.name not in self._flush_kernels]
+        kernels = [kernel for kernel in kernels if kernel.name not in self._flush_kernels]
+        if not kernels:
+            raise RuntimeError("profiler: expected the kernels of a call, got none")
+        return kernels
 
     def _profile(self, call: Call, rounds: int) -> list[KernelTime]:
         on_gpu = self._device.type == "cuda"
@@ -214,6 +217,7 @@ def _measure(
                 for kernel in kernels:
                     add(name, mode, kernel.name, kernel.microseconds, kernel.launches)
                 add(name, mode, TOTAL, sum(kernel.total for kernel in kernels), 1)
+            with record_failure(f"{what} {mode} {HOST}", failed):
                 if name == "triton":
                     add(name, mode, HOST, timer.host_time(call, HOST_CALLS if rounds > 1 else 1), 1)
         if name == "triton" and inputs.input.is_cuda:

@@ -50,6 +50,8 @@ WHEELS = (
     "tyro==1.0.17",
 )
 """What the tests and benchmarks import and the machine lacks."""
+PEER_WHEELS = ("deformops==3.0.1",)
+"""Other libraries, to compare with."""
 CACHE_THERE = Path("/tmp/gpu-kit/triton")
 """Where the scripts unpack the compiled kernels."""
 SCRIPTS = ("unpack.sh", "run1.sh", "run2.sh")
@@ -111,7 +113,7 @@ def pack_cache(cache: Path, keys: set[str], archive: Path, there: Path = CACHE_T
 def download_wheels(python: Path, folder: Path) -> None:
     """Download the wheels for the environment's Python."""
     command = [str(python), "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    subprocess.run([*command, "--dest", str(folder), *WHEELS], check=True)
+    subprocess.run([*command, "--dest", str(folder), *WHEELS, *PEER_WHEELS], check=True)
 
 
 def size_of(folder: Path) -> int:
