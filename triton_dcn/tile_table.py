@@ -71,8 +71,8 @@ class TileRow:
         kernel: which kernel does it, without "_kernel".
         archs: "sm80", "sm90", "sm100", "gfx942" (by family: 12.x is served as sm80) or "interpreter".
         arithmetic: "half", "tf32", "float32" or "any".
-        channels: the largest number that the row fits: input channels of an offset group, or of all where a block spans
-            several offset groups; for "t_columns", output channels.
+        channels: the largest number that the row fits: input channels for "forward" and where a block spans several
+            offset groups, output channels for "t_columns", else input channels of an offset group.
         tile: block sizes.
         programs: the fewest that a launch of "forward" by this row has to have; where positions are few, smaller tiles
             give work to all multiprocessors.
@@ -99,7 +99,7 @@ class TileRow:
         """
         tile = self.tile
         size = channels
-        if self.spans_groups:
+        if self.task == "forward" or self.spans_groups:
             size = channels * offset_groups
         elif self.task == "t_columns":
             size = out_channels

@@ -218,9 +218,9 @@ def forward_direct_kernel(
 ):
     """Compute an output tile; the blended tile is the left operand of the product, straight from registers.
 
-    Where an offset group has whole blocks of channels, each plane is a step, and its samples are read once. Where it
-    has fewer channels, a tap is a step, and a block spans several offset groups: the samples are read for each block,
-    those of one offset group for each quarter of it.
+    Where an offset group has whole blocks of channels, its samples are read once for a tap. Where it has fewer
+    channels, a block spans several offset groups: samples are read for each block, for each quarter of it those of its
+    offset group.
 
     Grid: (ceil(M / BLOCK_P) * O / BLOCK_O,); a program owns a (BLOCK_P, BLOCK_O) tile.
     Reads: input (B, H, W, C), bias (O,), the sample arrays; weight (O, K, C) from `permute_weight` with blocks of
@@ -233,8 +233,6 @@ def forward_direct_kernel(
     BLOCKS_O: tl.constexpr = OUT_CHANNELS // BLOCK_O
     RUN: tl.constexpr = BLOCK_C // QUARTERS
     BLOCKS_IN_GROUP: tl.constexpr = PER_OFFSET % BLOCK_C == 0
-    STEPS: tl.constexpr = OFFSET_GROUPS * TAPS if BLOCKS_IN_GROUP else TAPS
-    STEP_CHANNELS: tl.constexpr = PER_OFFSET if BLOCKS_IN_GROUP else CHANNELS
     first_index = tl.program_id(0) // BLOCKS_O * BLOCK_P
     slot = tl.arange(0, BLOCK_P * QUARTERS)  # a quarter of a gathered row: what one thread loads at once
     index = first_index + product_row(slot // QUARTERS, BLOCK_P, WARPS)
@@ -245,23 +243,22 @@ def forward_direct_kernel(
     weight_rows = o[None, :] * (TAPS * CHANNELS) + tl.arange(0, BLOCK_C)[:, None]
 
     acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
-    for step in tl.range(0, STEPS, num_stages=1):
-        first_c = step // TAPS * STEP_CHANNELS
-        weight_tap_ptr = weight_ptr + (step % TAPS * CHANNELS + first_c) + weight_rows
-        for start in tl.static_range(0, STEP_CHANNELS, BLOCK_C):
-            if start == 0 or not BLOCKS_IN_GROUP:
-                plane = step if BLOCKS_IN_GROUP else (start + slot_c) // PER_OFFSET * TAPS + step
-                sample = plane * positions + position
+    for tap in tl.range(0, TAPS, num_stages=1):
+        weight_tap_ptr = weight_ptr + tap * CHANNELS + weight_rows
+        for start in tl.static_range(0, CHANNELS, BLOCK_C):
+            if start % PER_OFFSET == 0 or not BLOCKS_IN_GROUP:
+                group = start // PER_OFFSET if BLOCKS_IN_GROUP else (start + slot_c) // PER_OFFSET
+                sample = (group * TAPS + tap) * positions + position
                 cell = tl.load(cell_ptr + sample)
                 ly = tl.load(ly_ptr + sample)
                 lx = tl.load(lx_ptr + sample)
                 w00, w01, w10, w11 = corner_weights(cell, ly, lx, tl.load(scale_ptr + sample))
                 w00, w01, w10, w11 = spread(w00, RUN), spread(w01, RUN), spread(w10, RUN), spread(w11, RUN)
                 row00, row01, row10, row11 = corner_rows(cell, width, CHANNELS)
-                ptr00 = corner_pointers(input_ptr + first_c, row00, c, RUN)
-                ptr01 = corner_pointers(input_ptr + first_c, row01, c, RUN)
-                ptr10 = corner_pointers(input_ptr + first_c, row10, c, RUN)
-                ptr11 = corner_pointers(input_ptr + first_c, row11, c, RUN)
+                ptr00 = corner_pointers(input_ptr, row00, c, RUN)
+                ptr01 = corner_pointers(input_ptr, row01, c, RUN)
+                ptr10 = corner_pointers(input_ptr, row10, c, RUN)
+                ptr11 = corner_pointers(input_ptr, row11, c, RUN)
             x00 = tl.load(ptr00 + start)
             x01 = tl.load(ptr01 + start)
             x10 = tl.load(ptr10 + start)
