@@ -26,7 +26,7 @@ from bench import atomics, ceilings, gpu
 from bench.cases import Case, Inputs, select_cases
 from bench.device import DTYPES, allow_tf32
 from bench.gpu_kit.pretended_gpu import ARCHITECTURE, Record, pretended_gpu
-from bench.gpu_kit.smoke import LAYERS, LIMITS, deterministic
+from bench.gpu_kit.smoke import LAYERS, LIMITS, cache_key, deterministic
 from bench.measure import first_line
 from bench.triton_calls import GRADIENTS, run_backward, run_forward
 from detector import FasterRCNNConfig
@@ -257,6 +257,8 @@ def main(arguments: list[str] | None = None) -> int:
     seconds = time.monotonic() - start
     variants = len(record.compilations)
     print(f"{len(record.launches)} launches of {variants} variants, {len(compiled)} compilations, {seconds:.0f} s")
+    if not options.dry_run:
+        print(f"key of the cache: {cache_key()}")
     unlaunched = unlaunched_kernels(record)
     if unlaunched:
         print(f"not launched: {', '.join(unlaunched)}")

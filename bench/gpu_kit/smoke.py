@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from bench.cases import Case, make_inputs
 from bench.device import DTYPES, allow_tf32, gpu_or_dry_run
+from bench.gpu_kit.pretended_gpu import COMPILING_TRITON
 from bench.measure import first_line, reference_results, relative_errors
 from bench.triton_calls import GRADIENTS, run_backward, run_forward, select_gradients
 from detector.ops import nms_cpu, roi_align_cpu
@@ -251,20 +252,22 @@ def print_kernels() -> None:
         print(f"   {kernel.fn.__name__}: {len(compiled)} variants, at most {registers} registers and {spills} spills")
 
 
-def _print_machine() -> None:
-    from triton.runtime.cache import triton_key
+def cache_key() -> str:
+    """Return a short form of what Triton's version adds to every key of its cache; `make gpu-kit` prints it, too."""
+    from triton.runtime.cache import triton_key  # not at the top: other versions have it elsewhere
 
+    return hashlib.sha256(triton_key().encode()).hexdigest()[:16]
+
+
+def _print_machine() -> None:
     properties = torch.cuda.get_device_properties(0)
     print(
         f"torch {torch.__version__}, triton {triton.__version__}, {properties.name}, "
         f"{properties.multi_processor_count} multiprocessors, {properties.total_memory >> 20} MiB, "
-        f"L2 {properties.L2_cache_size >> 20} MiB; key of the cache {_hash(triton_key())}"
+        f"L2 {properties.L2_cache_size >> 20} MiB"
     )
-
-
-def _hash(text: str) -> str:
-    """Return the first digits of a hash."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    if triton.__version__.startswith(COMPILING_TRITON):
+        print(f"key of the cache: {cache_key()}")
 
 
 def main(arguments: list[str] | None = None) -> int:
