@@ -133,7 +133,7 @@ REGISTER_ORDER = ("sm80", "sm90", *HOST)
 """Where the results of products are in the registers that `kernels.register_order` says."""
 PORTABLE = ("sm80", "gfx942")
 TF32 = ("tf32", "tf32_even")
-"""Precisions of `kernels.arithmetic.contract` that round float32 operands to TF32."""
+"""Precisions of `kernels.arithmetic.contract` for TF32."""
 FULL = 256
 """Programs: about two for each of the 132 multiprocessors of an H100."""
 TABLE: tuple[TileRow, ...] = (

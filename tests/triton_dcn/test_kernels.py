@@ -123,11 +123,13 @@ def test_blocks_that_span_offset_groups(channels, offset_groups, block_c, dtype,
     assert relative(output, exact(case)["output"].relu()) <= FLOOR[dtype]
 
 
-@pytest.mark.parametrize("kernel", list(launchers.FORWARD_KERNELS))
-def test_operands_are_rounded_to_tf32(kernel, monkeypatch):
+@pytest.mark.parametrize(
+    ("kernel", "arch"), [*itertools.product(launchers.FORWARD_KERNELS, ["sm90"]), ("forward_direct", "sm80")]
+)
+def test_operands_are_rounded_to_tf32(kernel, arch, monkeypatch):
     """With operands that are cut off, as tensor cores do it, the error would be 7e-4 of the output."""
     prepend_rows(monkeypatch, TileRow("forward", kernel, (ARCH,), "any", ANY, Tile(64, 16, 16)))
-    monkeypatch.setattr(launchers, "dot_precision", lambda tensor: tile_table.precision("sm80", "tf32"))
+    monkeypatch.setattr(launchers, "dot_precision", lambda tensor: tile_table.precision(arch, "tf32"))
     case = case_of("two-blocks")
     input, _, _, weight = case.tensors
     output = triton_backend.forward(case.geom, input, case.offset_mask, weight, case.bias)

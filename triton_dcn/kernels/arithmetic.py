@@ -18,22 +18,21 @@ def contract(a, b, acc, PRECISION: tl.constexpr, B_IS_ROUNDED: tl.constexpr = Fa
 
     Args:
         a, b, acc: of the product; a and b have one dtype.
-        PRECISION: "ieee"; of float32 products, also "tf32x3", "tf32", or "tf32_even" on GPUs after sm_80, where one
-            instruction rounds to TF32. Tensor cores would cut the operands off: rounding them before more than halves
-            the error of a product.
+        PRECISION: "ieee"; of float32 products, also "tf32x3", "tf32_even" or, on sm_80, "tf32". Tensor cores cut
+            operands off to TF32. With "tf32_even" they are rounded before, which more than halves the error of a
+            product and takes an instruction for each. With "tf32" they are not: sm_80 takes two or three, and the
+            compiler repeats them in every warp that reads the operand.
         B_IS_ROUNDED: `b` is rounded to TF32 already.
     """
     if INTERPRETED and a.dtype == tl.bfloat16:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    if PRECISION == "tf32" or PRECISION == "tf32_even":
+    if PRECISION == "tf32_even":
         a = round_to_tf32(a, PRECISION)
         if not B_IS_ROUNDED:
             b = round_to_tf32(b, PRECISION)
-        acc = tl.dot(a, b, acc, input_precision="tf32")
-    else:
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    return acc
+        return tl.dot(a, b, acc, input_precision="tf32")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ Letters, names and sample arrays: see `sampling`. One channel group (G = 1); C/D
 import triton
 import triton.language as tl
 
-from triton_dcn.kernels.arithmetic import contract, round_to
+from triton_dcn.kernels.arithmetic import contract, round_to, round_to_tf32
 from triton_dcn.kernels.jit import kernel
 from triton_dcn.kernels.register_order import QUARTERS, blend_pairs, product_row, to_operand
 from triton_dcn.kernels.sampling import blend, corner_rows, corner_weights, load_corners, swizzle
@@ -267,6 +267,8 @@ def forward_direct_kernel(
                 value = blend_pairs(w00, w01, w10, w11, x00, x01, x10, x11)
             else:
                 value = round_to(blend(w00, w01, w10, w11, x00, x01, x10, x11), weight_ptr.dtype.element_ty)
+            if PRECISION == "tf32":
+                value = round_to_tf32(value, PRECISION)  # here, no other warp reads it
             value = to_operand(value, WARPS)
             weight = tl.load(weight_tap_ptr + start)  # (BLOCK_C, BLOCK_O)
             acc = contract(value, weight, acc, PRECISION, B_IS_ROUNDED=True)
