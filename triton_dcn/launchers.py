@@ -166,7 +166,7 @@ def forward_fused(
         in_pairs = _blends_in_pairs(x)
         kernel_constants = {"WARPS": tile.num_warps, "BLEND_IN_PAIRS": in_pairs}
         if half and not in_pairs:
-            options.pop("maxnreg", None)  # float32 needs more registers
+            options = {"num_warps": tile.num_warps}  # float32 needs more registers
     has_bias = bias is not None
     bias = w if bias is None else bias  # without a bias, a pointer that is not read
     positions = geom.batch * geom.positions

@@ -13,6 +13,7 @@ gradient that is not needed.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -189,6 +190,8 @@ def _define(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> tor
     LIBRARY.define(name + torch.library.infer_schema(run, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
 
     def implementation(*arguments: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:  # nothing is compiled
+            return run(*arguments)
         return _uncompiled(run)(*arguments)
 
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
@@ -199,7 +202,7 @@ def _define(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> tor
 
 @cache
 def _uncompiled(function: Callable[..., Any]) -> Any:
-    """Keep torch.compile out of a function. This imports the compiler, so not before the function is called."""
+    """Keep torch.compile out of a function. This imports the compiler, so not before another has done so."""
     return torch.compiler.disable(function)
 
 

@@ -55,7 +55,7 @@ class Tile:
 
     @cached_property
     def options(self) -> dict[str, int]:
-        """Return the compiler's options, as keyword arguments of a launch."""
+        """The compiler's options, as keyword arguments of a launch; not to be changed."""
         options = {"num_warps": self.num_warps}
         if self.max_registers:
             options["maxnreg"] = self.max_registers

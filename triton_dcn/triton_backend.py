@@ -29,6 +29,7 @@ from triton_dcn.matmul import accumulate, multiply, multiply_groups
 from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
 from triton_dcn.workspace import column_chunks, image_slices, prefers_t_columns, tile_chunks
 
+NO_CONTEXT = nullcontext()
 NARROW_GROUP = 16
 """Channel groups of fewer input channels are joined."""
 JOINED_CHANNELS = 128
@@ -112,8 +113,8 @@ def backward(
     """
     x = _channels_last(input)
     groups = geom.groups
-    geom, weight = _join_narrow_groups(geom, weight)
-    w = _taps_last(weight)
+    geom, joined_weight = _join_narrow_groups(geom, weight)
+    w = _taps_last(joined_weight)
     grad = _channels_last(grad_output).view(-1, geom.out_channels)
     grad_input = torch.empty_like(x) if needs_input else None  # written in full
     kept = launchers.binning_method() if needs_input else "arrays"
@@ -125,11 +126,10 @@ def backward(
         needs_weight=needs_weight,
     )
     column_itemsize = x.element_size() if needs_input and not use_t_columns else 0
-    grad_weight = None  # each chunk adds its part
+    weight_matrix_grad = None  # each chunk adds its part
     if needs_weight:
-        weight_matrix = _weight_for_t(geom, w) if use_t_columns else _weight_for_columns(geom, w)
-        grad_weight = torch.zeros_like(weight_matrix, dtype=torch.float32)
-    grads = _Gradients(grad_input, grad_offset_mask, grad_weight)
+        weight_matrix_grad = w.new_zeros(_weight_matrix_shape(geom, use_t_columns), dtype=torch.float32)
+    grads = _Gradients(grad_input, grad_offset_mask, weight_matrix_grad)
 
     with _current_device(x.device):
         for slice_geom, images in image_slices(geom, kept, column_itemsize):
@@ -147,9 +147,12 @@ def backward(
 
     if grad_input is not None:
         grad_input = grad_input.permute(0, 3, 1, 2)
-    if grad_weight is not None:
+    grad_weight = None
+    if weight_matrix_grad is not None:
         restore = _weight_from_t if use_t_columns else weight_from_columns
-        grad_weight = _take_groups_apart(geom, groups, restore(geom, grad_weight)).to(weight.dtype)
+        grad = _take_groups_apart(geom, groups, restore(geom, weight_matrix_grad))
+        # one copy for the order of the dimensions, the dtype and the layout
+        grad_weight = torch.empty_like(weight).copy_(grad)
     return grad_input, grad_weight
 
 
@@ -217,6 +220,8 @@ def _backward_by_columns(
     if needs_samples and fused_row is not None:
         launchers.grad_sample_fused(geom, fused_row, grad, x, samples, w, grads.offset_mask)
         needs_samples = False
+    if grads.input is None and grads.weight is None and not needs_samples:
+        return
 
     chunks = list(column_chunks(geom, x))
     if grads.input is not None:
@@ -293,11 +298,11 @@ def by_group(geom: ConvGeometry, grad: Tensor) -> Tensor:
 
 
 def weight_from_columns(geom: ConvGeometry, matrix: Tensor) -> Tensor:
-    """Copy (G, O/G, K*C/G) to (O, C/G, kh, kw)."""
+    """Return (G, O/G, K*C/G) as (O, C/G, kh, kw), without a copy where that is possible."""
     out_per_group = geom.out_channels // geom.groups
     in_per_group = geom.in_channels // geom.groups
     taps_apart = matrix.view(-1, out_per_group, *geom.kernel, in_per_group)
-    return taps_apart.permute(0, 1, 4, 2, 3).flatten(0, 1).contiguous()
+    return taps_apart.permute(0, 1, 4, 2, 3).flatten(0, 1)
 
 
 def _weight_for_columns(geom: ConvGeometry, w: Tensor) -> Tensor:
@@ -311,11 +316,20 @@ def _weight_for_t(geom: ConvGeometry, w: Tensor) -> Tensor:
 
 
 def _weight_from_t(geom: ConvGeometry, matrix: Tensor) -> Tensor:
-    """Copy (G, K*O/G, C/G) to (O, C/G, kh, kw)."""
+    """Return (G, K*O/G, C/G) as (O, C/G, kh, kw), without a copy where there is one group."""
     out_per_group = geom.out_channels // geom.groups
     in_per_group = geom.in_channels // geom.groups
     taps_apart = matrix.view(-1, *geom.kernel, out_per_group, in_per_group)
-    return taps_apart.permute(0, 3, 4, 1, 2).flatten(0, 1).contiguous()
+    return taps_apart.permute(0, 3, 4, 1, 2).flatten(0, 1)
+
+
+def _weight_matrix_shape(geom: ConvGeometry, use_t_columns: bool) -> tuple[int, int, int]:
+    """Return the shape of `_weight_for_t`, or of `_weight_for_columns`."""
+    out_per_group = geom.out_channels // geom.groups
+    in_per_group = geom.in_channels // geom.groups
+    if use_t_columns:
+        return geom.groups, geom.taps * out_per_group, in_per_group
+    return geom.groups, out_per_group, geom.taps * in_per_group
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
@@ -337,4 +351,4 @@ def _current_device(device: torch.device) -> AbstractContextManager[None]:
     """Make `device` the current GPU, if it is not, because Triton launches on that one."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
-    return nullcontext()
+    return NO_CONTEXT

@@ -62,8 +62,10 @@ def image_slices(geom: ConvGeometry, kept: str, column_itemsize: int = 0) -> lis
     """
     pixels = geom.height * geom.width
     samples = geom.positions * geom.offset_groups * geom.taps
-    _check_count(geom, "pixels", pixels, MAX_PIXELS)
-    _check_count(geom, "samples", samples, MAX_SAMPLES)
+    if pixels >= MAX_PIXELS:
+        raise _too_many(geom, "pixels", pixels, MAX_PIXELS)
+    if samples >= MAX_SAMPLES:
+        raise _too_many(geom, "samples", samples, MAX_SAMPLES)
 
     column_bytes = geom.positions * geom.taps * geom.in_channels * column_itemsize
     bytes_per_image = max(samples * SAMPLE_BYTES[kept], column_bytes)
@@ -141,8 +143,7 @@ def input_tiles(geom: ConvGeometry, tile_h: int) -> tuple[int, int]:
     return -(-geom.height // tile_h), -(-geom.width // TILE_W)
 
 
-def _check_count(geom: ConvGeometry, unit: str, count: int, limit: int) -> None:
-    if count >= limit:
-        raise ValueError(
-            f"input: expected fewer than {limit} {unit} an image, got {count} from {geom.height}x{geom.width}"
-        )
+def _too_many(geom: ConvGeometry, unit: str, count: int, limit: int) -> ValueError:
+    return ValueError(
+        f"input: expected fewer than {limit} {unit} an image, got {count} from {geom.height}x{geom.width}"
+    )
