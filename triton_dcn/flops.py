@@ -28,19 +28,20 @@ from triton_dcn import operator  # defines the operators  # noqa: F401
 Shape = Sequence[int]
 
 
-@register_flop_formula(torch.ops.triton_dcn.deform_conv2d)
+@register_flop_formula([torch.ops.triton_dcn.deform_conv2d, torch.ops.triton_dcn.deform_conv2d_with_samples])
 def forward_flops(
-    input: Shape, offset: Shape, mask: Shape | None, weight: Shape, *settings: Any, out_shape: Shape, **options: Any
+    input: Shape, offset: Shape, mask: Shape | None, weight: Shape, *settings: Any, out_shape: Any, **options: Any
 ) -> int:
     """Return the FLOPs of a forward pass; a multiplication and an addition are two.
 
     Args:
         input, offset, mask, weight: shapes of the tensors.
         settings: the other arguments of the operator.
-        out_shape: of the output, (B, O, Ho, Wo).
+        out_shape: of the output, (B, O, Ho, Wo), or that and the shape of the samples.
         options: arguments given by name.
     """
-    return _product_flops(weight, out_shape)
+    output = out_shape if isinstance(out_shape, torch.Size) else out_shape[0]
+    return _product_flops(weight, output)
 
 
 @register_flop_formula(torch.ops.triton_dcn.deform_conv2d_backward)

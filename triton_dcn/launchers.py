@@ -40,7 +40,7 @@ from triton_dcn.tile_table import (
     narrowed,
     strip_width,
 )
-from triton_dcn.workspace import TileChunk, input_tiles
+from triton_dcn.workspace import TileChunk, input_tiles, sample_buffer_shape
 
 FULL_WARPS = 4096
 """With fewer warps, 32 for each of 132 multiprocessors, a launch divides its taps among more programs."""
@@ -86,17 +86,23 @@ class Bins(NamedTuple):
 
 def sample(geom: ConvGeometry, offset_mask: OffsetMask) -> SampleArrays:
     """Launch `sampling_kernel`: return the sample arrays of a slice of images."""
+    buffer = offset_mask.offset.new_empty(sample_buffer_shape(geom), dtype=torch.float32)
+    return sample_into(buffer, geom, offset_mask)
+
+
+def sample_into(buffer: Tensor, geom: ConvGeometry, offset_mask: OffsetMask) -> SampleArrays:
+    """Do as `sample` in a buffer of the shape `sample_buffer_shape`."""
     offset = offset_mask.offset
     has_mask = offset_mask.mask is not None
     mask = offset if offset_mask.mask is None else offset_mask.mask  # without a mask, a pointer that is not read
-    planes = geom.offset_groups * geom.taps
+    samples = view_samples(buffer, geom)
     positions = geom.batch * geom.positions
-    samples = _empty_sample_arrays(offset, planes, positions)
+    count = geom.offset_groups * geom.taps * positions
     tile = find_tile("sampling", geom, offset)
     launch(
-        sampling_kernel, _cdiv(planes * positions, tile.block_p),
+        sampling_kernel, _cdiv(count, tile.block_p),
         (offset, mask, *samples),
-        (planes * positions, positions, geom.out_height, geom.out_width,
+        (count, positions, geom.out_height, geom.out_width,
          geom.height, geom.width, geom.kernel[1], *offset.stride(), *mask.stride(),
          *geom.stride, *geom.padding, *geom.dilation),
         TAPS=geom.taps, HAS_MASK=has_mask, MASK_LOGITS=offset_mask.mask_logits,
@@ -105,10 +111,11 @@ def sample(geom: ConvGeometry, offset_mask: OffsetMask) -> SampleArrays:
     return samples
 
 
-def _empty_sample_arrays(offset: Tensor, planes: int, positions: int) -> SampleArrays:
-    """Allocate the sample arrays at once; each begins at a multiple of 16 bytes, as wide loads need it."""
-    elements = _cdiv(planes * positions, 4) * 4
-    arrays = offset.new_empty_strided((4, planes, positions), (elements, positions, 1), dtype=torch.float32)
+def view_samples(buffer: Tensor, geom: ConvGeometry) -> SampleArrays:
+    """View a buffer of the shape `sample_buffer_shape` as sample arrays."""
+    planes = geom.offset_groups * geom.taps
+    positions = geom.batch * geom.positions
+    arrays = buffer.as_strided((4, planes, positions), (buffer.shape[1], positions, 1))
     cell, ly, lx, scale = arrays.unbind()
     return SampleArrays(cell.view(torch.int32), ly, lx, scale)
 

@@ -1,5 +1,8 @@
 """The `torch.library` operators that torch.compile, export, autograd and vmap see: one forward, one backward.
 
+Where autograd records a call of the Triton kernels, a second forward operator takes the place of the first. It also
+returns the samples that it computed, for the backward operator.
+
 They are defined by `torch.library.Library`, not by its decorator `custom_op`, because their derivatives are registered
 as `torch.autograd.Function`s: `register_autograd` takes longer for a call of as many arguments than the kernels take
 for a small image.
@@ -13,7 +16,6 @@ gradient that is not needed.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -22,10 +24,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from triton_dcn import torch_backend
 from triton_dcn.geometry import ConvGeometry
 from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
+from triton_dcn.workspace import keeps_samples, sample_buffer_shape
 
 LIBRARY = torch.library.Library("triton_dcn", "FRAGMENT")
 NO_CONTEXT = nullcontext()
@@ -58,6 +62,53 @@ def _run_forward(
     return store_like(output, input)
 
 
+def _run_forward_with_samples(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    mask_logits: bool = False,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Run the forward pass of backend "triton"; the arguments are those of `forward_op`.
+
+    Returns:
+        The output, and the samples for the backward pass: a buffer for `backward_op`, or an empty tensor where
+        `workspace.keeps_samples` says no.
+    """
+    offset_mask = OffsetMask.of(offset, mask, mask_logits)
+    geom = ConvGeometry.remembered(input, offset_mask.offset, weight, offset_mask.mask, stride, padding, dilation)
+    with without_autocast(input.device.type):
+        output, samples = _module_of("triton").forward_with_samples(geom, input, offset_mask, weight, bias, relu=relu)
+    if samples is None or not keeps_samples(geom):
+        samples = input.new_empty(0)
+    return store_like(output, input), samples
+
+
+def _forward_with_samples_fake(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    mask_logits: bool = False,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor]:
+    offset_mask = OffsetMask.of(offset, mask, mask_logits)
+    geom = ConvGeometry.of(input, offset_mask.offset, weight, offset_mask.mask, stride, padding, dilation)
+    output = store_like(input.new_empty(geom.output_shape), input)
+    if keeps_samples(geom):
+        return output, input.new_empty(sample_buffer_shape(geom), dtype=torch.float32)
+    return output, input.new_empty(0)
+
+
 def _forward_fake(
     input: Tensor,
     offset: Tensor,
@@ -88,6 +139,7 @@ def _run_backward(
     backend: str,
     needs: list[bool],
     mask_logits: bool = False,
+    samples: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of input, offset, mask and weight, each in the shape and dtype of its tensor.
 
@@ -97,6 +149,7 @@ def _run_backward(
         grad_output: (B, O, Ho, Wo), any strides.
         input, offset, mask, weight, stride, padding, dilation, backend, mask_logits: as given to `forward_op`.
         needs: whether to compute each of the four.
+        samples: as returned by `forward_with_samples_op`, or None.
     """
     needs_input, needs_offset, needs_mask, needs_weight = needs
     offset_mask = OffsetMask.of(offset, mask, mask_logits)
@@ -106,6 +159,7 @@ def _run_backward(
     grad_mask = _empty_gradient(mask, backend) if needs_mask and mask is not None else None
     grad_offset_mask = OffsetMaskGrad.of(grad_offset, grad_mask, mask_logits)
     with without_autocast(input.device.type):
+        kept = {} if samples is None or samples.numel() == 0 else {"kept_samples": samples}
         grad_input, grad_weight = _module_of(backend).backward(
             geom,
             grad_output,
@@ -115,6 +169,7 @@ def _run_backward(
             grad_offset_mask,
             needs_input=needs_input,
             needs_weight=needs_weight,
+            **kept,
         )
 
     def stored(gradient: Tensor | None, like: Tensor | None) -> Tensor:
@@ -137,6 +192,7 @@ def _backward_fake(
     backend: str,
     needs: list[bool],
     mask_logits: bool = False,
+    samples: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     grads = []
     for tensor, need in zip((input, offset, mask, weight), needs, strict=True):
@@ -189,24 +245,16 @@ def _define(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> tor
     """Define the operator `triton_dcn::name`, its implementation for all devices and that for fake tensors."""
     LIBRARY.define(name + torch.library.infer_schema(run, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
 
-    def implementation(*arguments: Any) -> Any:
-        if "torch._dynamo" not in sys.modules:  # nothing is compiled
-            return run(*arguments)
-        return _uncompiled(run)(*arguments)
-
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    # torch.compile must not look into it; unlike torch.compiler.disable, this does not import the compiler at once
+    uncompiled = _disable_dynamo(run)
+    LIBRARY.impl(name, uncompiled, "CompositeExplicitAutograd")
     torch.library.register_fake(f"triton_dcn::{name}", fake, lib=LIBRARY)
     operator: torch._ops.OpOverload = getattr(torch.ops.triton_dcn, name).default
     return operator
 
 
-@cache
-def _uncompiled(function: Callable[..., Any]) -> Any:
-    """Keep torch.compile out of a function. This imports the compiler, so not before another has done so."""
-    return torch.compiler.disable(function)
-
-
 forward_op = _define("deform_conv2d", _run_forward, _forward_fake)
+forward_with_samples_op = _define("deform_conv2d_with_samples", _run_forward_with_samples, _forward_with_samples_fake)
 backward_op = _define("deform_conv2d_backward", _run_backward, _backward_fake)
 
 
@@ -215,7 +263,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        """Run the operator.
+        """Run the operator, or the one that also returns the samples, which the Triton kernels use once more.
 
         Args:
             ctx: of autograd.
@@ -223,9 +271,15 @@ class _Convolution(torch.autograd.Function):
         """
         input, offset, mask, weight, bias, settings = arguments
         stride, padding, dilation, backend, mask_logits, relu = settings
+        tensors = (input, offset, mask, weight, bias)
+        samples = None
+        output: Tensor
         with torch._C._AutoDispatchBelowAutograd():
-            output: Tensor = forward_op(input, offset, mask, weight, bias, *settings)
-        ctx.save_for_backward(input, offset, mask, weight, output if relu else None)
+            if backend == "triton" and True in ctx.needs_input_grad[:4]:
+                output, samples = forward_with_samples_op(*tensors, stride, padding, dilation, mask_logits, relu)
+            else:
+                output = forward_op(*tensors, *settings)
+        ctx.save_for_backward(input, offset, mask, weight, output if relu else None, samples)
         ctx.settings = (stride, padding, dilation, backend)
         ctx.mask_logits = mask_logits
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -234,7 +288,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the tensors."""
-        input, offset, mask, weight, rectified_output = ctx.saved_tensors
+        input, offset, mask, weight, rectified_output, samples = ctx.saved_tensors
         if rectified_output is not None:
             # not "> 0", because NaN passes the gradient on, as in torch
             grad_output = torch.where(rectified_output <= 0, 0, grad_output)
@@ -242,7 +296,8 @@ class _Convolution(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:4])
         grads: list[Tensor | None] = [None] * 4
         if True in needs:
-            computed = backward_op(grad_output, input, offset, mask, weight, *ctx.settings, needs, ctx.mask_logits)
+            tensors = (grad_output, input, offset, mask, weight)
+            computed = backward_op(*tensors, *ctx.settings, needs, ctx.mask_logits, samples)
             grads = [grad if need else None for grad, need in zip(computed, needs, strict=True)]
 
         grad_bias = grad_output.sum((0, 2, 3), dtype=ctx.bias_dtype) if ctx.needs_input_grad[4] else None
@@ -342,7 +397,7 @@ def _vmap_backward(
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     """Do as `_vmap_forward`; the gradient of the weight needs one call per element, because each has its own."""
     tensors = arguments[:5]
-    settings = arguments[5:]
+    settings = arguments[5:11]  # without the samples, which are not those of the elements
     needs = settings[4]
     dims = in_dims[:5]
     weight_dim = dims[4]

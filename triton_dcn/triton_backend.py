@@ -27,7 +27,7 @@ from triton_dcn.geometry import ConvGeometry
 from triton_dcn.launchers import SampleArrays
 from triton_dcn.matmul import accumulate, multiply, multiply_groups
 from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
-from triton_dcn.workspace import column_chunks, image_slices, prefers_t_columns, tile_chunks
+from triton_dcn.workspace import column_chunks, image_slices, prefers_t_columns, sample_buffer_shape, tile_chunks
 
 NO_CONTEXT = nullcontext()
 NARROW_GROUP = 16
@@ -47,6 +47,20 @@ def forward(
     *,
     relu: bool = False,
 ) -> Tensor:
+    """Compute the output, (B, O, Ho, Wo), dtype of `input`, stored channels-last; see `forward_with_samples`."""
+    output, _ = forward_with_samples(geom, input, offset_mask, weight, bias, relu=relu)
+    return output
+
+
+def forward_with_samples(
+    geom: ConvGeometry,
+    input: Tensor,
+    offset_mask: OffsetMask,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """Compute the output, (B, O, Ho, Wo), dtype of `input`, stored channels-last.
 
     Args:
@@ -57,6 +71,10 @@ def forward(
         bias: (O,), dtype of `input`, or None.
         relu: negative outputs become 0.
 
+    Returns:
+        The output, and what `backward` takes as `samples`: the sample arrays in one buffer, None where there are
+        several slices of images.
+
     Raises:
         ValueError: one image has 2**27 pixels, or 2**29 samples, or more.
     """
@@ -66,6 +84,7 @@ def forward(
     w = _taps_last(weight) if row is None else launchers.forward_weight(row, weight)
     bias = None if bias is None else bias.contiguous()
     output = x.new_empty(geom.batch * geom.positions, geom.out_channels)  # written in full
+    buffer = None
 
     with _current_device(x.device):
         for slice_geom, images in image_slices(geom, "arrays"):
@@ -74,14 +93,17 @@ def forward(
                 slice_x = x[images]
                 slice_offset_mask = offset_mask.images(images)
                 slice_output = output[_positions(geom, images)]
-            samples = launchers.sample(slice_geom, slice_offset_mask)
+            slice_buffer = offset_mask.offset.new_empty(sample_buffer_shape(slice_geom), dtype=torch.float32)
+            samples = launchers.sample_into(slice_buffer, slice_geom, slice_offset_mask)
+            buffer = slice_buffer if slice_geom is geom else None
             if row is not None:
                 launchers.forward_fused(slice_geom, row, slice_x, samples, w, bias, slice_output, relu)
             else:
                 _forward_by_columns(slice_geom, slice_x, samples, w, bias, slice_output)
                 if relu:
                     slice_output.relu_()
-    return output.view(geom.batch, geom.out_height, geom.out_width, geom.out_channels).permute(0, 3, 1, 2)
+    output = output.view(geom.batch, geom.out_height, geom.out_width, geom.out_channels).permute(0, 3, 1, 2)
+    return output, buffer
 
 
 def backward(
@@ -94,6 +116,7 @@ def backward(
     *,
     needs_input: bool,
     needs_weight: bool,
+    kept_samples: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Fill the gradients of offset and mask; return those of input and weight, None where not needed.
 
@@ -104,6 +127,7 @@ def backward(
         grad_offset_mask: written in full; contiguous except for the stride of the batch.
         needs_input: whether to compute the gradient of `input`.
         needs_weight: whether to compute the gradient of `weight`.
+        kept_samples: of `forward_with_samples`, or None.
 
     Returns:
         Gradients in the shapes and dtypes of their tensors, that of the input stored channels-last.
@@ -139,7 +163,10 @@ def backward(
                 slice_offset_mask = offset_mask.images(images)
                 slice_grad = grad[_positions(geom, images)]
                 slice_grads = grads.images(images)
-            samples = launchers.sample(slice_geom, slice_offset_mask)
+            if kept_samples is not None and slice_geom is geom:
+                samples = launchers.view_samples(kept_samples, geom)
+            else:
+                samples = launchers.sample(slice_geom, slice_offset_mask)
             if use_t_columns:
                 _backward_by_t_columns(slice_geom, slice_grad, slice_x, samples, w, slice_grads)
             else:

@@ -21,6 +21,8 @@ MAX_PIXELS = 1 << 27
 """Input pixels of the images in one slice: a pixel index shares 32 bits with four flags."""
 MAX_SAMPLES = 1 << 29
 """Samples of the images in one slice: a sample has up to four entries in the bins, which are counted in 32 bits."""
+KEPT_SAMPLE_BYTES = 64 << 20
+"""The most that the sample arrays of a call may take which are kept for its backward pass."""
 SAMPLE_BYTES = {"arrays": 16, "ranks": 32, "sort": 160}
 """Bytes of one sample, by what a slice keeps of it.
 
@@ -76,6 +78,23 @@ def image_slices(geom: ConvGeometry, kept: str, column_itemsize: int = 0) -> lis
     if 0 < geom.batch <= longest:
         return [(geom, slice(0, geom.batch))]
     return [(replace(geom, batch=images.stop - images.start), images) for images in even_slices(geom.batch, longest)]
+
+
+def keeps_samples(geom: ConvGeometry) -> bool:
+    """Tell whether the sample arrays of a forward pass are kept for the backward pass, so that samples come once.
+
+    Then the forward pass has one slice, and so has the backward pass unless its column gradients or a stable sort of
+    the bins need more memory; where it has several slices, each computes its own samples.
+    """
+    samples = geom.batch * geom.positions * geom.offset_groups * geom.taps
+    pixels = geom.batch * geom.height * geom.width
+    return samples * SAMPLE_BYTES["arrays"] <= KEPT_SAMPLE_BYTES and pixels < MAX_PIXELS
+
+
+def sample_buffer_shape(geom: ConvGeometry) -> tuple[int, int]:
+    """Return the shape of a float32 buffer for four sample arrays, each from a multiple of 16 bytes on."""
+    samples = geom.batch * geom.positions * geom.offset_groups * geom.taps
+    return 4, (samples + 3) // 4 * 4
 
 
 def column_chunks(geom: ConvGeometry, x: Tensor) -> Iterator[slice]:
