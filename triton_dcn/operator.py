@@ -84,8 +84,10 @@ def _run_forward_with_samples(
     geom = ConvGeometry.remembered(input, offset_mask.offset, weight, offset_mask.mask, stride, padding, dilation)
     with without_autocast(input.device.type):
         output, samples = _module_of("triton").forward_with_samples(geom, input, offset_mask, weight, bias, relu=relu)
-    if samples is None or not keeps_samples(geom):
+    if not keeps_samples(geom):
         samples = input.new_empty(0)
+    elif samples is None:  # no images, no slice
+        samples = input.new_empty(sample_buffer_shape(geom), dtype=torch.float32)
     return store_like(output, input), samples
 
 

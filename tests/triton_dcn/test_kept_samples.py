@@ -1,5 +1,7 @@
 """The samples of a forward pass serve the backward pass of the Triton kernels, where they are kept."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -22,7 +24,6 @@ def sampled(monkeypatch):
         return sample_into(buffer, geom, offset_mask)
 
     monkeypatch.setattr(launchers, "sample_into", counted)
-    monkeypatch.setattr("triton_dcn.triton_backend.launchers.sample_into", counted)
     return launches
 
 
@@ -139,6 +140,15 @@ def test_compiled(dynamic, sampled):
     found = gradients(case, leaves, compiled(*leaves))
     assert len(sampled) == 1
     torch.testing.assert_close(found, expected)
+
+
+def test_no_images():
+    case = make_case(replace(CASES["plain"], batch=0), torch.float32, DEVICE)
+    leaves = leaves_of(case)
+    for leaf, gradient in zip(leaves, gradients(case, leaves, call(case, leaves)), strict=True):
+        assert gradient.shape == leaf.shape
+    settings = (list(case.geom.stride), list(case.geom.padding), list(case.geom.dilation))
+    torch.library.opcheck(forward_with_samples_op, (*case.tensors, case.bias, *settings))
 
 
 @pytest.mark.parametrize("limit", [0, workspace.KEPT_SAMPLE_BYTES])
