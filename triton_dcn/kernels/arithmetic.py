@@ -31,8 +31,10 @@ def contract(a, b, acc, PRECISION: tl.constexpr, B_IS_ROUNDED: tl.constexpr = Fa
         a = round_to_tf32(a, PRECISION)
         if not B_IS_ROUNDED:
             b = round_to_tf32(b, PRECISION)
-        return tl.dot(a, b, acc, input_precision="tf32")
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(a, b, acc, input_precision="tf32")
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
