@@ -172,7 +172,7 @@ TABLE: tuple[TileRow, ...] = (
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm100", "gfx942"), "half", 256, Tile(64, 256, 64, 8)),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm100", "gfx942"), "half", 256, Tile(64, 256, 32, 4)),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm80", "sm90"), "tf32", 256, Tile(64, 128, 16, 4)),
-    TileRow("grad_sample_fused", "grad_sample_fused", ("sm80", "sm90"), "tf32", 256, Tile(64, 256, 16, 4)),
+    TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "tf32", 256, Tile(64, 256, 16, 4)),
     TileRow("grad_sample", "grad_sample", GPUS, "half", ANY, Tile(16, 0, 64, 4)),
     TileRow("grad_sample", "grad_sample", GPUS, "any", ANY, Tile(16, 0, 32, 4)),
     TileRow("t_columns", "t_columns", GPUS, "half", 64, Tile(64, 64, 0, 4)),

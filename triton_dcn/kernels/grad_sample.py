@@ -80,8 +80,8 @@ def store_gradients(
 ):
     """Combine the four dot products of each sample and store its gradients at its output position.
 
-    d00 to scale, `position` and `live` are (BLOCK_P,), `plane` may be. A corner exists where the flags of its row and
-    column are set.
+    d00 to scale, `position`, `plane` and `live` have one shape, or shapes that broadcast to it. A corner exists where
+    the flags of its row and column are set.
     """
     d00 = tl.where((cell & 10) == 10, d00, 0.0)
     d01 = tl.where((cell & 9) == 9, d01, 0.0)
@@ -116,8 +116,10 @@ def column_block(tile, index: tl.constexpr, BLOCKS: tl.constexpr):
 
 @triton.jit
 def sum_by_group(d, GROUPS: tl.constexpr):
-    """Return (BLOCK_P, GROUPS), sums of neighboring quarters of `d` (BLOCK_P, QUARTERS)."""
-    return tl.sum(tl.reshape(d, (d.shape[0], GROUPS, QUARTERS // GROUPS)), 2)
+    """Return (BLOCK_P, QUARTERS): each quarter gets the sum over all quarters of its offset group."""
+    d = tl.reshape(d, (d.shape[0], GROUPS, QUARTERS // GROUPS))
+    total = tl.broadcast_to(tl.sum(d, 2)[:, :, None], d.shape)
+    return tl.reshape(total, (d.shape[0], QUARTERS))
 
 
 @kernel
@@ -183,9 +185,8 @@ def grad_sample_fused_kernel(
     first_index = tl.program_id(0) // (tap_blocks * (CHANNELS // SPAN)) * BLOCK_P
     o = tl.arange(0, BLOCK_O)
     live_o = o < OUT_CHANNELS
-    quarter_c = tl.arange(0, QUARTERS)[None, :, None] * RUN
-    word = quarter_c // PACK + tl.arange(0, RUN // PACK)[None, None, :]
-    group = first_c // PER_OFFSET + tl.arange(0, GROUPS)[None, :]
+    quarter = tl.arange(0, QUARTERS)[None, :]
+    word = quarter[:, :, None] * (RUN // PACK) + tl.arange(0, RUN // PACK)[None, None, :]
 
     index = first_index + tl.arange(0, BLOCK_P)
     position = swizzle(tl.where(index < positions, index, 0), out_height, out_width, STRIP)
@@ -195,11 +196,13 @@ def grad_sample_fused_kernel(
     # from here on in the order of the gathered rows
     if WARPS > 0:
         index = first_index + product_row(tl.arange(0, BLOCK_P), BLOCK_P, WARPS)
-    live = (index < positions)[:, None]
-    position = swizzle(tl.where(index < positions, index, 0), out_height, out_width, STRIP)
+    position = swizzle(tl.where(index < positions, index, 0), out_height, out_width, STRIP)[:, None]
+    live = (index < positions)[:, None] & (quarter % (QUARTERS // GROUPS) == 0)  # one quarter of a group stores
     for tap in tl.range(first_tap, tl.minimum(first_tap + taps_per_program, TAPS), num_stages=1):
-        sample = ((first_c + quarter_c) // PER_OFFSET * TAPS + tap) * positions + position[:, None, None]
-        row00, row01, row10, row11 = corner_rows(tl.load(cell_ptr + sample), width, CHANNELS // PACK)
+        plane = (first_c + quarter * RUN) // PER_OFFSET * TAPS + tap
+        sample = plane * positions + position  # (BLOCK_P, QUARTERS)
+        cell = tl.load(cell_ptr + sample)
+        row00, row01, row10, row11 = corner_rows(cell[:, :, None], width, CHANNELS // PACK)
         d00 = tl.zeros((BLOCK_P, QUARTERS), tl.float32)
         d01 = tl.zeros((BLOCK_P, QUARTERS), tl.float32)
         d10 = tl.zeros((BLOCK_P, QUARTERS), tl.float32)
@@ -222,14 +225,12 @@ def grad_sample_fused_kernel(
                 d01 += tl.sum(part * widen(x01), 2)
                 d10 += tl.sum(part * widen(x10), 2)
                 d11 += tl.sum(part * widen(x11), 2)
-        plane = group * TAPS + tap
-        sample = plane * positions + position[:, None]
         store_gradients(
             sum_by_group(d00, GROUPS),
             sum_by_group(d01, GROUPS),
             sum_by_group(d10, GROUPS),
             sum_by_group(d11, GROUPS),
-            tl.load(cell_ptr + sample),
+            cell,
             tl.load(ly_ptr + sample),
             tl.load(lx_ptr + sample),
             tl.load(scale_ptr + sample),
@@ -237,7 +238,7 @@ def grad_sample_fused_kernel(
             grad_mask_ptr,
             stride_ob,
             stride_mb,
-            position[:, None],
+            position,
             out_height * out_width,
             plane,
             live,
