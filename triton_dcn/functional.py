@@ -171,8 +171,14 @@ def pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     Raises:
         ValueError: `value` is neither an int nor two ints; names the argument.
     """
+    # first the usual cases, at a fraction of the time
     if type(value) is int:
         return value, value
+    if type(value) is tuple and len(value) == 2:
+        y, x = value
+        if type(y) is int and type(x) is int:
+            return y, x
+
     values = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(values) != 2 or not all(_is_integer(number) for number in values):
         raise ValueError(f"{name}: expected an int or a pair of ints, got {value!r}")

@@ -35,7 +35,7 @@ def launch(kernel: Any, programs: int, tensors: Sequence[Tensor], integers: Sequ
     """
     # the interpreter compiles nothing; on AMD a variant also depends on how large the tensors are; integers that do not
     # fit 32 bits are rare
-    if not isinstance(kernel, triton.JITFunction) or torch.version.hip or max(integers) > LARGEST_INT32:
+    if type(kernel) is not triton.JITFunction or torch.version.hip or max(integers) > LARGEST_INT32:
         kernel[(programs,)](*tensors, *integers, **constants)
         return
 
