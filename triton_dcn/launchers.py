@@ -399,7 +399,8 @@ def _blends_in_pairs(x: Tensor) -> bool:
 
     Where the user asks for determinism, blending is in float32 as well, and the result rounded once.
     """
-    return x.dtype != torch.float32 and not torch.are_deterministic_algorithms_enabled()
+    nvidia = torch.version.hip is None  # the instruction is one of NVIDIA's
+    return nvidia and x.dtype != torch.float32 and not torch.are_deterministic_algorithms_enabled()
 
 
 def _taps_per_program(geom: ConvGeometry, blocks: int, tile: Tile) -> int:

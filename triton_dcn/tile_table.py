@@ -128,7 +128,8 @@ EXACT_TASKS = ("forward", "grad_sample_fused")
 """Tasks whose kernels need one channel group, and blocks that divide its channels. (The block of output channels of
 "grad_sample_fused" has to hold all of them: with more, column gradients in memory take less.)"""
 HOST = ("interpreter",)
-GPUS = ("sm80", "sm90", "sm100", "gfx942")
+NVIDIA = ("sm80", "sm90", "sm100")
+GPUS = (*NVIDIA, "gfx942")
 REGISTER_ORDER = ("sm80", "sm90", *HOST)
 """Where the results of products are in the registers that `kernels.register_order` says."""
 PORTABLE = ("sm80", "gfx942")
@@ -157,24 +158,30 @@ TABLE: tuple[TileRow, ...] = (
     TileRow("forward", "forward_prefetch", ("gfx942",), "half", 256, Tile(64, 256, 32, 8)),
     TileRow("forward", "forward_prefetch", ("gfx942",), "half", 256, Tile(64, 64, 32, 4)),
     TileRow("columns", "columns", GPUS, "half", ANY, Tile(64, 0, 64, 8)),
-    TileRow("columns", "columns", GPUS, "any", ANY, Tile(32, 0, 32, 8)),
+    TileRow("columns", "columns", NVIDIA, "any", ANY, Tile(32, 0, 32, 8)),
+    TileRow("columns", "columns", ("gfx942",), "any", ANY, Tile(16, 0, 64, 4)),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "half", 128, Tile(128, 64, 64, 8, 128)),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "half", 128, Tile(128, 128, 64, 8, 128)),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "half", 256, Tile(128, 128, 32, 8, 128)),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "half", 256, Tile(128, 256, 32, 8, 128)),
-    TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "half", 256, Tile(128, 64, 32, 8), spans_groups=True),
+    TileRow(
+        "grad_sample_fused", "grad_sample_fused", ("sm90",), "half", 256, Tile(128, 64, 32, 8, 80), spans_groups=True
+    ),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "half", 256, Tile(128, 256, 32, 8), spans_groups=True),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm80",), "half", 256, Tile(64, 128, 32, 4)),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm80",), "half", 256, Tile(64, 256, 32, 4)),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm80",), "half", 256, Tile(64, 64, 32, 4), spans_groups=True),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm80",), "half", 256, Tile(64, 256, 32, 4), spans_groups=True),
-    TileRow("grad_sample_fused", "grad_sample_fused", ("sm100", "gfx942"), "half", 256, Tile(64, 128, 64, 8)),
-    TileRow("grad_sample_fused", "grad_sample_fused", ("sm100", "gfx942"), "half", 256, Tile(64, 256, 64, 8)),
+    TileRow("grad_sample_fused", "grad_sample_fused", ("sm100",), "half", 256, Tile(64, 128, 64, 8)),
+    TileRow("grad_sample_fused", "grad_sample_fused", ("sm100",), "half", 256, Tile(64, 256, 64, 8)),
+    TileRow("grad_sample_fused", "grad_sample_fused", ("gfx942",), "half", 256, Tile(64, 128, 32, 4)),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm100", "gfx942"), "half", 256, Tile(64, 256, 32, 4)),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm80", "sm90"), "tf32", 256, Tile(64, 128, 16, 4)),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "tf32", 256, Tile(64, 256, 16, 4)),
-    TileRow("grad_sample", "grad_sample", GPUS, "half", ANY, Tile(16, 0, 64, 4)),
-    TileRow("grad_sample", "grad_sample", GPUS, "any", ANY, Tile(16, 0, 32, 4)),
+    TileRow("grad_sample", "grad_sample", NVIDIA, "half", ANY, Tile(16, 0, 64, 4)),
+    TileRow("grad_sample", "grad_sample", NVIDIA, "any", ANY, Tile(16, 0, 32, 4)),
+    TileRow("grad_sample", "grad_sample", ("gfx942",), "half", ANY, Tile(32, 0, 64, 4)),
+    TileRow("grad_sample", "grad_sample", ("gfx942",), "any", ANY, Tile(32, 0, 32, 4)),
     TileRow("t_columns", "t_columns", GPUS, "half", 64, Tile(64, 64, 0, 4)),
     TileRow("t_columns", "t_columns", PORTABLE, "half", 128, Tile(64, 128, 0, 8)),
     TileRow("t_columns", "t_columns", PORTABLE, "half", ANY, Tile(32, 256, 0, 8)),
