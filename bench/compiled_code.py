@@ -45,20 +45,12 @@ KERNELS = {
     "columns": columns.columns_kernel,
     "forward_direct": forward.forward_direct_kernel,
     "forward_prefetch": forward.forward_prefetch_kernel,
-    "forward_transposed": forward.forward_transposed_kernel,
     "grad_sample": grad_sample.grad_sample_kernel,
     "grad_sample_fused": grad_sample.grad_sample_fused_kernel,
     "t_columns": grad_input.t_columns_kernel,
     "g_form": grad_input.g_form_kernel,
 }
-PRODUCT_KERNELS = (
-    "forward_direct",
-    "forward_prefetch",
-    "forward_transposed",
-    "grad_sample_fused",
-    "t_columns",
-    "g_form",
-)
+PRODUCT_KERNELS = ("forward_direct", "forward_prefetch", "grad_sample_fused", "t_columns", "g_form")
 GATHER_KERNELS = ("columns", "grad_sample", *PRODUCT_KERNELS)
 INTEGER_POINTERS = ("cell_ptr", "start_ptr", "entry_ptr", "key_ptr", "count_ptr")
 FLOAT_POINTERS = ("ly_ptr", "lx_ptr", "scale_ptr")
@@ -103,7 +95,7 @@ def constants(row: TileRow, arch: str, offset_groups: int = 1) -> dict[str, int 
         "BLOCK_S": tile.block_p,
         "BLOCK_O": tile.block_o,
         "BLOCK_C": tile.block_c,
-        "WARPS": tile.num_warps if arch in tile_table.REGISTER_ORDER else 0,
+        "WARPS": tile.num_warps if row.task == "forward" or arch in tile_table.REGISTER_ORDER else 0,
         "BLEND_IN_PAIRS": row.arithmetic == "half" and not arch.startswith("gfx"),
     }
 

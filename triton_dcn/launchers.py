@@ -19,7 +19,6 @@ from triton_dcn.kernels.columns import columns_kernel
 from triton_dcn.kernels.forward import (
     forward_direct_kernel,
     forward_prefetch_kernel,
-    forward_transposed_kernel,
 )
 from triton_dcn.kernels.grad_input import g_form_kernel, t_columns_kernel
 from triton_dcn.kernels.grad_sample import grad_sample_fused_kernel, grad_sample_kernel
@@ -31,7 +30,6 @@ from triton_dcn.tile_table import (
     REGISTER_ORDER,
     TF32,
     TILE_W,
-    WORD_KERNELS,
     Tile,
     TileRow,
     architecture,
@@ -48,7 +46,6 @@ FULL_WARPS = 4096
 FORWARD_KERNELS = {
     "forward_direct": forward_direct_kernel,
     "forward_prefetch": forward_prefetch_kernel,
-    "forward_transposed": forward_transposed_kernel,
 }
 
 
@@ -167,7 +164,6 @@ def forward_fused(
     options = tile.options
     kernel = FORWARD_KERNELS[row.kernel]
     kernel_constants: dict[str, int | bool] = {}
-    pixels = _words(geom, x) if row.kernel in WORD_KERNELS else x
     if row.kernel == "forward_direct":
         half = x.dtype != torch.float32
         in_pairs = _blends_in_pairs(x)
@@ -179,7 +175,7 @@ def forward_fused(
     positions = geom.batch * geom.positions
     launch(
         kernel, _cdiv(positions, tile.block_p) * (geom.out_channels // tile.block_o),
-        (pixels, *samples, w, bias, output),
+        (x, *samples, w, bias, output),
         (positions, geom.out_height, geom.out_width, geom.width),
         CHANNELS=geom.in_channels, OUT_CHANNELS=geom.out_channels, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
         HAS_BIAS=has_bias, RELU=relu, STRIP=strip_width(geom.out_width), PRECISION=dot_precision(x),

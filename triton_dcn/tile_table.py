@@ -121,9 +121,8 @@ class TileRow:
         return channels % tile.block_c == 0
 
 
-WORD_KERNELS = ("forward_transposed", "grad_sample_fused", "grad_sample")
-"""Kernels that read pairs of bfloat16 channels as int32, see `kernels.sampling.widen`; the other forward kernels gain
-nothing."""
+WORD_KERNELS = ("grad_sample_fused", "grad_sample")
+"""Kernels that read pairs of bfloat16 channels as int32, see `kernels.sampling.widen`."""
 EXACT_TASKS = ("forward", "grad_sample_fused")
 """Tasks whose kernels need one channel group, and blocks that divide its channels. (The block of output channels of
 "grad_sample_fused" has to hold all of them: with more, column gradients in memory take less.)"""
@@ -132,6 +131,7 @@ NVIDIA = ("sm80", "sm90", "sm100")
 GPUS = (*NVIDIA, "gfx942")
 REGISTER_ORDER = ("sm80", "sm90", *HOST)
 """Where the results of products are in the registers that `kernels.register_order` says."""
+NVIDIA = ("sm80", "sm90", "sm100")
 PORTABLE = ("sm80", "gfx942")
 TF32 = ("tf32", "tf32_even")
 """Precisions of `kernels.arithmetic.contract` for TF32."""
@@ -144,16 +144,14 @@ TABLE: tuple[TileRow, ...] = (
     TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(128, 128, 32, 8, 128), programs=FULL),
     TileRow("forward", "forward_direct", ("sm80",), "half", 256, Tile(128, 128, 32, 8), programs=FULL),
     TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(64, 128, 32, 4), programs=FULL),
-    TileRow("forward", "forward_direct", ("sm80", "sm90"), "half", 256, Tile(64, 64, 32, 4)),
+    TileRow("forward", "forward_direct", NVIDIA, "half", 256, Tile(64, 64, 32, 4)),
     TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(64, 128, 32, 4, 168), spans_groups=True),
-    TileRow("forward", "forward_direct", ("sm80", "sm90"), "half", 256, Tile(64, 64, 32, 4), spans_groups=True),
+    TileRow("forward", "forward_direct", NVIDIA, "half", 256, Tile(64, 64, 32, 4), spans_groups=True),
     TileRow("forward", "forward_direct", ("sm80", "sm90"), "half", 256, Tile(64, 64, 16, 4), spans_groups=True),
     TileRow("forward", "forward_direct", ("sm80", "sm90"), "tf32", 256, Tile(128, 128, 16, 8), programs=FULL),
     TileRow("forward", "forward_direct", ("sm90",), "tf32", 256, Tile(64, 128, 16, 4), programs=FULL),
     TileRow("forward", "forward_direct", ("sm80", "sm90"), "tf32", 256, Tile(64, 64, 16, 4)),
     TileRow("forward", "forward_direct", ("sm80", "sm90"), "tf32", 256, Tile(64, 64, 16, 4), spans_groups=True),
-    TileRow("forward", "forward_transposed", ("sm100",), "half", 128, Tile(64, 128, 32, 4)),
-    TileRow("forward", "forward_transposed", ("sm100",), "half", 256, Tile(64, 64, 32, 4)),
     TileRow("forward", "forward_prefetch", ("gfx942",), "half", 128, Tile(64, 128, 32, 4)),
     TileRow("forward", "forward_prefetch", ("gfx942",), "half", 256, Tile(64, 256, 32, 8)),
     TileRow("forward", "forward_prefetch", ("gfx942",), "half", 256, Tile(64, 64, 32, 4)),

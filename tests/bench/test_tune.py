@@ -23,7 +23,7 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr()
     for task in tune.GRADIENTS_OF_TASK:
         assert f"\n{task}, dry" in printed.out
-    for label in ("table", "general way", "strips", "rows", "stable sort", "forward_transposed"):
+    for label in ("table", "general way", "strips", "rows", "stable sort", "forward_prefetch"):
         assert f"ms  {label}" in printed.out
     assert "cannot" not in printed.err
     assert "disagrees" not in printed.err

@@ -2,11 +2,11 @@
 
 Receives the pixels of the input, the sample arrays, weight and bias. Hands on the output (M, O).
 
-There are two forms of the same product, and the tile table chooses one. `prefetch` loads the corner pixels of the next
-step before it blends and multiplies those of this step, so that loads and computation overlap; it runs well everywhere.
-`transposed` computes the transposed product with the blended tile as right operand: on sm_90 this saves a change of
-register layout for every blended tile. Both leave `num_stages` at 1: a pipelined load would bypass the L1 cache, from
-which neighboring samples get the pixels that they share.
+There are two forms of the same product, and the tile table chooses one. `direct` gathers channels in the order in which
+the tensor cores of NVIDIA take them from registers, so that a blended tile never moves; a block of channels may span
+several offset groups. `prefetch` loads the corner pixels of the next step before it blends and multiplies those of this
+step, so that loads and computation overlap. Both leave `num_stages` at 1: a pipelined load would bypass the L1 cache,
+from which neighboring samples get the pixels that they share.
 
 Letters, names and sample arrays: see `sampling`. One channel group (G = 1); C/D and O are multiples of the blocks.
 """
@@ -108,65 +108,6 @@ def forward_prefetch_kernel(
             weight = tl.load(weight_tap_ptr + start)  # (BLOCK_C, BLOCK_O)
             acc = contract(value, weight, acc, PRECISION)
     epilogue(acc, bias_ptr, output_ptr, position, o, live, OUT_CHANNELS, HAS_BIAS, RELU)
-
-
-@kernel
-def forward_transposed_kernel(
-    input_ptr,
-    cell_ptr,
-    ly_ptr,
-    lx_ptr,
-    scale_ptr,
-    weight_ptr,
-    bias_ptr,
-    output_ptr,
-    positions,
-    out_height,
-    out_width,
-    width,
-    CHANNELS: tl.constexpr,
-    OUT_CHANNELS: tl.constexpr,
-    OFFSET_GROUPS: tl.constexpr,
-    TAPS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    RELU: tl.constexpr,
-    STRIP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Compute the transposed output tile, weight on the left, channel blocks unrolled inside the loop over planes.
-
-    Grid, reads, writes, assumes: as `forward_prefetch_kernel`; the input may also be int32 (B, H, W, C/2), see `widen`.
-    """
-    PACK: tl.constexpr = 2 if input_ptr.dtype.element_ty == tl.int32 else 1
-    PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
-    BLOCKS_O: tl.constexpr = OUT_CHANNELS // BLOCK_O
-    index = tl.program_id(0) // BLOCKS_O * BLOCK_P + tl.arange(0, BLOCK_P)
-    live = index < positions
-    position = swizzle(tl.where(live, index, 0), out_height, out_width, STRIP)
-    o = tl.program_id(0) % BLOCKS_O * BLOCK_O + tl.arange(0, BLOCK_O)
-    word = tl.arange(0, BLOCK_C // PACK)[None, :]
-    weight_rows = o[:, None] * (TAPS * CHANNELS) + tl.arange(0, BLOCK_C)[None, :]
-
-    acc = tl.zeros((BLOCK_O, BLOCK_P), tl.float32)
-    for plane in tl.range(0, OFFSET_GROUPS * TAPS, num_stages=1):
-        sample = plane * positions + position
-        cell = tl.load(cell_ptr + sample)[:, None]
-        ly = tl.load(ly_ptr + sample)[:, None]
-        lx = tl.load(lx_ptr + sample)[:, None]
-        w00, w01, w10, w11 = corner_weights(cell, ly, lx, tl.load(scale_ptr + sample)[:, None])
-        row00, row01, row10, row11 = corner_rows(cell, width, CHANNELS // PACK)
-        first_c = plane // TAPS * PER_OFFSET
-        weight_tap_ptr = weight_ptr + (plane % TAPS * CHANNELS + first_c) + weight_rows
-        for start in tl.static_range(0, PER_OFFSET, BLOCK_C):
-            block_ptr = input_ptr + (first_c + start) // PACK
-            x00, x01, x10, x11 = load_corners(block_ptr, row00, row01, row10, row11, word, True, False)
-            value = round_to(blend(w00, w01, w10, w11, x00, x01, x10, x11), weight_ptr.dtype.element_ty)
-            weight = tl.load(weight_tap_ptr + start)  # (BLOCK_O, BLOCK_C)
-            acc = contract(weight, tl.trans(value), acc, PRECISION)
-    epilogue(tl.trans(acc), bias_ptr, output_ptr, position, o, live, OUT_CHANNELS, HAS_BIAS, RELU)
 
 
 @triton.jit
