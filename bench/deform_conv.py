@@ -35,6 +35,9 @@ from bench.report import markdown
 from bench.roofline import Machine, measure_machine
 from bench.rows import ResultRow, environment_columns, timing_row, write_csv
 
+MACHINE_SECONDS = 3.0
+"""The most that the limits of the machine are measured for."""
+
 
 @dataclass(frozen=True)
 class _Settings:
@@ -67,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed: list[str] = []
     for dtype in options.dtypes:
         with record_failure(dtype, failed), allow_tf32(dtype == "tf32"):
-            machine = measure_machine(DTYPES[dtype], device)
+            machine = measure_machine(DTYPES[dtype], device, min(MACHINE_SECONDS, options.seconds * 10))
             for name, shape, timing in machine.measurements:
                 rows.append(timing_row("machine", name, shape, dtype, name, timing, environment))
             settings = _Settings(dtype, device, providers, machine, options, environment)

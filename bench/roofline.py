@@ -40,7 +40,7 @@ class _Work(NamedTuple):
     amount: int
 
 
-def measure_machine(dtype: torch.dtype, device: torch.device, seconds: float = 3.0) -> Machine:
+def measure_machine(dtype: torch.dtype, device: torch.device, seconds: float) -> Machine:
     """Time a large copy, and a large matrix product and 3x3 convolution in `dtype`."""
     if device.type == "cuda":
         nbytes = 1 << 30

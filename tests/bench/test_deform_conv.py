@@ -79,7 +79,7 @@ def test_a_provider_that_disagrees_or_fails_is_not_timed(monkeypatch, capsys):
 
 @pytest.fixture
 def quick_machine(monkeypatch):
-    monkeypatch.setattr(deform_conv, "measure_machine", lambda dtype, device: Machine(1e6, 1e6, ()))
+    monkeypatch.setattr(deform_conv, "measure_machine", lambda dtype, device, seconds: Machine(1e6, 1e6, ()))
 
 
 @pytest.mark.usefixtures("quick_machine")
