@@ -98,7 +98,7 @@ def test_every_task_has_a_tile_everywhere():
 @pytest.mark.parametrize("row", tile_table.TABLE, ids=lambda row: f"{row.kernel}-{row.archs[0]}-{row.arithmetic}")
 def test_row_is_complete(row):
     """After a change of the table: `python -m bench.compiled_code --record`."""
-    assert len(tile_table.TABLE) < 60
+    assert len(tile_table.TABLE) < 80
     for arch in set(row.archs) - set(tile_table.HOST):
         limits_by_version = read_numbers()[row_key(row, arch)]
         assert all(limits.shared <= SHARED_LIMIT for limits in limits_by_version.values())
