@@ -74,7 +74,7 @@ def occupancy(arch: str, warps: int, registers: int, shared: int) -> tuple[float
 
     Args:
         arch: of `WARPS_PER_PARTITION`.
-        warps: of a block, a multiple of 4.
+        warps: of a block, a multiple or a divisor of 4.
         registers: per thread.
         shared: bytes per block.
 
@@ -82,7 +82,7 @@ def occupancy(arch: str, warps: int, registers: int, shared: int) -> tuple[float
         CUDA C++ Programming Guide, technical specifications per compute capability; AMD CDNA 3 instruction set, on
         registers and the local data share.
     """
-    assert warps % PARTITIONS == 0, warps
+    assert warps % PARTITIONS == 0 or PARTITIONS % warps == 0, warps
     places = PARTITIONS * WARPS_PER_PARTITION[arch]
     allocated = -(-registers // 8) * 8
     used = shared + RESERVED_BYTES[arch]
