@@ -1,14 +1,11 @@
-"""Formulas by which `torch.utils.flop_counter.FlopCounterMode` counts the operators; to import this registers them.
+"""Formulas by which `torch.utils.flop_counter.FlopCounterMode` counts the operators.
 
-    import triton_dcn.flops
-
-    with FlopCounterMode() as counter:  # made after the import
-        deform_conv2d(x, offset, weight, mask=mask).sum().backward()
+`import triton_dcn` registers them where triton is installed. Without it, `torch.utils.flop_counter` logs a warning when
+it is imported, so there a program that counts imports this file itself, before it makes a counter.
 
 Counted are the products, as for PyTorch's own convolution: where the samples lie and how they are blended is not. So a
 deformable convolution has the FLOPs of a convolution of its shape, whichever backend computes it; backend "reference"
-consists of PyTorch's operations, which count themselves. The package does not import this by itself, because
-`torch.utils.flop_counter` imports triton.
+consists of PyTorch's operations, which count themselves.
 
 The gradients of input, offset and mask come from one product, of grad_output and weight: where at least one of them is
 needed, it is counted once. The gradient of the weight is the other product.

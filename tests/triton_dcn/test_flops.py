@@ -1,11 +1,13 @@
 """FLOPs of the operators as PyTorch counts them: those of a convolution of the same shape."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import triton_dcn.flops  # noqa: F401
 from tests.triton_dcn.cases import CASES, device_of, make_case
 from triton_dcn import deform_conv2d
 
@@ -81,3 +83,19 @@ def test_flops_of_a_compiled_function():
     both(compiled)
     assert count_flops(lambda: both(compiled)) == count_flops(lambda: both(deform_conv2d)) > 0
     torch._dynamo.reset()  # else other tests find the function marked as one that is not compiled
+
+
+def test_flops_are_registered_by_the_package():
+    program = """
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    from triton_dcn import DeformConv2dPack
+assert torch.ops.triton_dcn.deform_conv2d not in counter.flop_registry  # made before the package was imported
+with FlopCounterMode(display=False) as counter:
+    DeformConv2dPack(4, 6, 3, padding=1)(torch.randn(1, 4, 5, 7)).sum().backward()
+counted = counter.get_flop_counts()["Global"]
+assert counted[torch.ops.triton_dcn.deform_conv2d] == 2 * 6 * 4 * 9 * 5 * 7
+assert counted[torch.ops.triton_dcn.deform_conv2d_backward] > 0
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
