@@ -24,7 +24,7 @@ from triton_dcn.kernels.grad_input import g_form_kernel, t_columns_kernel
 from triton_dcn.kernels.grad_sample import grad_sample_fused_kernel, grad_sample_kernel
 from triton_dcn.kernels.launch import launch
 from triton_dcn.kernels.register_order import block_channels, permute_weight, round_weight
-from triton_dcn.kernels.sampling import PAIRS, sampling_kernel
+from triton_dcn.kernels.sampling import PAIRS, TRITON_VERSION, sampling_kernel
 from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
 from triton_dcn.tile_table import (
     REGISTER_ORDER,
@@ -83,7 +83,7 @@ class Bins(NamedTuple):
 
 def sample(geom: ConvGeometry, offset_mask: OffsetMask) -> SampleArrays:
     """Launch `sampling_kernel`: return the sample arrays of a slice of images."""
-    buffer = offset_mask.offset.new_empty(sample_buffer_shape(geom), dtype=torch.float32)
+    buffer = offset_mask.offset.new_empty(sample_buffer_shape(geom), dtype=torch.int32)
     return sample_into(buffer, geom, offset_mask)
 
 
@@ -113,8 +113,8 @@ def view_samples(buffer: Tensor, geom: ConvGeometry) -> SampleArrays:
     planes = geom.offset_groups * geom.taps
     positions = geom.batch * geom.positions
     arrays = buffer.as_strided((4, planes, positions), (buffer.shape[1], positions, 1))
-    cell, ly, lx, scale = arrays.unbind()
-    return SampleArrays(cell.view(torch.int32), ly, lx, scale)
+    _, ly, lx, scale = arrays.view(torch.float32).unbind()
+    return SampleArrays(arrays[0], ly, lx, scale)
 
 
 def columns(geom: ConvGeometry, x: Tensor, samples: SampleArrays, chunk: slice) -> Tensor:
@@ -359,7 +359,8 @@ def g_form(
     tiles_y, tiles_x = input_tiles(geom, bins.tile_h)
     tile = find_tile("g_form", geom, grad_columns)
     per_offset = geom.in_channels // geom.offset_groups
-    narrowest = 16 if torch.version.hip else 8  # columns of a matrix instruction
+    # columns of a matrix instruction; before 3.3, Triton wanted 16 of every product
+    narrowest = 16 if torch.version.hip or TRITON_VERSION < (3, 3) else 8
     block_c = min(tile.block_c, max(narrowest, _next_power_of_2(per_offset)))
     blocks = _cdiv(per_offset, block_c)
     launch(

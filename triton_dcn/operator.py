@@ -87,7 +87,7 @@ def _run_forward_with_samples(
     if not keeps_samples(geom):
         samples = input.new_empty(0)
     elif samples is None:  # no images, no slice
-        samples = input.new_empty(sample_buffer_shape(geom), dtype=torch.float32)
+        samples = input.new_empty(sample_buffer_shape(geom), dtype=torch.int32)
     return store_like(output, input), samples
 
 
@@ -107,7 +107,7 @@ def _forward_with_samples_fake(
     geom = ConvGeometry.of(input, offset_mask.offset, weight, offset_mask.mask, stride, padding, dilation)
     output = store_like(input.new_empty(geom.output_shape), input)
     if keeps_samples(geom):
-        return output, input.new_empty(sample_buffer_shape(geom), dtype=torch.float32)
+        return output, input.new_empty(sample_buffer_shape(geom), dtype=torch.int32)
     return output, input.new_empty(0)
 
 

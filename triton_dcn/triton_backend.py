@@ -93,7 +93,7 @@ def forward_with_samples(
                 slice_x = x[images]
                 slice_offset_mask = offset_mask.images(images)
                 slice_output = output[_positions(geom, images)]
-            slice_buffer = offset_mask.offset.new_empty(sample_buffer_shape(slice_geom), dtype=torch.float32)
+            slice_buffer = offset_mask.offset.new_empty(sample_buffer_shape(slice_geom), dtype=torch.int32)
             samples = launchers.sample_into(slice_buffer, slice_geom, slice_offset_mask)
             buffer = slice_buffer if slice_geom is geom else None
             if row is not None:

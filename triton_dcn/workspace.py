@@ -92,7 +92,10 @@ def keeps_samples(geom: ConvGeometry) -> bool:
 
 
 def sample_buffer_shape(geom: ConvGeometry) -> tuple[int, int]:
-    """Return the shape of a float32 buffer for four sample arrays, each from a multiple of 16 bytes on."""
+    """Return the shape of an int32 buffer for four sample arrays, each from a multiple of 16 bytes on.
+
+    int32, because hooks on saved tensors may round floating-point ones, and a cell is an address.
+    """
     samples = geom.batch * geom.positions * geom.offset_groups * geom.taps
     return 4, (samples + 3) // 4 * 4
 

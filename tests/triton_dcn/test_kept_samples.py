@@ -130,6 +130,26 @@ def test_saved_tensor_hooks_see_them():
     torch.testing.assert_close(gradients(case, leaves, output), expected)
 
 
+def test_hooks_that_round_saved_tensors_leave_them_alone():
+    """A rounded cell would be another address."""
+    case = make_case(CASES["plain"], torch.float32, DEVICE)
+    rounded = make_case(CASES["plain"], torch.float32, DEVICE)
+    for tensor in rounded.tensors:
+        tensor.copy_(tensor.bfloat16())
+    leaves = leaves_of(rounded)
+    expected = gradients(case, leaves, call(rounded, leaves))
+
+    def pack(tensor):
+        return tensor.bfloat16() if tensor.is_floating_point() else tensor
+
+    def unpack(tensor):
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        output = call(rounded, leaves)
+    torch.testing.assert_close(gradients(case, leaves, output), expected)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled(dynamic, sampled):
     case = make_case(CASES["plain"], torch.float32, DEVICE)

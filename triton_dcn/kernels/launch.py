@@ -15,9 +15,13 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
+from triton_dcn.kernels.sampling import TRITON_VERSION
+
 LARGEST_INT32 = 2**31 - 1
 ALIGNMENT = 16
 """Bytes; Triton compiles another variant where a pointer is not a multiple of it."""
+PASSES_CONSTANTS = TRITON_VERSION >= (3, 3)
+"""Whether a compiled kernel takes the constants, too; that of older versions takes the other arguments alone."""
 
 _variants: dict[Hashable, tuple[Any, list[Any]]] = {}
 """By what makes a variant: the compiled kernel, and its constants in the order of the parameters."""
@@ -46,7 +50,7 @@ def launch(kernel: Any, programs: int, tensors: Sequence[Tensor], integers: Sequ
     variant = _variants.get(key)
     if variant is None:
         compiled = kernel[(programs,)](*tensors, *integers, **constants)
-        names = kernel.arg_names[len(tensors) + len(integers) :]
+        names = kernel.arg_names[len(tensors) + len(integers) :] if PASSES_CONSTANTS else ()
         _variants[key] = compiled, [constants[name] for name in names]
         return
 
