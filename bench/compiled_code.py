@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.compiled_code_limits import CHECKED_ARCHS, SHARED_LIMIT, limits_for, write_numbers
+from bench.compiled_code_limits import CHECKED_ARCHS, SHARED_LIMIT, known_spills, limits_for, write_numbers
 from bench.compiled_code_table import ARCH_NAMES, HEADER, LEGEND, occupancy, page, table_line
 from bench.machine_code import CodeReport, read_amdgcn, read_cubin
 from triton_dcn import tile_table
@@ -147,14 +147,16 @@ def _pointer_element(row: TileRow, name: str, element: str) -> str:
 def check(row: TileRow, arch: str, report: CodeReport) -> list[str]:
     """Return what `report` violates: one line each, empty if all is well.
 
-    No spills. At most the recorded registers, shared memory, narrow loads and barriers; an additional barrier in a loop
-    is the sign of a tile that changes its layout and comes back. 128-bit loads in every gather, none of which bypass
-    the registers; matrix instructions in every product. No float atomics anywhere: this makes the results reproducible.
+    No spills but the known ones. At most the recorded registers, shared memory, narrow loads and barriers; an
+    additional barrier in a loop is the sign of a tile that changes its layout and comes back. 128-bit loads in every
+    gather, none of which bypass the registers; matrix instructions in every product. No float atomics anywhere: this
+    makes the results reproducible.
     """
     limits = limits_for(row, arch, triton.__version__)
     shared = min(limits.shared, SHARED_LIMIT)
+    spills = known_spills(row, arch, triton.__version__)
     rules = {
-        f"{report.spills} spills": report.spills == 0,
+        f"{report.spills} spills, expected at most {spills}": report.spills <= spills,
         f"{report.registers} registers, expected at most {limits.registers}": report.registers <= limits.registers,
         f"{report.shared} bytes of shared memory, expected at most {shared}": report.shared <= shared,
         f"{report.narrow_loads} loads below 128 bits, expected at most {limits.narrow_loads}": (
