@@ -108,12 +108,19 @@ def run_step(step: Step, output: Path, seconds: float) -> int:
                 if shown.search(line):
                     print(line, end="", flush=True)
         status = process.wait()
+    except BaseException:  # Ctrl-C reaches this process alone, as the step has a session of its own
+        stop()
+        process.wait()
+        raise
     finally:
         timer.cancel()
     return TIMED_OUT if stopped.is_set() else status
 
 
 def write_archive(folder: Path, archive: Path) -> None:
-    """Pack a folder, in place of the archive that was written before."""
+    """Pack a folder, in place of the archive that was written before; the archive may lie in the folder itself."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
     with replacing(archive) as partial, tarfile.open(partial, "w:gz") as tar:
-        tar.add(folder, arcname=".")
+        for path in sorted(folder.rglob("*")):
+            if not path.is_dir() and path.resolve() not in (archive.resolve(), partial.resolve()):
+                tar.add(path, arcname=f"./{path.relative_to(folder)}")

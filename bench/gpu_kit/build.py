@@ -61,9 +61,11 @@ MAX_BYTES = 8 << 20
 
 
 def make_environment(environment: Path) -> Path:
-    """Make the environment that compiles, unless it is there; return its Python."""
+    """Make the environment that compiles, unless it is there with all packages; return its Python."""
     python = environment / "bin" / "python"
-    if python.exists():
+    installed = environment / "installed.txt"  # written last: an installation may have been interrupted
+    packages = "\n".join(PACKAGES)
+    if installed.exists() and installed.read_text() == packages:
         return python
     interpreter = shutil.which(PYTHON)
     if interpreter is None:
@@ -71,6 +73,7 @@ def make_environment(environment: Path) -> Path:
     print(f"installing {', '.join(PACKAGES[:2])} and others in {environment}")
     subprocess.run([interpreter, "-m", "venv", str(environment)], check=True)
     subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
+    installed.write_text(packages)
     return python
 
 
@@ -111,9 +114,12 @@ def pack_cache(cache: Path, keys: set[str], archive: Path, there: Path = CACHE_T
 
 
 def download_wheels(python: Path, folder: Path) -> None:
-    """Download the wheels for the environment's Python."""
+    """Download the wheels for the environment's Python, in place of those of an earlier time."""
     command = [str(python), "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    subprocess.run([*command, "--dest", str(folder), *WHEELS, *PEER_WHEELS], check=True)
+    with tempfile.TemporaryDirectory() as downloaded:  # without network, the folder keeps what it has
+        subprocess.run([*command, "--dest", downloaded, *WHEELS, *PEER_WHEELS], check=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(downloaded, folder)
 
 
 def size_of(folder: Path) -> int:
@@ -127,15 +133,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=CHECKOUT / ".gpu", help="the folder to fill")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile side by side")
     options = parser.parse_args(arguments)
-    environment = Path(os.environ.get("GPU_KIT_ENVIRONMENT", DEFAULT_ENVIRONMENT))
+    environment = Path(os.environ.get("GPU_KIT_ENVIRONMENT", DEFAULT_ENVIRONMENT)).expanduser().resolve()
     start = time.monotonic()
 
     python = make_environment(environment)
     options.out.mkdir(parents=True, exist_ok=True)
-    wheels = options.out / "wheels"
-    shutil.rmtree(wheels, ignore_errors=True)
-    download_wheels(python, wheels)
-    cache = environment.resolve() / "triton-cache"
+    download_wheels(python, options.out / "wheels")
+    cache = environment / "triton-cache"
     complete, keys = compile_kernels(python, cache, options.processes)
     pack_cache(cache, keys, options.out / "triton.tar.xz")
     for name in SCRIPTS:

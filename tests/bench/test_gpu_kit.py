@@ -66,6 +66,34 @@ def test_kernels_are_compiled_and_packed(tmp_path):
     assert set(there.rglob("*.so")) == libraries, "launchers are not compiled again, either"
 
 
+def test_an_interrupted_installation_is_made_again(tmp_path, monkeypatch):
+    commands = []
+
+    def run(command, check):
+        assert check
+        commands.append(command)
+        (tmp_path / "kit" / "bin").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "kit" / "bin" / "python").touch()
+        if "install" in command and len(commands) == 2:
+            raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    with pytest.raises(subprocess.CalledProcessError):
+        build.make_environment(tmp_path / "kit")
+    assert build.make_environment(tmp_path / "kit") == tmp_path / "kit" / "bin" / "python"
+    assert len(commands) == 4
+    build.make_environment(tmp_path / "kit")
+    assert len(commands) == 4, "it is there"
+
+
+def test_without_network_the_wheels_of_an_earlier_time_stay(tmp_path):
+    (tmp_path / "old.whl").touch()
+    with pytest.raises(subprocess.CalledProcessError):
+        build.download_wheels(Path("false"), tmp_path)
+    assert (tmp_path / "old.whl").exists()
+
+
 @NEEDS_NO_GPU
 @pytest.mark.usefixtures("_interpreted")
 def test_smoke(capsys):

@@ -1,12 +1,14 @@
 """Steps are stopped when their time is up, and the others still run."""
 
+import signal
+import subprocess
 import sys
 import tarfile
 import time
 
 import pytest
 
-from bench.steps import TIMED_OUT, Step, run_steps, write_archive
+from bench.steps import TIMED_OUT, Step, run_step, run_steps, write_archive
 
 
 def python(name, code, seconds=30.0, shown=""):
@@ -51,13 +53,32 @@ def test_without_time_and_without_the_tool(tmp_path, capfd):
     assert "no time left for late" in err
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_archive(tmp_path, times):
+def test_an_interrupted_step_is_stopped(tmp_path, monkeypatch):
+    """Ctrl-C while it prints."""
+    processes = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *args, **kwargs: processes.append(popen(*args, **kwargs)) or processes[0]
+    )
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.print", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_step(python("prints", "import time; print(1, flush=True); time.sleep(60)"), tmp_path / "x.txt", 30)
+    assert processes[0].poll() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("name", ["results.tar.gz", "not/yet/there.tar.gz", "results/inside.tar.gz"])
+def test_archive(tmp_path, name):
     folder = tmp_path / "results"
-    folder.mkdir()
+    (folder / "deeper").mkdir(parents=True)
     (folder / "a.txt").write_text("a")
-    for _ in range(times):
-        write_archive(folder, tmp_path / "results.tar.gz")
-    with tarfile.open(tmp_path / "results.tar.gz") as tar:
-        assert sorted(tar.getnames()) == [".", "./a.txt"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["results", "results.tar.gz"]
+    (folder / "deeper" / "b.txt").write_text("b")
+    for _ in range(2):
+        write_archive(folder, tmp_path / name)
+    with tarfile.open(tmp_path / name) as tar:
+        assert tar.getnames() == ["./a.txt", "./deeper/b.txt"]
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {"results/a.txt", "results/deeper/b.txt", name}
