@@ -244,12 +244,16 @@ def print_kernels() -> None:
     """Print how often each kernel was compiled, its registers and spills, and which kernels did not run."""
     for kernel in imported_kernels():
         compiled = [variant for device in kernel.device_caches.values() for variant in device[0].values()]
-        if not compiled:
+        loaded = [variant for variant in compiled if variant.module is not None]  # the others have no numbers
+        if not loaded:
             print(f"   {kernel.fn.__name__}: did not run")
             continue
-        registers = max(variant.n_regs for variant in compiled)
-        spills = max(variant.n_spills for variant in compiled)
-        print(f"   {kernel.fn.__name__}: {len(compiled)} variants, at most {registers} registers and {spills} spills")
+        registers = max(variant.n_regs for variant in loaded)
+        spills = max(variant.n_spills for variant in loaded)
+        print(
+            f"   {kernel.fn.__name__}: {len(loaded)} of {len(compiled)} variants ran, "
+            f"at most {registers} registers and {spills} spills"
+        )
 
 
 def cache_key() -> str:

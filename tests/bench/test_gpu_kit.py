@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,6 +116,27 @@ def test_smoke_tells_wrong_from_right(capsys):
     out = capsys.readouterr().out
     assert "smoke: 3 wrong: large, not a number, raises" in out
     assert "ZeroDivisionError" in out
+
+
+def test_kernels_that_the_device_refuses_are_no_error(monkeypatch, capsys):
+    """A compiled kernel that needs too much shared memory is not loaded: Triton knows no registers of it."""
+
+    def kernel(name, *variants):
+        device_caches = {0: (dict(enumerate(variants)),)}
+        return SimpleNamespace(fn=SimpleNamespace(__name__=name), device_caches=device_caches)
+
+    loaded = SimpleNamespace(module=1, n_regs=64, n_spills=0)
+    refused = SimpleNamespace(module=None)
+    kernels = [kernel("a_kernel", loaded, refused), kernel("b_kernel", refused), kernel("c_kernel")]
+    monkeypatch.setattr(smoke, "imported_kernels", lambda: kernels)
+
+    smoke.print_kernels()
+
+    assert [line.strip() for line in capsys.readouterr().out.splitlines()] == [
+        "a_kernel: 1 of 2 variants ran, at most 64 registers and 0 spills",
+        "b_kernel: did not run",
+        "c_kernel: did not run",
+    ]
 
 
 def test_layers_in_other_sizes():
