@@ -92,14 +92,13 @@ def forward(
             block_rows = output_rows[:, images, block.positions]
             for chunk in block.chunks:
                 # no variable holds the columns: so the next chunk can reuse their memory, which is in the cache
-                product = _matmul(_sample_columns(geom, table, *corners.chunk(chunk)), weight_matrix.mT)
-                # product is (G, n * p, O/G)
-                if bias is not None:
-                    product.add_(bias.view(geom.groups, 1, -1))
-                if relu:
-                    product.relu_()
-                chunk_rows = block_rows[:, :, chunk]
-                chunk_rows.copy_(product.view(chunk_rows.shape))
+                _contract(
+                    _sample_columns(geom, table, *corners.chunk(chunk)),
+                    weight_matrix,
+                    bias,
+                    block_rows[:, chunk.images, chunk.positions],
+                    relu=relu,
+                )
     return output
 
 
@@ -170,10 +169,12 @@ def _backward(
         for block in blocks:
             samples, corners = _sample_block(geom, offset, mask, images, block.positions, grid)
             corner_dots = torch.empty_like(corners.weights) if grad_offset_mask.needed else None
+            block_grads = grad_rows[:, images, block.positions]
             for chunk in block.chunks:
                 rows, weights = corners.chunk(chunk)
-                grad = grad_rows[:, images, block.positions][:, :, chunk].to(dtype)
-                grad = grad.flatten(1, 2).contiguous()  # (G, n * p, O/G)
+                grad = block_grads[:, chunk.images, chunk.positions].to(dtype).flatten(1, 2)  # (G, n * p, O/G)
+                if _prefers_onednn(grad):
+                    grad = grad.contiguous()
                 if grad_matrix is not None:
                     _add_product(grad_matrix, grad, _sample_columns(geom, table, rows, weights))
                 if grad_table is None and corner_dots is None:
@@ -183,7 +184,7 @@ def _backward(
                 if grad_table is not None:
                     _scatter_add(geom, grad_columns, rows, weights, grad_table)
                 if corner_dots is not None:
-                    chunk_dots = corner_dots[:, :, chunk]
+                    chunk_dots = corner_dots[:, chunk.images, chunk.positions]
                     chunk_dots.copy_(_dot_with_corners(geom, table, grad_columns, rows).view(chunk_dots.shape))
             if corner_dots is not None:
                 _write_sample_gradients(geom, corner_dots, samples, grad_offset_mask, images, block.positions)
@@ -255,9 +256,35 @@ def _join_groups(geom: ConvGeometry, columns: Tensor) -> Tensor:
     return by_tap.permute(1, 2, 0, 3).contiguous().view(1, -1, geom.taps * geom.in_channels)
 
 
+def _contract(columns: Tensor, weight_matrix: Tensor, bias: Tensor | None, output_rows: Tensor, *, relu: bool) -> None:
+    """Write the product of columns and weight to the output of a chunk.
+
+    Args:
+        columns: (G, n * p, K*C/G).
+        weight_matrix: (G, O/G, K*C/G).
+        bias: (O,) or None.
+        output_rows: (G, n, p, O/G), a view of the output.
+        relu: negative outputs become 0.
+    """
+    groups, images, _, _ = output_rows.shape
+    one_matrix = groups == images == 1  # MKL multiplies the groups at once if what it writes is contiguous
+    in_place = one_matrix and output_rows.dtype == columns.dtype and not _prefers_onednn(columns)
+    if in_place:
+        product = output_rows.squeeze(1)
+        torch.bmm(weight_matrix, columns.mT, out=product.mT)  # transposed, as the output lies in memory
+    else:
+        product = _matmul(columns, weight_matrix.mT)
+    if bias is not None:
+        product.add_(bias.view(groups, 1, -1))
+    if relu:
+        product.relu_()
+    if not in_place:
+        output_rows.copy_(product.view(output_rows.shape))
+
+
 def _matmul(left: Tensor, right: Tensor) -> Tensor:
     """Return left (G, rows, k) @ right (G, k, n)."""
-    if not _onednn_takes(left) or not (torch.get_num_threads() > 1 or _is_amd_processor()):
+    if not _prefers_onednn(left):
         return torch.bmm(left, right)
     kernel = right[0].t()[:, :, None, None]
     product = F.conv2d(_as_image(left), kernel, dilation=CHOOSE_ONEDNN)
@@ -277,6 +304,11 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def _as_image(rows: Tensor) -> Tensor:
     """View (1, rows, k) as an image (1, k, rows, 1) with the strides of channels_last, so that nothing is copied."""
     return rows.unsqueeze(2).permute(0, 3, 1, 2)
+
+
+def _prefers_onednn(left: Tensor) -> bool:
+    """Tell whether `_matmul` multiplies these rows as a convolution, for which they must be contiguous."""
+    return _onednn_takes(left) and (torch.get_num_threads() > 1 or _is_amd_processor())
 
 
 def _onednn_takes(rows: Tensor) -> bool:
@@ -303,12 +335,14 @@ def _is_amd_processor() -> bool:
 def _scatter_add(geom: ConvGeometry, grad_columns: Tensor, rows: Tensor, weights: Tensor, grad_table: Tensor) -> None:
     """Add to each table row the weighted gradients of the samples that read it, in the order of the samples."""
     low, high = (int(limit) for limit in rows.aminmax())
-    middle = (low + high + 1) // 2
-    key_dtype = torch.int16 if high - low < 2**16 else rows.dtype  # short keys are sorted faster
-    sorted_keys, order = torch.sort((rows - middle).to(key_dtype), stable=True)
+    from_lowest = rows - low
+    keys = from_lowest
+    if high - low < 2**16:
+        keys = (from_lowest - 2**15).to(torch.int16)  # short keys are sorted faster
+    order = torch.sort(keys, stable=True).indices
 
-    table_keys = (torch.arange(low, high + 1, device=rows.device) - middle).to(key_dtype)
-    first_of_row = torch.searchsorted(sorted_keys, table_keys)
+    corners_of_row = torch.bincount(from_lowest)
+    first_of_row = corners_of_row.cumsum(0) - corners_of_row
     sample_of_corner = order >> 2  # four corners each
     gradient, *_ = torch.embedding_bag(
         view_slices(geom, grad_columns),

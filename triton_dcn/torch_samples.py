@@ -12,7 +12,9 @@ In this file and in `torch_backend`, a slice is the C/D channels of an offset gr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -27,16 +29,28 @@ CHUNK_WEIGHTS = 3
 """How many times the size of the weight a chunk may always have, because products rearrange the weight per chunk."""
 
 
+class Chunk(NamedTuple):
+    """What columns are computed and contracted for at once.
+
+    Attributes:
+        images: counted within those of the table.
+        positions: of each of them, counted within the block.
+    """
+
+    images: slice
+    positions: slice
+
+
 class Block(NamedTuple):
     """Positions whose samples are computed at once.
 
     Attributes:
         positions: of each image, within range(P).
-        chunks: counted within the block; positions whose columns are computed and contracted at once.
+        chunks: cover the images of the table and the positions of the block.
     """
 
     positions: slice
-    chunks: list[slice]
+    chunks: list[Chunk]
 
 
 class TapGrid(NamedTuple):
@@ -44,9 +58,9 @@ class TapGrid(NamedTuple):
 
     Attributes:
         pixels: (K, P), int32 or int64, the number of the pixel in the table of one image, see `make_table`.
-        lowest: (2, K, P), y and x in the dtype of the computation, offsets that lead to -1; from there on all lie
-            outside.
-        highest: (2, K, P), offsets that lead to H and W; from there on all lie outside.
+        lowest: (2, 1, 1, K, P), y and x in the dtype of the computation, offsets that lead to -1; from there on all
+            lie outside.
+        highest: (2, 1, 1, K, P), offsets that lead to H and W; from there on all lie outside.
     """
 
     pixels: Tensor
@@ -55,6 +69,8 @@ class TapGrid(NamedTuple):
 
     def at(self, positions: slice) -> TapGrid:
         """Return the grid of some positions."""
+        if positions == slice(0, self.pixels.shape[-1]):
+            return self
         return TapGrid(*(values[..., positions] for values in self))
 
 
@@ -83,17 +99,19 @@ class Corners(NamedTuple):
     rows: Tensor
     weights: Tensor
 
-    def chunk(self, positions: slice) -> tuple[Tensor, Tensor]:
+    def chunk(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Return rows and weights of a chunk, each (Q * n * p * K * J * 4,)."""
-        return self.rows[:, :, positions].flatten(), self.weights[:, :, positions].flatten()
+        part = (slice(None), *chunk)
+        return self.rows[part].flatten(), self.weights[part].flatten()
 
 
 def divide_work(geom: ConvGeometry, itemsize: int) -> Iterator[tuple[slice, list[Block]]]:
     """Divide the images and their positions so that memory stays bounded.
 
-    The table of some images, and the rows and weights of a block, take about CHUNK_BYTES each; the columns of a chunk
-    take as much, or as much as CHUNK_WEIGHTS weights. Blocks are large because rows and weights of many positions keep
-    all threads busy with few calls. Chunks are small because columns are contracted while they are in the cache.
+    The table of some images with its gradient, and the rows and weights of a block, take about CHUNK_BYTES each; the
+    columns of a chunk take as much, or as much as CHUNK_WEIGHTS weights. Tables and blocks are large because rows and
+    weights of many samples keep all threads busy with few calls. Chunks are small because columns are contracted while
+    they are in the cache; they have several images only where they have all positions of each.
 
     Args:
         geom: of the call.
@@ -105,16 +123,20 @@ def divide_work(geom: ConvGeometry, itemsize: int) -> Iterator[tuple[slice, list
     pixel_bytes = geom.in_channels * itemsize
     sample_bytes = 64 * geom.taps * geom.offset_groups  # per position: four rows and weights, and their order
     column_bytes = geom.taps * pixel_bytes + sample_bytes
-    table_bytes = (geom.height + 3) * (geom.width + 2) * pixel_bytes
-    image_bytes = max(geom.positions * column_bytes, table_bytes)
+    table_bytes = image_pixels(geom) * pixel_bytes
     weight_bytes = geom.out_channels * geom.taps * pixel_bytes // geom.groups
     chunk_bytes = max(CHUNK_BYTES, CHUNK_WEIGHTS * weight_bytes)
+    chunk_positions = max(1, chunk_bytes // column_bytes)
+    chunk_images = max(1, chunk_positions // geom.positions)
 
-    blocks = []
-    for positions in even_slices(geom.positions, max(1, CHUNK_BYTES // sample_bytes)):
-        chunks = even_slices(positions.stop - positions.start, max(1, chunk_bytes // column_bytes))
-        blocks.append(Block(positions, chunks))
+    image_bytes = max(2 * table_bytes, geom.positions * sample_bytes)
     for images in even_slices(geom.batch, max(1, CHUNK_BYTES // image_bytes)):
+        image_chunks = even_slices(images.stop - images.start, chunk_images)
+        blocks = []
+        for positions in even_slices(geom.positions, max(1, CHUNK_BYTES // sample_bytes)):
+            position_chunks = even_slices(positions.stop - positions.start, chunk_positions)
+            chunks = [Chunk(some_images, some) for some_images in image_chunks for some in position_chunks]
+            blocks.append(Block(positions, chunks))
         yield images, blocks
 
 
@@ -138,7 +160,14 @@ def view_samples(geom: ConvGeometry, tensor: Tensor, images: slice) -> Tensor:
 
 
 def tap_grid(geom: ConvGeometry, device: torch.device, dtype: torch.dtype) -> TapGrid:
-    """Compute where the taps lie, for offsets in this dtype."""
+    """Return where the taps lie, for offsets in this dtype; do not write to it, later calls get the same tensors."""
+    if device.type == "cpu":
+        return _compute_tap_grid_once(geom, device, dtype)
+    return _compute_tap_grid(geom, device, dtype)  # a GPU may be in another stream, or capturing, at the next call
+
+
+def _compute_tap_grid(geom: ConvGeometry, device: torch.device, dtype: torch.dtype) -> TapGrid:
+    """Compute where the taps lie."""
 
     def steps(count: int, step: int) -> Tensor:
         return torch.arange(count, dtype=torch.int32, device=device) * step
@@ -156,8 +185,12 @@ def tap_grid(geom: ConvGeometry, device: torch.device, dtype: torch.dtype) -> Ta
     tap_y, tap_x = taps.to(_index_dtype(geom))
     pixels = (tap_y + 2) * (geom.width + 2) + (tap_x + 2)
     lowest = (-1 - taps).to(dtype)
-    extent = lowest.new_tensor([geom.height + 1, geom.width + 1]).view(2, 1, 1)
+    lowest = lowest[:, None, None]
+    extent = lowest.new_tensor([geom.height + 1, geom.width + 1]).view(2, 1, 1, 1, 1)
     return TapGrid(pixels, lowest, lowest + extent)
+
+
+_compute_tap_grid_once = lru_cache(maxsize=8)(_compute_tap_grid)
 
 
 def _index_dtype(geom: ConvGeometry) -> torch.dtype:
@@ -212,9 +245,8 @@ def find_samples(offset: Tensor, mask: Tensor | None, grid: TapGrid, row_length:
         grid: of the same positions.
         row_length: pixels of a row of the table, W + 2.
     """
-    dtype = grid.lowest.dtype
-    lowest = grid.lowest[:, None, None]
-    highest = grid.highest[:, None, None]
+    pixels, lowest, highest = grid
+    dtype = lowest.dtype
     offset = offset.to(dtype)
     if mask is not None:
         mask = _clear_outside(mask.to(dtype), offset, lowest, highest)
@@ -227,14 +259,13 @@ def find_samples(offset: Tensor, mask: Tensor | None, grid: TapGrid, row_length:
     fractions.sub_(whole)  # the cell at -1 has corners inside
     torch.floor(fractions, out=whole)
     fractions.sub_(whole)
-    whole_y, whole_x = whole.to(grid.pixels.dtype)
-    pixels = whole_y.mul_(row_length).add_(whole_x).add_(grid.pixels)
-    return Samples(pixels, fractions, mask)
+    whole_y, whole_x = whole.to(pixels.dtype)
+    return Samples(whole_y.mul_(row_length).add_(whole_x).add_(pixels), fractions, mask)
 
 
 def _clear_outside(mask: Tensor, offset: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
     """Return the mask with 0 where the sample lies outside the image, because it may be NaN there."""
-    if mask.is_cpu and mask.sum().isfinite():  # on a GPU, looking at a value would wait for the device
+    if mask.is_cpu and math.isfinite(mask.sum()):  # on a GPU, looking at a value would wait for the device
         return mask
     inside = (offset > lowest) & (offset < highest)
     return torch.where(inside.all(0), mask, 0)
@@ -243,38 +274,44 @@ def _clear_outside(mask: Tensor, offset: Tensor, lowest: Tensor, highest: Tensor
 def find_corners(geom: ConvGeometry, samples: Samples) -> Corners:
     """Compute the rows and weights of all corners of all slices, in the order of the columns."""
     groups = (column_groups(geom), -1)
-    pixels = samples.pixels.unflatten(1, groups)
-    fraction_y, fraction_x = samples.fractions.unflatten(2, groups)
-    mask = None if samples.mask is None else samples.mask.unflatten(1, groups)
-    # all (n, Q, J, K, p)
+    pixels = samples.pixels.unflatten(1, groups).permute(1, 0, 4, 3, 2).contiguous()
+    fraction_y, fraction_x = samples.fractions.unflatten(2, groups).permute(0, 2, 1, 5, 4, 3)
+    mask = None if samples.mask is None else samples.mask.unflatten(1, groups).permute(1, 0, 4, 3, 2)
+    # all (Q, n, p, K, J)
 
-    slices = torch.arange(geom.offset_groups, dtype=pixels.dtype, device=pixels.device).view(*groups, 1, 1)
-    images = torch.arange(len(pixels), dtype=pixels.dtype, device=pixels.device).view(-1, 1, 1, 1, 1)
-    first_rows = images * (image_pixels(geom) * geom.offset_groups) + slices
-    top_left_rows = (pixels * geom.offset_groups).add_(first_rows)
-    rows, corner_rows = _empty_corners(pixels)
-    for corner, distance in enumerate(corner_distances(geom)):
-        torch.add(top_left_rows, distance * geom.offset_groups, out=corner_rows[corner])
+    steps = _corner_steps(geom, pixels.shape[1], pixels.device, pixels.dtype)
+    rows = torch.add(steps, pixels.unsqueeze(-1), alpha=geom.offset_groups)
 
     lower = fraction_y if mask is None else fraction_y * mask
     upper = 1 - lower if mask is None else mask - lower
     lower_right = lower * fraction_x
     upper_right = upper * fraction_x
-    weights, (top_left, top_right, bottom_left, bottom_right) = _empty_corners(fraction_y)
-    torch.sub(upper, upper_right, out=top_left)
-    top_right.copy_(upper_right)
-    torch.sub(lower, lower_right, out=bottom_left)
-    bottom_right.copy_(lower_right)
+    weights = torch.stack((upper - upper_right, upper_right, lower - lower_right, lower_right), -1)
     return Corners(rows, weights)
+
+
+def _corner_steps(geom: ConvGeometry, images: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return how many rows of the table of slices lie between the first slice of a pixel and each corner.
+
+    Returns:
+        (Q, n, 1, 1, J, 4), for samples of n images whose pixels are numbered within one.
+    """
+    if device.type == "cpu":
+        return _compute_corner_steps_once(geom, images, device, dtype)
+    return _compute_corner_steps(geom, images, device, dtype)
+
+
+def _compute_corner_steps(geom: ConvGeometry, images: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Compute what `_corner_steps` returns."""
+    slices = torch.arange(geom.offset_groups, dtype=dtype, device=device).view(column_groups(geom), 1, 1, 1, -1, 1)
+    first_pixels = torch.arange(images, dtype=dtype, device=device).view(-1, 1, 1, 1, 1) * image_pixels(geom)
+    distances = torch.tensor(corner_distances(geom), dtype=dtype, device=device)
+    return (first_pixels + distances) * geom.offset_groups + slices
+
+
+_compute_corner_steps_once = lru_cache(maxsize=8)(_compute_corner_steps)
 
 
 def corners_by_offset(corners: Tensor) -> Tensor:
     """View (Q, n, p, K, J, 4) as (4, n, Q, J, K, p)."""
     return corners.permute(5, 1, 0, 4, 3, 2)
-
-
-def _empty_corners(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Allocate (Q, n, p, K, J, 4) for samples of shape (n, Q, J, K, p); also return it as (4, n, Q, J, K, p)."""
-    images, groups, slices, taps, positions = like.shape
-    values = like.new_empty(groups, images, positions, taps, slices, 4)
-    return values, corners_by_offset(values)

@@ -356,7 +356,7 @@ def test_chunks_cover_everything_once(monkeypatch):
         for images, blocks in torch_samples.divide_work(geom, 4):
             for block in blocks:
                 for chunk in block.chunks:
-                    visits[images, block.positions][:, chunk] += 1
+                    visits[images, block.positions][chunk.images, chunk.positions] += 1
         assert (visits == 1).all()
 
 
