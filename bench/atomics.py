@@ -139,7 +139,8 @@ def gradients_by_atomics(inputs: Inputs, mode: str) -> list[Tensor]:
         )
         if grad_weight is not None:
             columns = launchers.columns(geom, x_last, samples, chunk)
-            accumulate(grad_weight, triton_backend.by_group(geom, grad_output[chunk]).transpose(1, 2), columns)
+            grad_of_groups = triton_backend.by_group(geom, grad_output[chunk]).transpose(1, 2)
+            grad_weight = accumulate(grad_weight, grad_of_groups, columns)
 
     results = [grad_input.to(x.dtype).permute(0, 3, 1, 2)]
     if grad_weight is not None:

@@ -115,8 +115,9 @@ def convolve(
 
     offset_mask = OffsetMask.of(offset, mask, mask_logits)
     _check_dtypes_and_devices(input, offset_mask, weight, bias)
-    # errors about shapes are raised here and not inside the operator
-    geom = ConvGeometry.of(input, offset_mask.offset, weight, offset_mask.mask, stride, padding, dilation)
+    # errors about shapes are raised here and not inside the operator; torch.compile does not trace through a memory
+    derive = ConvGeometry.of if torch.compiler.is_compiling() else ConvGeometry.remembered
+    geom = derive(input, offset_mask.offset, weight, offset_mask.mask, stride, padding, dilation)
     if bias is not None and bias.shape != (weight.shape[0],):
         raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
 

@@ -95,11 +95,14 @@ class ConvGeometry:
         padding: Sequence[int],
         dilation: Sequence[int],
     ) -> ConvGeometry:
-        """Do as `of` for tensors with numbers, whose sizes are not symbolic; the same sizes give the same object."""
+        """Do as `of`, where torch.compile does not trace; the same sizes give the same object."""
         mask_shape = None if mask is None else mask.shape
-        return _derive_once(
-            input.shape, offset.shape, weight.shape, mask_shape, tuple(stride), tuple(padding), tuple(dilation)
-        )
+        shapes = (input.shape, offset.shape, weight.shape, mask_shape)
+        pairs = (tuple(stride), tuple(padding), tuple(dilation))
+        try:
+            return _derive_once(*shapes, *pairs)
+        except TypeError:  # symbolic sizes have no hash
+            return _derive(*shapes, *pairs)
 
 
 def _derive(

@@ -81,6 +81,28 @@ class Bins(NamedTuple):
     entry: Tensor
 
 
+class BinSizes(NamedTuple):
+    """The run-time integers of `bin_kernel`, in the order of its parameters.
+
+    Attributes:
+        samples: D * K * M.
+        positions: M.
+        height: of the input.
+        width: of the input.
+        tiles_y: rows of tiles that cover an image.
+        tiles_x: columns of tiles.
+        bins: number of bins.
+    """
+
+    samples: int
+    positions: int
+    height: int
+    width: int
+    tiles_y: int
+    tiles_x: int
+    bins: int
+
+
 def sample(geom: ConvGeometry, offset_mask: OffsetMask) -> SampleArrays:
     """Launch `sampling_kernel`: return the sample arrays of a slice of images."""
     buffer = offset_mask.offset.new_empty(sample_buffer_shape(geom), dtype=torch.int32)
@@ -183,6 +205,14 @@ def forward_fused(
     )  # fmt: skip
 
 
+def grad_sample_weight(row: TileRow, w: Tensor) -> Tensor:
+    """Return a weight (O, K, C) as the kernel of a row of "grad_sample_fused" reads it."""
+    if architecture(w.device) not in REGISTER_ORDER:
+        return w
+    w = permute_weight(w, "result", block=min(row.tile.block_c, block_channels(w.dtype)))
+    return round_weight(w) if dot_precision(w) in TF32 else w
+
+
 def grad_sample_fused(
     geom: ConvGeometry,
     row: TileRow,
@@ -192,14 +222,12 @@ def grad_sample_fused(
     w: Tensor,
     grad_offset_mask: OffsetMaskGrad,
 ) -> None:
-    """Launch `grad_sample_fused_kernel`: fill the gradients of offset and mask from grad_output."""
+    """Launch `grad_sample_fused_kernel`: fill the gradients of offset and mask from grad_output.
+
+    `w` comes from `grad_sample_weight`.
+    """
     tile = row.tile
-    precision = dot_precision(x)
-    in_order = architecture(x.device) in REGISTER_ORDER
-    if in_order:
-        w = permute_weight(w, "result", block=min(tile.block_c, block_channels(w.dtype)))
-        if precision in TF32:
-            w = round_weight(w)
+    warps_in_order = tile.num_warps if architecture(x.device) in REGISTER_ORDER else 0
     positions = geom.batch * geom.positions
     blocks = _cdiv(positions, tile.block_p) * min(geom.offset_groups, geom.in_channels // tile.block_c)
     taps = _taps_per_program(geom, blocks, tile)
@@ -208,9 +236,8 @@ def grad_sample_fused(
         (grad, _words(geom, x), *samples, w, *_gradient_tensors(grad_offset_mask, samples)),
         (positions, geom.out_height, geom.out_width, geom.width, taps, *_gradient_batch_strides(grad_offset_mask)),
         CHANNELS=geom.in_channels, OUT_CHANNELS=geom.out_channels, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
-        **_gradient_flags(grad_offset_mask), STRIP=strip_width(geom.out_width), PRECISION=precision,
-        BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, WARPS=tile.num_warps if in_order else 0,
-        **tile.options,
+        **_gradient_flags(grad_offset_mask), STRIP=strip_width(geom.out_width), PRECISION=dot_precision(x),
+        BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, WARPS=warps_in_order, **tile.options,
     )  # fmt: skip
 
 
@@ -264,10 +291,11 @@ def bin_samples(geom: ConvGeometry, samples: SampleArrays, tile_h: int) -> Bins:
 
 def _bins_by_sort(geom: ConvGeometry, cell: Tensor, tile_h: int) -> Bins:
     """Sort the bin numbers of all possible entries, four of each sample; the order in a bin is that of the samples."""
-    key = cell.new_empty(4 * cell.numel())
-    _bin_pass("keys", geom, tile_h, cell=cell, key=key)
+    sizes = _bin_sizes(geom, tile_h)
+    key = cell.new_empty(4 * sizes.samples)
+    _bin_pass("keys", geom, tile_h, sizes, find_tile("bins", geom, cell), cell=cell, key=key)
     key, order = torch.sort(key, stable=True)
-    bin_numbers = torch.arange(_bin_count(geom, tile_h) + 1, device=cell.device, dtype=torch.int32)
+    bin_numbers = torch.arange(sizes.bins + 1, device=cell.device, dtype=torch.int32)
     start = torch.searchsorted(key, bin_numbers, out_int32=True)
     # 4 * sample + corner -> tap * M + position
     entry = order // 4 % (geom.taps * geom.batch * geom.positions)
@@ -276,23 +304,30 @@ def _bins_by_sort(geom: ConvGeometry, cell: Tensor, tile_h: int) -> Bins:
 
 def _bins_by_ranks(geom: ConvGeometry, cell: Tensor, tile_h: int) -> Bins:
     """Count the entries of every bin, then fill the bins; the order in a bin is that of the atomics."""
-    count = cell.new_zeros(_bin_count(geom, tile_h) + 1)
-    _bin_pass("count", geom, tile_h, cell=cell, count=count)
+    sizes = _bin_sizes(geom, tile_h)
+    tile = find_tile("bins", geom, cell)
+    count = cell.new_zeros(sizes.bins + 1)
+    _bin_pass("count", geom, tile_h, sizes, tile, cell=cell, count=count)
     start = count.cumsum(0, dtype=torch.int32) - count
-    entry = cell.new_empty(4 * cell.numel())
-    _bin_pass("fill", geom, tile_h, cell=cell, count=count.zero_(), start=start, entry=entry)
+    entry = cell.new_empty(4 * sizes.samples)
+    _bin_pass("fill", geom, tile_h, sizes, tile, cell=cell, count=count.zero_(), start=start, entry=entry)
     return Bins(tile_h, start, entry)
 
 
-def _bin_count(geom: ConvGeometry, tile_h: int) -> int:
+def _bin_sizes(geom: ConvGeometry, tile_h: int) -> BinSizes:
+    positions = geom.batch * geom.positions
+    planes = geom.offset_groups * geom.taps
     tiles_y, tiles_x = input_tiles(geom, tile_h)
-    return geom.batch * geom.offset_groups * tiles_y * tiles_x * geom.taps
+    bins = geom.batch * tiles_y * tiles_x * planes
+    return BinSizes(planes * positions, positions, geom.height, geom.width, tiles_y, tiles_x, bins)
 
 
 def _bin_pass(
     name: str,
     geom: ConvGeometry,
     tile_h: int,
+    sizes: BinSizes,
+    tile: Tile,
     *,
     cell: Tensor,
     key: Tensor | None = None,
@@ -306,13 +341,10 @@ def _bin_pass(
     count = cell if count is None else count
     start = cell if start is None else start
     entry = cell if entry is None else entry
-    tile = find_tile("bins", geom, cell)
-    samples = cell.numel()
     launch(
-        bin_kernel, _cdiv(samples, tile.block_p),
+        bin_kernel, _cdiv(sizes.samples, tile.block_p),
         (cell, key, count, start, entry),
-        (samples, geom.batch * geom.positions, geom.height, geom.width,
-         *input_tiles(geom, tile_h), _bin_count(geom, tile_h)),
+        sizes,
         OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps, TILE_H=tile_h, TILE_W=TILE_W,
         PASS=name, BLOCK=tile.block_p, **tile.options,
     )  # fmt: skip

@@ -47,17 +47,25 @@ def multiply_groups(left: Tensor, right: Tensor) -> Tensor:
     return product.to(left.dtype)
 
 
-def accumulate(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left (G, m, rows) @ right (G, rows, n) to `out` (G, m, n), float32."""
+def accumulate(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """Return total + left (G, m, rows) @ right (G, rows, n), float32.
+
+    Args:
+        total: (G, m, n), float32, overwritten; None stands for zeros, which need not be written and read.
+        left: any strides.
+        right: any strides.
+    """
     if not left.is_cuda or left.dtype == torch.float32:
-        out.baddbmm_(_float32_on_cpu(left), _float32_on_cpu(right))
-        return
+        left = _float32_on_cpu(left)
+        right = _float32_on_cpu(right)
+        return torch.bmm(left, right) if total is None else total.baddbmm_(left, right)
 
     # a float32 product is not rounded to half precision before it is added
     if HAS_OUT_DTYPE and not _sums_in_float16(left):
-        out += torch.bmm(left, right, out_dtype=torch.float32)
+        product = torch.bmm(left, right, out_dtype=torch.float32)
     else:
-        out += torch.bmm(left, right)
+        product = torch.bmm(left, right)
+    return product.float() if total is None else total.add_(product)
 
 
 def _sums_in_float16(tensor: Tensor) -> bool:

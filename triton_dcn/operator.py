@@ -174,12 +174,12 @@ def _run_backward(
             **kept,
         )
 
-    def stored(gradient: Tensor | None, like: Tensor | None) -> Tensor:
-        if gradient is None or like is None:
-            return input.new_empty(0)
-        return store_like(gradient, like)
-
-    return stored(grad_input, input), stored(grad_offset, offset), stored(grad_mask, mask), stored(grad_weight, weight)
+    gradients = (grad_input, grad_offset, grad_mask, grad_weight)
+    grad_input, grad_offset, grad_mask, grad_weight = [
+        input.new_empty(0) if gradient is None or tensor is None else store_like(gradient, tensor)
+        for gradient, tensor in zip(gradients, (input, offset, mask, weight), strict=True)
+    ]
+    return grad_input, grad_offset, grad_mask, grad_weight
 
 
 def _backward_fake(

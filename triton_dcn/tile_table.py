@@ -30,6 +30,7 @@ STRIP_MIN_WIDTH = 64
 """Narrower maps keep row-major order."""
 
 
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 ANY = 1 << 30
 """No bound."""
 
@@ -276,9 +277,18 @@ def serves(device: torch.device) -> bool:
     """Tell whether the table has rows for `device`. On older GPUs the tiles exceed registers and shared memory."""
     if device.type != "cuda":
         return False
+    # torch.compile does not trace through a memory
+    return _serves_gpu(device) if torch.compiler.is_compiling() else _serves_gpu_once(device)
+
+
+def _serves_gpu(device: torch.device) -> bool:
     if torch.version.hip or not torch.cuda.is_available():  # no GPU here: a fake tensor
         return True
     return bool(torch.cuda.get_device_properties(device).major >= 8)
+
+
+_serves_gpu_once = cache(_serves_gpu)
+"""`_serves_gpu` with a memory, because PyTorch takes longer to tell than a small kernel runs."""
 
 
 @cache
@@ -294,7 +304,7 @@ def architecture(device: torch.device) -> str:
 
 def arithmetic(tensor: Tensor) -> str:
     """Return how products of `tensor` are computed: "half", "tf32" where the user allows it, or "float32"."""
-    if tensor.dtype in (torch.float16, torch.bfloat16):
+    if tensor.dtype in HALF_DTYPES:
         return "half"
     if not tensor.is_cuda or torch.version.hip:
         return "float32"
@@ -306,6 +316,8 @@ def arithmetic(tensor: Tensor) -> str:
 
 def dot_precision(tensor: Tensor) -> str:
     """Return the precision of `kernels.arithmetic.contract` for products of `tensor`."""
+    if tensor.dtype in HALF_DTYPES:
+        return "ieee"
     return precision(architecture(tensor.device), arithmetic(tensor))
 
 

@@ -17,7 +17,7 @@ and products this narrow take as long as those with the zeros.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -143,34 +143,52 @@ def backward(
     grad_input = torch.empty_like(x) if needs_input else None  # written in full
     kept = launchers.binning_method() if needs_input else "arrays"
 
+    needs_samples = grad_offset_mask.needed
+    fused_row = tile_table.find_row("grad_sample_fused", geom, x) if needs_samples else None
     use_t_columns = needs_input and prefers_t_columns(
-        geom,
-        needs_samples=grad_offset_mask.needed,
-        fused_samples=tile_table.find_row("grad_sample_fused", geom, x) is not None,
-        needs_weight=needs_weight,
+        geom, needs_samples=needs_samples, fused_samples=fused_row is not None, needs_weight=needs_weight
     )
-    column_itemsize = x.element_size() if needs_input and not use_t_columns else 0
+    column_itemsize = 0
+    if needs_input and not use_t_columns:
+        column_itemsize = x.element_size()
+        fused_row = None  # the column gradients from which that of the input comes serve offset and mask, too
+    # each kernel's order of the weight, once for all slices
+    w_for_samples = w if fused_row is None else launchers.grad_sample_weight(fused_row, w)
+    w_for_t = _weight_for_t(geom, w) if use_t_columns else w
     weight_matrix_grad = None  # each chunk adds its part
-    if needs_weight:
-        weight_matrix_grad = w.new_zeros(_weight_matrix_shape(geom, use_t_columns), dtype=torch.float32)
-    grads = _Gradients(grad_input, grad_offset_mask, weight_matrix_grad)
 
     with _current_device(x.device):
         for slice_geom, images in image_slices(geom, kept, column_itemsize):
-            slice_x, slice_offset_mask, slice_grad, slice_grads = x, offset_mask, grad, grads
+            slice_x, slice_offset_mask, slice_grad = x, offset_mask, grad
+            slice_grad_input, slice_grad_offset_mask = grad_input, grad_offset_mask
             if slice_geom is not geom:
                 slice_x = x[images]
                 slice_offset_mask = offset_mask.images(images)
                 slice_grad = grad[_positions(geom, images)]
-                slice_grads = grads.images(images)
+                slice_grad_input = None if grad_input is None else grad_input[images]
+                slice_grad_offset_mask = grad_offset_mask.images(images)
             if kept_samples is not None and slice_geom is geom:
                 samples = launchers.view_samples(kept_samples, geom)
             else:
                 samples = launchers.sample(slice_geom, slice_offset_mask)
+
+            tensors = (slice_grad, slice_x, samples)
+            to_fill = slice_grad_offset_mask if needs_samples else None
+            if to_fill is not None and fused_row is not None:
+                launchers.grad_sample_fused(slice_geom, fused_row, *tensors, w_for_samples, to_fill)
+                to_fill = None
+
             if use_t_columns:
-                _backward_by_t_columns(slice_geom, slice_grad, slice_x, samples, w, slice_grads)
+                assert slice_grad_input is not None
+                if to_fill is not None:
+                    _backward_by_columns(slice_geom, *tensors, w, None, to_fill, None, needs_weight=False)
+                weight_matrix_grad = _backward_by_t_columns(
+                    slice_geom, *tensors, w_for_t, slice_grad_input, weight_matrix_grad, needs_weight=needs_weight
+                )
             else:
-                _backward_by_columns(slice_geom, slice_grad, slice_x, samples, w, slice_grads)
+                weight_matrix_grad = _backward_by_columns(
+                    slice_geom, *tensors, w, slice_grad_input, to_fill, weight_matrix_grad, needs_weight=needs_weight
+                )
 
     if grad_input is not None:
         grad_input = grad_input.permute(0, 3, 1, 2)
@@ -180,27 +198,9 @@ def backward(
         grad = _take_groups_apart(geom, groups, restore(geom, weight_matrix_grad))
         # one copy for the order of the dimensions, the dtype and the layout
         grad_weight = torch.empty_like(weight).copy_(grad)
+    elif needs_weight:  # no images
+        grad_weight = torch.zeros_like(weight)
     return grad_input, grad_weight
-
-
-@dataclass(frozen=True)
-class _Gradients:
-    """What a backward pass writes, None where not needed.
-
-    Attributes:
-        input: (B, H, W, C), dtype of the input.
-        offset_mask: gradients of offset and mask.
-        weight: float32; (G, K*O/G, C/G) by T-columns, (G, O/G, K*C/G) by columns.
-    """
-
-    input: Tensor | None
-    offset_mask: OffsetMaskGrad
-    weight: Tensor | None
-
-    def images(self, images: slice) -> _Gradients:
-        """Select some images; the gradient of the weight belongs to all of them."""
-        input = None if self.input is None else self.input[images]
-        return _Gradients(input, self.offset_mask.images(images), self.weight)
 
 
 def _forward_by_columns(
@@ -214,68 +214,97 @@ def _forward_by_columns(
 
 
 def _backward_by_t_columns(
-    geom: ConvGeometry, grad: Tensor, x: Tensor, samples: SampleArrays, w: Tensor, grads: _Gradients
-) -> None:
-    """Fill the gradients of one slice of images by T; it has one offset group, the gradient of the input is needed."""
-    assert grads.input is not None
-    if grads.offset_mask.needed:
-        _backward_by_columns(geom, grad, x, samples, w, _Gradients(None, grads.offset_mask, None))
+    geom: ConvGeometry,
+    grad: Tensor,
+    x: Tensor,
+    samples: SampleArrays,
+    w: Tensor,
+    grad_input: Tensor,
+    grad_weight: Tensor | None,
+    *,
+    needs_weight: bool,
+) -> Tensor | None:
+    """Fill the gradient of the input of one slice of images by T; the slice has one offset group.
 
+    Args:
+        geom, grad, x, samples: of the slice.
+        w: of `_weight_for_t`.
+        grad_input: (B, H, W, C), dtype of the input, written in full.
+        grad_weight: (G, K*O/G, C/G), float32, the sum over the slices before; None before the first one.
+        needs_weight: whether to add to `grad_weight`.
+
+    Returns:
+        The new sum, in `grad_weight` where there is one.
+    """
     bins = launchers.bin_samples(geom, samples, tile_table.T_TILE_H)
-    weight_matrix = _weight_for_t(geom, w)
     pixels = x.view(-1, geom.groups, geom.in_channels // geom.groups)
-    grad_pixels = grads.input.view(-1, geom.in_channels)
+    grad_pixels = grad_input.view(-1, geom.in_channels)
     for tiles in tile_chunks(geom, x):
         t, chunk = launchers.t_columns(geom, grad, samples, bins, tiles)
-        multiply(grad_pixels[chunk], t, weight_matrix, None)
-        if grads.weight is not None:
-            accumulate(grads.weight, t.transpose(1, 2), pixels[chunk].transpose(0, 1))
+        multiply(grad_pixels[chunk], t, w, None)
+        if needs_weight:
+            grad_weight = accumulate(grad_weight, t.transpose(1, 2), pixels[chunk].transpose(0, 1))
+    return grad_weight
 
 
 def _backward_by_columns(
-    geom: ConvGeometry, grad: Tensor, x: Tensor, samples: SampleArrays, w: Tensor, grads: _Gradients
-) -> None:
+    geom: ConvGeometry,
+    grad: Tensor,
+    x: Tensor,
+    samples: SampleArrays,
+    w: Tensor,
+    grad_input: Tensor | None,
+    grad_offset_mask: OffsetMaskGrad | None,
+    grad_weight: Tensor | None,
+    *,
+    needs_weight: bool,
+) -> Tensor | None:
     """Fill the gradients of one slice of images from column gradients and columns; any number of offset groups.
 
-    The gradient of the input comes from column gradients by the G-form. Those of offset and mask come from the same
-    ones, or without the gradient of the input from the fused kernel, where it has a row. That of the weight comes from
-    columns: the pass that reads the column gradients last leaves the columns in their place, since it has loaded the
-    pixels that they blend. Without such a pass they are computed on their own.
-    """
-    needs_samples = grads.offset_mask.needed
-    fused_row = tile_table.find_row("grad_sample_fused", geom, x) if grads.input is None else None
-    if needs_samples and fused_row is not None:
-        launchers.grad_sample_fused(geom, fused_row, grad, x, samples, w, grads.offset_mask)
-        needs_samples = False
-    if grads.input is None and grads.weight is None and not needs_samples:
-        return
+    The gradient of the input comes from column gradients by the G-form, and those of offset and mask from the same
+    ones. That of the weight comes from columns: the pass that reads the column gradients last leaves the columns in
+    their place, since it has loaded the pixels that they blend. Without such a pass they are computed on their own.
 
-    chunks = list(column_chunks(geom, x))
-    if grads.input is not None:
+    Args:
+        geom, grad, x, samples: of the slice.
+        w: (O, K, C/G).
+        grad_input: (B, H, W, C), dtype of the input, written in full; None where not needed.
+        grad_offset_mask: written in full; None where not needed.
+        grad_weight: (G, O/G, K*C/G), float32, the sum over the slices before; None before the first one.
+        needs_weight: whether to add to `grad_weight`.
+
+    Returns:
+        The new sum, in `grad_weight` where there is one.
+    """
+    if grad_input is None and grad_offset_mask is None and not needs_weight:
+        return grad_weight
+
+    chunks = column_chunks(geom, x)
+    if grad_input is not None:
         bins = launchers.bin_samples(geom, samples, tile_table.G_TILE_H)
         # several chunks are summed in float32
-        grad_input = grads.input if len(chunks) == 1 else torch.empty_like(grads.input, dtype=torch.float32)
+        grad_sum = grad_input if len(chunks) == 1 else torch.empty_like(grad_input, dtype=torch.float32)
 
     for chunk in chunks:
         columns = None  # frees those of the chunk before
-        if grads.input is not None or needs_samples:
+        if grad_input is not None or grad_offset_mask is not None:
             grad_columns = column_gradients(geom, grad[chunk], w)
-            if grads.input is not None:
-                launchers.g_form(geom, grad_columns, samples, bins, chunk, grad_input)
-            if needs_samples:
-                write_columns = grads.weight is not None
+            if grad_input is not None:
+                launchers.g_form(geom, grad_columns, samples, bins, chunk, grad_sum)
+            if grad_offset_mask is not None:
                 launchers.grad_sample(
-                    geom, grad_columns, x, samples, chunk, grads.offset_mask, write_columns=write_columns
+                    geom, grad_columns, x, samples, chunk, grad_offset_mask, write_columns=needs_weight
                 )
                 columns = grad_columns
             del grad_columns
-        if grads.weight is not None:
+        if needs_weight:
             if columns is None:
                 columns = launchers.columns(geom, x, samples, chunk)
-            accumulate(grads.weight, by_group(geom, grad[chunk]).transpose(1, 2), columns)
+            grad_weight = accumulate(grad_weight, by_group(geom, grad[chunk]).transpose(1, 2), columns)
 
-    if grads.input is not None and grad_input is not grads.input:
-        grads.input.copy_(grad_input)
+    if grad_input is not None and grad_sum is not grad_input:
+        grad_input.copy_(grad_sum)
+    return grad_weight
 
 
 def joined_geometry(geom: ConvGeometry) -> ConvGeometry:
@@ -348,15 +377,6 @@ def _weight_from_t(geom: ConvGeometry, matrix: Tensor) -> Tensor:
     in_per_group = geom.in_channels // geom.groups
     taps_apart = matrix.view(-1, *geom.kernel, out_per_group, in_per_group)
     return taps_apart.permute(0, 3, 4, 1, 2).flatten(0, 1)
-
-
-def _weight_matrix_shape(geom: ConvGeometry, use_t_columns: bool) -> tuple[int, int, int]:
-    """Return the shape of `_weight_for_t`, or of `_weight_for_columns`."""
-    out_per_group = geom.out_channels // geom.groups
-    in_per_group = geom.in_channels // geom.groups
-    if use_t_columns:
-        return geom.groups, geom.taps * out_per_group, in_per_group
-    return geom.groups, out_per_group, geom.taps * in_per_group
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

@@ -100,13 +100,13 @@ def sample_buffer_shape(geom: ConvGeometry) -> tuple[int, int]:
     return 4, (samples + 3) // 4 * 4
 
 
-def column_chunks(geom: ConvGeometry, x: Tensor) -> Iterator[slice]:
-    """Yield chunks of the output positions of all images, whose columns in the dtype of `x` fit the workspace.
+def column_chunks(geom: ConvGeometry, x: Tensor) -> list[slice]:
+    """Return chunks of the output positions of all images, whose columns in the dtype of `x` fit the workspace.
 
     They are of nearly the same length: a short rest would leave most of the GPU idle.
     """
     position_bytes = geom.taps * geom.in_channels * x.element_size()
-    yield from even_slices(geom.batch * geom.positions, max(1, WORKSPACE_BYTES // position_bytes))
+    return even_slices(geom.batch * geom.positions, max(1, WORKSPACE_BYTES // position_bytes))
 
 
 def tile_chunks(geom: ConvGeometry, x: Tensor) -> Iterator[TileChunk]:

@@ -21,6 +21,8 @@ class Launcher:
 
     def __call__(self, x, y, z, stream, function, packed_metadata, metadata, enter_hook, exit_hook, *arguments):
         shown = [argument.dtype if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+        if enter_hook is not None:
+            enter_hook(metadata)
         print(self.name, (x, y, z), stream, *shown, sep=" | ")
 
 
@@ -61,3 +63,6 @@ far_apart = offset.as_strided(offset.shape, (1 << 31, 81, 9, 1))
 for tensor in (offset, offset, unaligned, unaligned, offset.half(), far_apart, far_apart):
     launchers.sample(geom, OffsetMask(tensor, None))
 print("variants", len(launch._variants))
+if launch.HookChain is not None:
+    launch.knobs.runtime.launch_enter_hook.add(lambda metadata: print("enters", metadata.get()["name"]))
+    launchers.sample(geom, OffsetMask(offset, None))

@@ -160,6 +160,49 @@ def test_blending_in_pairs_is_exact_enough(spec, dtype):
     assert in_float32 < in_pairs <= 2 * by_reference
 
 
+def test_a_deterministic_call_leaves_the_register_limit_of_later_ones(monkeypatch):
+    """Its blending in float32 needs more registers than the table's row allows."""
+    row = TileRow("forward", "forward_direct", (ARCH,), "any", ANY, Tile(64, 16, 16, max_registers=128))
+    prepend_rows(monkeypatch, row)
+    case = case_of("two-blocks", torch.bfloat16)
+    input, _, _, weight = case.tensors
+    limits = []
+    monkeypatch.setattr(
+        launchers, "launch", lambda kernel, *arguments, **constants: limits.append(constants.get("maxnreg"))
+    )
+
+    def limit_of_forward():
+        triton_backend.forward(case.geom, input, case.offset_mask, weight, case.bias)
+        return limits[-1]
+
+    assert limit_of_forward() == 128
+    with deterministic():
+        assert limit_of_forward() is None
+    assert limit_of_forward() == 128
+
+
+def test_the_weight_is_put_in_order_once_for_all_slices(monkeypatch):
+    case = make_case(OperatorCase("", 3, 32, 16, 9, 10, has_bias=False), torch.bfloat16, DEVICE)
+    input, offset, mask, weight = case.tensors
+    monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 1)  # every image is a slice
+    launched, sides = [], []
+
+    def permute_weight(weight, side="operand", block=None):
+        sides.append(side)
+        return weight
+
+    monkeypatch.setattr(launchers, "permute_weight", permute_weight)
+    monkeypatch.setattr(launchers, "launch", lambda kernel, *arguments, **constants: launched.append(kernel))
+    output = triton_backend.forward(case.geom, input, case.offset_mask, weight, None)
+    triton_backend.backward(
+        case.geom, output, input, case.offset_mask, weight, OffsetMaskGrad(offset, mask),
+        needs_input=False, needs_weight=False,
+    )  # fmt: skip
+    assert launched.count(launchers.forward_direct_kernel) == 3
+    assert launched.count(launchers.grad_sample_fused_kernel) == 3
+    assert sides == ["operand", "result"]
+
+
 FUSED_SPECS = {
     "one-group": OperatorCase("one-group", 1, 64, 48, 5, 18, has_bias=False),
     "two-groups": OperatorCase("two-groups", 2, 64, 16, 7, 5, stride=(2, 1), offset_groups=2, has_bias=False),
@@ -192,7 +235,7 @@ def test_sample_gradients_in_one_pass(spec, dtype, archs, full_warps, monkeypatc
     found = OffsetMaskGrad(
         torch.full_like(offset, torch.nan), None if mask is None else torch.full_like(mask, torch.nan)
     )
-    launchers.grad_sample_fused(geom, row, grad, x, samples, w, found)
+    launchers.grad_sample_fused(geom, row, grad, x, samples, launchers.grad_sample_weight(row, w), found)
     expected = exact(case)
     assert relative(found.offset, expected["grad_offset"]) <= FLOOR[dtype]
     assert mask is None or relative(found.mask, expected["grad_mask"]) <= FLOOR[dtype]

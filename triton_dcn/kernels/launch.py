@@ -2,7 +2,7 @@
 
 A launch by Triton, `kernel[grid](...)`, inspects each argument to find the variant that it compiled for arguments of
 this kind, which takes longer than small kernels run. Here the variant is found by what makes one, and the compiled
-kernel is called as Triton's documentation of `warmup` does.
+kernel is run as Triton's own launch runs it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,12 @@ from torch import Tensor
 from triton.runtime import driver
 
 from triton_dcn.kernels.sampling import TRITON_VERSION
+
+try:
+    from triton import knobs
+    from triton.knobs import HookChain
+except ImportError:  # an older Triton
+    HookChain = None
 
 LARGEST_INT32 = 2**31 - 1
 ALIGNMENT = 16
@@ -56,4 +62,19 @@ def launch(kernel: Any, programs: int, tensors: Sequence[Tensor], integers: Sequ
 
     compiled, values = variant
     stream = driver.active.get_current_stream(device.index)
-    compiled[(programs, 1, 1)](*tensors, *integers, *values, stream=stream)
+    if HookChain is None or _has_hooks():
+        compiled[(programs, 1, 1)](*tensors, *integers, *values, stream=stream)
+        return
+    # the same without a description of the launch, which only hooks read
+    compiled.run(
+        programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+        *tensors, *integers, *values,
+    )  # fmt: skip
+
+
+def _has_hooks() -> bool:
+    """Tell whether a profiler, or whoever else, asked Triton to call it at each launch."""
+    for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        if type(hook) is not HookChain or hook.calls:
+            return True
+    return False
