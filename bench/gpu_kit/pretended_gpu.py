@@ -164,12 +164,15 @@ class _RecordedKernel:
 
     name: str
     record: Record
+    function: int = 0
+    packed_metadata: tuple[Any, ...] = ()
+
+    def run(self, *arguments: Any, **options: Any) -> None:
+        """Note a launch."""
+        self.record.launches.append(self.name)
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def launch(*arguments: Any, **options: Any) -> None:
-            self.record.launches.append(self.name)
-
-        return launch
+        return self.run
 
 
 @contextmanager
