@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.cases = ["dry"]
         options.batch_size = None
         options.dtypes = ["bfloat16"]
-        options.max_tiles = 2
+        options.max_tiles = 1
         options.seconds = 0.0
     try:
         cases = select_cases(options.cases, options.batch_size)
