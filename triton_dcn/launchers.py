@@ -16,10 +16,7 @@ from torch import Tensor
 from triton_dcn.geometry import ConvGeometry
 from triton_dcn.kernels.binning import bin_kernel
 from triton_dcn.kernels.columns import columns_kernel
-from triton_dcn.kernels.forward import (
-    forward_direct_kernel,
-    forward_prefetch_kernel,
-)
+from triton_dcn.kernels.forward import forward_direct_kernel, forward_prefetch_kernel
 from triton_dcn.kernels.grad_input import g_form_kernel, t_columns_kernel
 from triton_dcn.kernels.grad_sample import grad_sample_fused_kernel, grad_sample_kernel
 from triton_dcn.kernels.launch import launch
@@ -187,10 +184,9 @@ def forward_fused(
     kernel = FORWARD_KERNELS[row.kernel]
     kernel_constants: dict[str, int | bool] = {}
     if row.kernel == "forward_direct":
-        half = x.dtype != torch.float32
         in_pairs = _blends_in_pairs(x)
         kernel_constants = {"WARPS": tile.num_warps, "BLEND_IN_PAIRS": in_pairs}
-        if half and not in_pairs:
+        if x.dtype != torch.float32 and not in_pairs:
             options = {"num_warps": tile.num_warps}  # float32 needs more registers
     has_bias = bias is not None
     bias = w if bias is None else bias  # without a bias, a pointer that is not read

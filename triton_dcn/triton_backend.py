@@ -72,7 +72,7 @@ def forward_with_samples(
         relu: negative outputs become 0.
 
     Returns:
-        The output, and what `backward` takes as `samples`: the sample arrays in one buffer, None where there are
+        The output, and what `backward` takes as `kept_samples`: the sample arrays in one buffer, None where there are
         several slices of images.
 
     Raises:
