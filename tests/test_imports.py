@@ -28,7 +28,7 @@ LAYERS = {
         {"compat", "onnx"},
     ],
     "detector": [
-        {"structures", "image", "files", "picture"},
+        {"structures", "image", "files", "picture", "shown"},
         {"ops"},
         {"model"},
         {"weights"},

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
+
+from detector.shown import shown
 
 RENAMED_FIELDS: dict[str, str] = {
     "rpn_samples": "rpn_batch_size",
@@ -17,10 +21,49 @@ RENAMED_FIELDS: dict[str, str] = {
 }
 """Former name of a field -> its name in `FasterRCNNConfig`. Checkpoints and `config.json` files may have either."""
 
+CHOICES: dict[str, tuple[int | str | None, ...]] = {
+    "depth": (18, 50, 101),
+    "dcn": (None, "v1", "v2"),
+    "frozen_stages": (-1, 0, 1, 2, 3, 4),
+    "norm": ("bn", "gn", "syncbn"),
+    "sampler": ("random", "deterministic"),
+}
+"""Field -> its values."""
+
+FLAGS = ("mask", "norm_eval")  # True or False
+FRACTIONS = (  # 0 to 1: thresholds of scores and IoUs, and shares
+    "rpn_positive_iou",
+    "rpn_negative_iou",
+    "rpn_positive_fraction",
+    "rpn_nms_iou",
+    "roi_positive_iou",
+    "roi_positive_fraction",
+    "score_threshold",
+    "nms_iou",
+)
+COUNTS: dict[str, int] = {
+    "num_classes": 1_000_000,
+    "deform_groups": 65_536,
+    "base_channels": 65_536,
+    "fpn_channels": 65_536,
+    "fc_channels": 65_536,
+    "rpn_batch_size": 1_000_000,
+    "rpn_post_nms_top_n": 1_000_000,
+    "roi_batch_size": 1_000_000,
+    "max_detections": 1_000_000,
+}
+"""Field that is a whole number from 1 on -> its upper bound."""
+
+MAX_TOP_N = 1_000_000  # upper bound of both numbers of `rpn_pre_nms_top_n`
+MAX_IMAGE_PIXELS = 1 << 26  # upper bound of the product of `image_scale`; 67 million pixels
+SMALLEST_SIZE, LARGEST_SIZE = 1e-4, 1e4  # of anchors and deviations: their products stay far from 0 and infinity
+
 
 @dataclass(frozen=True)
 class FasterRCNNConfig:
     """All values that the network and its losses depend on; the default is Faster R-CNN R50-FPN mdconv c3-c5.
+
+    A field of another type or out of its range is a ValueError, which names the field.
 
     Attributes:
         depth: ResNet depth, 18, 50 or 101.
@@ -89,6 +132,44 @@ class FasterRCNNConfig:
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
 
+    def __post_init__(self) -> None:
+        for name, values in CHOICES.items():
+            self._check(name, _is_one_of(getattr(self, name), values), f"one of {values}")
+        for name in FLAGS:
+            self._check(name, isinstance(getattr(self, name), bool), "True or False")
+        for name, largest in COUNTS.items():
+            self._check(name, _is_whole(getattr(self, name), 1, largest), f"a whole number from 1 to {largest}")
+        for name in FRACTIONS:
+            self._check(name, _is_number(getattr(self, name), 0, 1), "0 to 1")
+
+        sizes = f"{SMALLEST_SIZE:g} to {LARGEST_SIZE:g}"
+        self._check("anchor_scale", _is_number(self.anchor_scale, SMALLEST_SIZE, LARGEST_SIZE), sizes)
+        self._check("anchor_ratios", _are_sizes(self.anchor_ratios, None), f"at least one number, each {sizes}")
+        self._check("pixel_std", _are_sizes(self.pixel_std, 3), f"three numbers, each {sizes}")
+        self._check_tuples()
+
+    def _check_tuples(self) -> None:
+        """Check the fields that hold several values of other kinds than sizes."""
+        flags = _is_tuple(self.dcn_stages, 4) and all(isinstance(flag, bool) for flag in self.dcn_stages)
+        self._check("dcn_stages", flags, "four of True or False")
+
+        top_n = _is_tuple(self.rpn_pre_nms_top_n, 2)
+        top_n = top_n and all(_is_whole(number, 1, MAX_TOP_N) for number in self.rpn_pre_nms_top_n)
+        self._check("rpn_pre_nms_top_n", top_n, f"two whole numbers from 1 to {MAX_TOP_N}")
+
+        scale = _is_tuple(self.image_scale, 2)
+        scale = scale and all(_is_whole(side, 1, MAX_IMAGE_PIXELS) for side in self.image_scale)
+        scale = scale and math.prod(self.image_scale) <= MAX_IMAGE_PIXELS
+        self._check("image_scale", scale, f"two sides of at least 1 with a product up to {MAX_IMAGE_PIXELS}")
+
+        mean = _is_tuple(self.pixel_mean, 3)
+        mean = mean and all(_is_number(value, -LARGEST_SIZE, LARGEST_SIZE) for value in self.pixel_mean)
+        self._check("pixel_mean", mean, f"three numbers, each {-LARGEST_SIZE:g} to {LARGEST_SIZE:g}")
+
+    def _check(self, name: str, is_right: bool, expected: str) -> None:
+        if not is_right:
+            raise ValueError(f"config field '{name}': expected {expected}, got {shown(getattr(self, name))}")
+
 
 def rename_fields(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a stored configuration under their present names.
@@ -98,3 +179,33 @@ def rename_fields(stored: Mapping[str, Any]) -> dict[str, Any]:
             are: the caller decides whether they are an error.
     """
     return {RENAMED_FIELDS.get(name, name): value for name, value in stored.items()}
+
+
+def _is_one_of(value: object, values: tuple[int | str | None, ...]) -> bool:
+    if value is None or isinstance(value, str):
+        return value in values
+    return isinstance(value, Integral) and not isinstance(value, bool) and value in values
+
+
+def _is_whole(value: object, smallest: int, largest: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and smallest <= int(value) <= largest
+
+
+def _is_number(value: Any, smallest: float, largest: float) -> bool:
+    """Tell whether a value is a number in a range; NaN is in none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(smallest <= value <= largest)
+
+
+def _is_tuple(value: object, length: int | None) -> bool:
+    """Tell whether a value is a tuple (or list) of a length, or of at least one value if the length is None."""
+    if not isinstance(value, tuple | list):
+        return False
+    return len(value) > 0 if length is None else len(value) == length
+
+
+def _are_sizes(values: object, length: int | None) -> bool:
+    """Tell whether values are so many numbers between the smallest and the largest size."""
+    if not _is_tuple(values, length):
+        return False
+    assert isinstance(values, tuple | list)
+    return all(_is_number(value, SMALLEST_SIZE, LARGEST_SIZE) for value in values)

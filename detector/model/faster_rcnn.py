@@ -31,7 +31,7 @@ class FasterRCNN(nn.Module):
         config: see `FasterRCNNConfig`.
 
     Raises:
-        ValueError: a field of `config` is out of its range.
+        ValueError: fields of `config` do not go together.
     """
 
     pixel_mean: Tensor  # (3, 1, 1)
@@ -40,7 +40,6 @@ class FasterRCNN(nn.Module):
     def __init__(self, config: FasterRCNNConfig | None = None) -> None:
         super().__init__()
         config = config or FasterRCNNConfig()
-        _check_config(config)
         self.config = config
 
         self.backbone = ResNet(
@@ -210,14 +209,6 @@ def _level_shapes(features: Sequence[Tensor]) -> list[tuple[int, int]]:
         height, width = feature.shape[2:]
         shapes.append((height, width))
     return shapes
-
-
-def _check_config(config: FasterRCNNConfig) -> None:
-    """Raise ValueError if a field that no part of the model checks is out of its range."""
-    if config.sampler not in RPN_SAMPLING_RULES:
-        raise ValueError(f"sampler: expected one of {tuple(RPN_SAMPLING_RULES)}, got {config.sampler!r}")
-    if config.num_classes < 1:
-        raise ValueError(f"num_classes: expected at least 1, got {config.num_classes}")
 
 
 def _check_images(batch: Batch) -> None:
