@@ -27,6 +27,7 @@ from detector.image import read_image, resize_keep_ratio, stack_images
 from detector.model.faster_rcnn import FasterRCNN
 from detector.onnx.runtime import HAS_ONNXRUNTIME, largest_difference, run_onnx
 from detector.structures import SIZE_DIVISOR, Batch, Detections, padded_side
+from detector.text import lasting_output, printable, show, show_message
 from detector.weights.load_detector import load
 
 INPUTS = ("images", "sizes")
@@ -198,15 +199,17 @@ def export_file(options: ExportOptions) -> str:
     return f"largest difference of {count} detections in {picture}: {pixels:.2g} pixels, {score:.2g} of the score"
 
 
+@lasting_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     options = tyro.cli(ExportOptions, prog="python -m detector.export", args=arguments)
     try:
         comparison = export_file(options)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        show_message(f"error: {error}")
         return 1
-    print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB\n{comparison}")
+    show(printable(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB"))
+    show(printable(comparison))
     return 0
 
 

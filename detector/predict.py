@@ -22,6 +22,7 @@ from detector.image import read_image, resize_keep_ratio, stack_images, write_im
 from detector.model.faster_rcnn import FasterRCNN
 from detector.results import CocoRow, coco_rows, encode_masks, full_masks, undo_resize
 from detector.structures import Batch, Detections
+from detector.text import lasting_output, printable, show, show_message
 from detector.weights.load_detector import load
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # read from a folder
@@ -230,10 +231,11 @@ def predict_files(options: PredictOptions) -> list[str]:
 
     results_path = options.out / RESULTS_FILE
     write_json(results_path, rows)
-    print(f"{len(rows)} detections in {len(files) - unreadable} images: {results_path}")
+    show(printable(f"{len(rows)} detections in {len(files) - unreadable} images: {results_path}"))
     return messages
 
 
+@lasting_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status, 0 if every image was done."""
     try:
@@ -241,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         messages = [str(error)]
     for message in messages:
-        print(f"error: {message}", file=sys.stderr)
+        show_message(f"error: {message}")
     return 1 if messages else 0
 
 

@@ -19,6 +19,7 @@ from detector.model.faster_rcnn import FasterRCNN
 from detector.picture import BLACK, WHITE, enlarge, side_by_side
 from detector.predict import predict_images
 from detector.structures import Batch
+from detector.text import lasting_output, printable, show, show_message
 from detector.weights.load_detector import load
 from triton_dcn.nn import DeformConv2dPack, ModulatedDeformConv2dPack
 
@@ -280,7 +281,7 @@ def visualize(options: VisualizeOffsetsOptions) -> None:
     stages = sampling_points(model, image, point, options.layers)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_image(options.out, draw_sampling_points(image, point, stages))
-    print(f"{options.out}: what is read for ({point[0]:.0f}, {point[1]:.0f}), {description}")
+    show(printable(f"{options.out}: what is read for ({point[0]:.0f}, {point[1]:.0f}), {description}"))
 
 
 def _default_point(model: FasterRCNN, image: np.ndarray, class_names: Sequence[str]) -> tuple[tuple[float, float], str]:
@@ -295,12 +296,13 @@ def _default_point(model: FasterRCNN, image: np.ndarray, class_names: Sequence[s
     return ((x1 + x2) / 2, (y1 + y2) / 2), f"the best detection, {class_name}"
 
 
+@lasting_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     try:
         visualize(tyro.cli(VisualizeOffsetsOptions, prog="python -m detector.visualize_offsets", args=arguments))
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        show_message(f"error: {error}")
         return 1
     return 0
 

@@ -28,7 +28,7 @@ LAYERS = {
         {"compat", "onnx"},
     ],
     "detector": [
-        {"structures", "image", "files", "picture", "shown"},
+        {"files", "image", "picture", "shown", "structures", "text"},
         {"ops"},
         {"model"},
         {"weights"},

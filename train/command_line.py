@@ -7,7 +7,6 @@ change (anchors, thresholds, sampling sizes, ...) is set in Python, see `train.m
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
@@ -15,6 +14,7 @@ from typing import Annotated, Literal
 import tyro
 
 from detector import FasterRCNNConfig
+from detector.text import show_message
 from train.config import PRESETS, REMOVED, RENAMED, Config, complete
 
 
@@ -74,7 +74,7 @@ def parse(argv: Sequence[str], *, gpu: bool, processes: int = 1, quiet: bool = F
     arguments, notes = _replace_former_flags(argv)
     if not quiet:
         for note in notes:
-            print(note, file=sys.stderr)
+            show_message(note)
 
     default_preset = "coco-1x" if gpu else "small"
     preset_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 import time
 import uuid
@@ -18,6 +17,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from detector.text import show_message
 
 T = TypeVar("T")
 
@@ -166,7 +167,7 @@ def _init_process_group(rank: int, size: int, device: torch.device, timeout: flo
 
 
 def _exit_with_error(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    show_message(f"error: {message}")
     os._exit(1)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import traceback
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from detector.text import message_line, printable_lines, show, show_message
 from train.distributed import CONNECTION_LOST, World, end_reasons_of_others, tell_end_reason
 from train.signals import Interrupted
 
@@ -29,7 +29,7 @@ def explain(error: BaseException) -> str | None:
         first_sentence = text.split(". ")[0]
         return f"{first_sentence}. Try a lower --data.batch-size with --optim.accumulate, or --amp bf16"
     if isinstance(error, EXPECTED):
-        return text or type(error).__name__
+        return message_line(error) or type(error).__name__  # a line break can be part of a file's name
     return None
 
 
@@ -50,7 +50,7 @@ def report_error(error: BaseException, world: World | None, folder: Path | None)
     trace = "".join(traceback.format_exception(error))
     message = explain(error)
     if message is None:
-        print(trace, file=sys.stderr)
+        show(trace, to_stderr=True)
         message = f"{type(error).__name__}, see above; this is a fault of the program"
 
     if world and world.size > 1:
@@ -59,11 +59,11 @@ def report_error(error: BaseException, world: World | None, folder: Path | None)
         message = f"rank {rank}: {message}"
         if others:
             message += f"; {others}"
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    show_message(f"error: {message}")
 
     if folder and folder.is_dir():
         with contextlib.suppress(OSError):
-            (folder / f"error-rank{rank}.txt").write_text(trace)
+            (folder / f"error-rank{rank}.txt").write_text(printable_lines(trace), encoding="utf-8")
     return 1
 
 
@@ -71,7 +71,7 @@ def _report_interruption(error: Interrupted, world: World | None) -> int:
     name = signal.Signals(error.signal_number).name
     message = f"stopped by {name} {error.position}. The same command goes on from there"
     if world is None or world.is_main:
-        print(message, file=sys.stderr, flush=True)
+        show_message(message)
     else:
         tell_end_reason(world, message)
     return 128 + error.signal_number

@@ -25,6 +25,7 @@ if __name__ == "__main__":
 import torch
 
 import detector
+from detector.text import lasting_output, show
 from detector.weights.checkpoint import read_checkpoint
 from train import report
 from train.build import build, check_weights_exist, open_split, resume
@@ -44,6 +45,7 @@ from train.schedule import Schedule
 from train.signals import Interrupted, StopRequest
 
 
+@lasting_output()
 def main() -> int:
     """Run the command line and return the exit status."""
     config = None
@@ -65,6 +67,7 @@ def main() -> int:
     return status
 
 
+@lasting_output()
 def run(config: Config, world: World | None = None) -> RunFolder:
     """Train, or only evaluate, as the configuration says; the same as the command line does, from Python.
 
@@ -118,7 +121,7 @@ def train(config: Config, world: World) -> None:
         notes += resume(state, run_folder, config, world, train_set.classes, len(sampler))
         if world.is_main:
             table = report.run_table(config, world, state.model, train_set, val_set, schedule, len(sampler), notes)
-            print(table, flush=True)
+            show(table)
 
         metadata = _checkpoint_metadata(config, world, train_set)
         log = TrainLog(
@@ -164,7 +167,7 @@ def train(config: Config, world: World) -> None:
             log.close()
 
     if world.is_main:
-        print(report.summary(run_folder, time.monotonic() - start), flush=True)
+        show(report.summary(run_folder, time.monotonic() - start))
 
 
 def evaluate_only(config: Config, world: World) -> None:
@@ -188,8 +191,8 @@ def evaluate_only(config: Config, world: World) -> None:
     if metrics is None:
         return  # not rank 0
     run_folder.append_metrics({"weights": str(path), **metrics})
-    print(report.evaluation_tables(metrics), report.output_files(run_folder), sep="\n\n")
-    print(f"took {report.format_duration(time.monotonic() - start)}")
+    show(f"{report.evaluation_tables(metrics)}\n\n{report.output_files(run_folder)}")
+    show(f"took {report.format_duration(time.monotonic() - start)}")
 
 
 def _find_weights(config: Config, world: World, run_folder: RunFolder) -> Path:
@@ -197,7 +200,7 @@ def _find_weights(config: Config, world: World, run_folder: RunFolder) -> Path:
     if config.weights:
         check_weights_exist(config.weights)
         return config.weights
-    path = world.broadcast(newest_checkpoint(run_folder.checkpoints, print) if world.is_main else None)
+    path = world.broadcast(newest_checkpoint(run_folder.checkpoints, show) if world.is_main else None)
     if path is None:
         raise ValueError(f"--eval-only: expected --weights, or a checkpoint in {run_folder.checkpoints}, got neither")
     return path

@@ -17,12 +17,14 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib import pyplot
 
+from detector.text import lasting_output, printable, show, show_message
 from train.run_folder import RunFolder, read_lines
 
 MAX_POINTS = 300  # of a curve; neighbors are averaged where there are more
 PANEL_SIZE = (4.0, 3.5)  # inches
 
 
+@lasting_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw the runs named on the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="train/plot.py", description="Draw loss, learning rate and AP of runs.")
@@ -32,9 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         draw(arguments.runs, arguments.out)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        show_message(f"error: {error}")
         return 1
-    print(arguments.out)
+    show(printable(arguments.out))
     return 0
 
 

@@ -8,6 +8,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from detector.text import message_line
+
 T = TypeVar("T")
 
 
@@ -40,7 +42,7 @@ def evaluation_progress(batches: Iterable[T], enabled: bool) -> Iterable[T]:
 
 def print_above_progress(text: str) -> None:
     """Print a line to stderr without disturbing a progress line."""
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(message_line(text), file=sys.stderr)
 
 
 def _refresh_seconds() -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from detector.text import message_line, printable, short_name
 from train.config import BASE_BATCH_SIZE, Config, OptimConfig
 from train.data.coco_dataset import CocoDetection
 from train.distributed import World
@@ -71,7 +72,7 @@ def summary(run_folder: RunFolder, seconds: float) -> str:
         best = max(evaluations_with_ap, key=lambda line: line["AP"])
         ap = format_metric(best["AP"])
         ap50 = format_metric(best["AP50"])
-        lines.append(f"best checkpoint  {run_folder.checkpoints / 'best.pt'}")
+        lines.append(f"best checkpoint  {printable(run_folder.checkpoints / 'best.pt')}")
         lines.append(f"                 (epoch {best['epoch']}: AP {ap}, AP50 {ap50})")
 
     lines.append(f"this start took  {format_duration(seconds)}")
@@ -110,11 +111,11 @@ def output_files(run_folder: RunFolder) -> str:
     """Return where the files of a run are."""
     return "\n".join(
         [
-            f"detections       {run_folder.detections}",
-            f"pictures         {run_folder.pictures}/",
-            f"curves           {run_folder.metrics}",
-            f"                 python train/plot.py {run_folder.path}",
-            f"                 tensorboard --logdir {run_folder.path}",
+            f"detections       {printable(run_folder.detections)}",
+            f"pictures         {printable(run_folder.pictures)}/",
+            f"curves           {printable(run_folder.metrics)}",
+            f"                 python train/plot.py {printable(run_folder.path)}",
+            f"                 tensorboard --logdir {printable(run_folder.path)}",
         ]
     )
 
@@ -182,14 +183,14 @@ def _numbers_table(line: dict[str, Any], has_masks: bool) -> list[str]:
 
 
 def _class_table(line: dict[str, Any], has_masks: bool) -> list[str]:
-    width = max(len(name) for name in ["class", *line["classes"]])
+    width = max(len(short_name(name)) for name in ["class", *line["classes"]])
     header = f"{'class':<{width}}      AP    AP50   boxes"
     if has_masks:
         header += "  masks AP    AP50"
 
     lines = [header]
     for name, (ap, ap50, box_count) in line["classes"].items():
-        text = f"{name:<{width}}  {format_metric(ap):>6}  {format_metric(ap50):>6}  {box_count:6d}"
+        text = f"{short_name(name):<{width}}  {format_metric(ap):>6}  {format_metric(ap50):>6}  {box_count:6d}"
         if has_masks:
             mask_ap, mask_ap50, _ = line["segm_classes"][name]
             text += f"  {format_metric(mask_ap):>8}  {format_metric(mask_ap50):>6}"
@@ -200,7 +201,7 @@ def _class_table(line: dict[str, Any], has_masks: bool) -> list[str]:
 def _format_entry(label: str, text: str) -> str:
     """Return an entry of the table in lines of at most `WIDTH` columns; paths stay whole."""
     return textwrap.fill(
-        f"{label:<{LABEL_WIDTH}} {text}",
+        f"{label:<{LABEL_WIDTH}} {message_line(text)}",
         WIDTH,
         subsequent_indent=" " * (LABEL_WIDTH + 1),
         break_long_words=False,
@@ -209,7 +210,7 @@ def _format_entry(label: str, text: str) -> str:
 
 
 def _shorten(names: Sequence[str], limit: int = 10) -> str:
-    shown = ", ".join(names[:limit])
+    shown = ", ".join(map(short_name, names[:limit]))
     if len(names) <= limit:
         return shown
     return f"{shown} and {len(names) - limit} more"

@@ -13,7 +13,9 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 @pytest.mark.parametrize(
     ("error", "text"),
     [
-        (ValueError("a\n  b"), "a b"),
+        (ValueError("a\nb.jpg: broken"), r"a\nb.jpg: broken"),
+        (OSError("a\x1b[2J\u202e\udcff"), r"a\x1b[2J\u202e\udcff"),
+        (RuntimeError("gloo:\n  timed out"), "lost the connection"),
         (FileNotFoundError("x.json"), "x.json"),
         (RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer"), "lost the connection"),
         (RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. "), "loads images: DataLoader worker"),
