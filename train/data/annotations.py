@@ -54,6 +54,10 @@ class AnnotationColumns:
     is_crowd: np.ndarray
     is_ignored: np.ndarray
 
+    def take(self, rows: np.ndarray) -> AnnotationColumns:
+        """Return the annotations with these row numbers (R,) int64, in this order."""
+        return AnnotationColumns(**{name: column[rows] for name, column in vars(self).items()})
+
 
 @dataclass(frozen=True)
 class AnnotationCounts:

@@ -8,6 +8,7 @@ copied.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,9 @@ class CocoDetection:
         segmentations: of `boxes`; None without masks.
         counts: how many annotations of the file are used or dropped.
         has_annotations: whether the file has a list of annotations.
+        all_annotations: what an evaluation compares with: every annotation of these images and classes, crowds and
+            those that training drops too, in the order of the file; None for training.
+        all_segmentations: of `all_annotations`; None without masks and for training.
 
     Raises:
         OSError: a file or folder is missing.
@@ -193,6 +197,14 @@ class CocoDetection:
         if masks:
             self.segmentations = Segmentations.parse(entries[index]["segmentation"] for index in order)
 
+        self.all_annotations = None
+        self.all_segmentations = None
+        if not self.training:
+            compared = np.flatnonzero(annotations.image_listed & annotations.category_used)
+            self.all_annotations = annotations.take(compared)
+            if masks:
+                self.all_segmentations = Segmentations.parse(entries[index]["segmentation"] for index in compared)
+
     def _find_undrawable(
         self, entries: list[Entry], annotations: AnnotationColumns, images: ImageColumns, needs_mask: np.ndarray
     ) -> np.ndarray:
@@ -207,12 +219,19 @@ class CocoDetection:
         return undrawable
 
     def _select_images(self, indices: np.ndarray) -> None:
-        """Keep the images with these indices and their boxes."""
+        """Keep the images with these indices, which ascend, and their annotations."""
         rows, self.box_starts = take_rows(self.box_starts, indices)
         self.boxes = self.boxes[rows]
         self.labels = self.labels[rows]
         if self.segmentations is not None:
             self.segmentations = self.segmentations.take(rows)
+        if self.all_annotations is not None:
+            rows = np.flatnonzero(np.isin(self.all_annotations.image_indices, indices))
+            annotations = self.all_annotations.take(rows)
+            new_image_indices = np.searchsorted(indices, annotations.image_indices)
+            self.all_annotations = replace(annotations, image_indices=new_image_indices)
+            if self.all_segmentations is not None:
+                self.all_segmentations = self.all_segmentations.take(rows)
         self.image_ids = self.image_ids[indices]
         self.file_names = self.file_names[indices]
         self.widths = self.widths[indices]

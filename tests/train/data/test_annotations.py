@@ -59,3 +59,28 @@ def test_labels_follow_the_file_or_the_given_names(coco):
 
     with pytest.raises(ValueError, match="categories: expected one with the name 'green', got red, blue"):
         open_coco(coco, classes=("red", "green"))
+
+
+def test_evaluation_keeps_what_training_drops(coco):
+    def drop(content):
+        content["annotations"].reverse()
+        crowd, ignored, empty, unlisted, *_ = content["annotations"]
+        crowd.update(iscrowd=1)
+        ignored.update(ignore=1)
+        empty.update(bbox=[1, 2, 0, 0], area=0)
+        unlisted.update(image_id=12345)
+
+    edit(coco, drop)
+    content = json.loads((coco / "annotations" / "instances_train2017.json").read_text())
+    dataset = open_coco(coco, training=False, masks=True)
+    annotations = dataset.all_annotations
+    expected = [entry for entry in content["annotations"] if entry["image_id"] != 12345]
+    assert annotations.boxes.tolist() == [entry["bbox"] for entry in expected]
+    assert dataset.image_ids[annotations.image_indices].tolist() == [entry["image_id"] for entry in expected]
+    assert annotations.is_crowd.tolist() == [bool(entry["iscrowd"]) for entry in expected]
+    assert len(dataset.all_segmentations) == len(expected)
+
+    first = open_coco(coco, training=False, limit=1)
+    assert set(first.image_ids[first.all_annotations.image_indices]) == {content["images"][0]["id"]}
+    assert first.all_segmentations is None
+    assert open_coco(coco, masks=True).all_annotations is None
