@@ -12,8 +12,10 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import math
 import os
 import re
+import reprlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn, optim
+from torch import Tensor, nn, optim
 from torch.optim.swa_utils import AveragedModel
 
-from detector.files import replacing
+from detector.files import describe_space, replacing
 
 BEST = "best.pt"
 _NAME = re.compile(r"step-(?P<step>\d{8,})-(?P<digest>[0-9a-f]{16})\.pt")
@@ -87,7 +89,9 @@ def to_checkpoint(state: TrainState, metadata: dict[str, Any]) -> dict[str, Any]
 def from_checkpoint(state: TrainState, content: dict[str, Any]) -> None:
     """Put the content of a checkpoint into `state`; the opposite of `to_checkpoint`."""
     state.model.load_state_dict(content.get("raw_model", content["model"]))
-    state.optimizer.load_state_dict(content["optimizer"])
+    # The hyperparameters are those of the configuration, which cannot differ, and so are the groups of parameters.
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": content["optimizer"]["state"], "param_groups": groups})
     state.scaler.load_state_dict(content["scaler"])
     if state.average is not None:
         state.average.module.load_state_dict(content["model"])
@@ -105,13 +109,16 @@ def save_checkpoint(folder: Path, content: dict[str, Any], keep: int) -> Path:
     """
     buffer = io.BytesIO()
     torch.save(content, buffer)
+    size = buffer.getbuffer().nbytes
     path = folder / f"step-{content['step']:08d}-{_digest(buffer.getbuffer())}.pt"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path, durable=True) as partial:
+        folder.mkdir(exist_ok=True)  # not its parents: where OUT is gone, the run must not go on in a new one
+        with replacing(path, durable=True, size=size) as partial:
             partial.write_bytes(buffer.getbuffer())
     except OSError as error:
-        raise OSError(f"cannot write a checkpoint into {folder}: {error.strerror or error}") from error
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        space = describe_space(error, path, size)
+        raise OSError(f"cannot write a checkpoint into {folder}: {reason}{space}") from error
 
     for older_path in list_checkpoints(folder)[keep:]:
         if older_path != path:
@@ -127,6 +134,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(paths, key=_age_key, reverse=True)
 
 
+def checkpoint_of_step(folder: Path, step: int) -> Path | None:
+    """Return the newest checkpoint of this step, or None if there is none."""
+    paths = [path for path in list_checkpoints(folder) if _age_key(path)[0] == step]
+    return paths[0] if paths else None
+
+
 def newest_checkpoint(folder: Path, report_damaged: Callable[[str], None]) -> Path | None:
     """Return the newest checkpoint that is whole, or None if there is none.
 
@@ -135,6 +148,7 @@ def newest_checkpoint(folder: Path, report_damaged: Callable[[str], None]) -> Pa
         report_damaged: is called with a message about every damaged file that is skipped.
 
     Raises:
+        OSError: a checkpoint cannot be read.
         ValueError: there are checkpoints, and all are damaged.
     """
     paths = list_checkpoints(folder)
@@ -159,7 +173,8 @@ def load_newest_checkpoint(folder: Path, report_damaged: Callable[[str], None]) 
         report_damaged: see `newest_checkpoint`.
 
     Raises:
-        ValueError: there are checkpoints, and all are damaged.
+        OSError: a checkpoint cannot be read.
+        ValueError: there are checkpoints, and all are damaged; or PyTorch cannot read the newest whole one.
     """
     newest_path = newest_checkpoint(folder, report_damaged)
     if newest_path is None:
@@ -170,18 +185,153 @@ def load_newest_checkpoint(folder: Path, report_damaged: Callable[[str], None]) 
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint, on the CPU."""
-    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    """Return the content of a checkpoint, on the CPU.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: PyTorch cannot read it as plain data.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # of every kind, for a file of another kind
+        raise ValueError(
+            f"{path}: expected a checkpoint of this run, got a file that PyTorch cannot read as plain data; {_CURE}"
+        ) from error
     return content
 
 
 def mark_best(path: Path) -> None:
-    """Link or copy this checkpoint to `best.pt` in its folder; `best.pt` stays when `path` is deleted."""
-    with replacing(path.with_name(BEST)) as partial:
+    """Link or copy this checkpoint to `best.pt` in its folder; `best.pt` stays when `path` is deleted.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; `best.pt` is what it was before.
+    """
+    with replacing(path.with_name(BEST), size=path.stat().st_size) as partial:
+        partial.unlink()  # a link needs a name that is free
         try:
             os.link(path, partial)
         except OSError:  # a file system without hard links
-            shutil.copyfile(path, partial)
+            with path.open("rb") as source, partial.open("xb") as copy:
+                shutil.copyfileobj(source, copy)
+
+
+def check_content(path: Path, content: Any, state: TrainState) -> None:
+    """Check that a file holds a checkpoint that continues a run: a whole file may still be one of something else.
+
+    Args:
+        path: the file.
+        content: of the file.
+        state: of the run, which `from_checkpoint` will fill with the content.
+
+    Raises:
+        ValueError: something is missing, has another type or shape than in the run, or is not finite; the message
+            names the file and the value.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a checkpoint of this run, got a {type(content).__name__}; {_CURE}")
+
+    for key, (description, accepts) in _FIELDS.items():
+        if key not in content:
+            raise ValueError(f"{path}: expected a checkpoint of this run, got one without {key!r}; {_CURE}")
+        if not accepts(content[key]):
+            raise ValueError(f"{path}: {key!r}: expected {description}, got {reprlib.repr(content[key])}; {_CURE}")
+
+    step_of_name = int(_parse_name(path)["step"])
+    if content["step"] != step_of_name:
+        raise ValueError(f"{path}: 'step': expected {step_of_name}, as in its name, got {content['step']}; {_CURE}")
+
+    try:
+        _check_weights("model", content["model"], state.model)
+        if state.average is not None:
+            _check_weights("raw_model", content.get("raw_model"), state.model)
+        _check_optimizer(content["optimizer"], state.optimizer)
+        if state.scaler.is_enabled():
+            _check_scaler(content["scaler"], state.scaler)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {_CURE}") from error
+
+
+def _check_weights(key: str, weights: Any, model: nn.Module) -> None:
+    """Raise ValueError if weights have other names or shapes than those of the model, or are not finite."""
+    if not isinstance(weights, dict):
+        raise ValueError(f"{key!r}: expected weights by name, got {reprlib.repr(weights)}")
+    expected = model.state_dict()
+    for name, value in expected.items():
+        _check_tensor(f"{key!r}: {name}", weights.get(name), value.shape)
+    unknown = [name for name in weights if name not in expected]
+    if unknown:
+        raise ValueError(f"{key!r}: expected the weights of this run's model, got {unknown[0]!r} too")
+
+
+def _check_optimizer(saved: dict[str, Any], optimizer: optim.Optimizer) -> None:
+    """Raise ValueError if the state of an optimizer is not that of these parameters."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    slots = {"momentum_buffer"} if isinstance(optimizer, optim.SGD) else {"step", "exp_avg", "exp_avg_sq"}
+    for index, values in saved["state"].items():
+        name = f"'optimizer': state {index!r}"
+        if not _is_count(index) or index >= len(parameters):
+            raise ValueError(f"{name}: expected the number of one of {len(parameters)} parameters")
+        if not isinstance(values, dict) or set(values) not in (set(), slots):
+            raise ValueError(f"{name}: expected {', '.join(sorted(slots))}, got {reprlib.repr(values)}")
+        for slot, value in values.items():
+            shape = torch.Size() if slot == "step" else parameters[index].shape
+            if value is not None or slot != "momentum_buffer":  # without momentum SGD keeps None
+                _check_tensor(f"{name}: {slot}", value, shape)
+
+
+def _check_scaler(saved: dict[str, Any], scaler: torch.amp.GradScaler) -> None:
+    """Raise ValueError if the state of a loss scaler has other keys or anything else than finite numbers."""
+    keys = set(scaler.state_dict())
+    is_number = all(type(value) in (int, float) and math.isfinite(value) for value in saved.values())
+    if set(saved) != keys or not is_number:
+        raise ValueError(f"'scaler': expected numbers for {', '.join(sorted(keys))}, got {reprlib.repr(saved)}")
+
+
+def _check_tensor(name: str, value: Any, shape: torch.Size) -> None:
+    """Raise ValueError if a value is not a tensor of this shape with finite numbers."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a tensor of shape {tuple(shape)}, got {reprlib.repr(value)}")
+    if value.shape != shape:
+        raise ValueError(f"{name}: expected a tensor of shape {tuple(shape)}, got {tuple(value.shape)}")
+    if value.layout != torch.strided or not value.isfinite().all():
+        raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_positive_count(value: object) -> bool:
+    return _is_count(value) and value != 0
+
+
+def _is_dict(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _has_state(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("state"), dict)
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+_CURE = "delete the file to go on from the checkpoint before it"
+
+# What every checkpoint of a run holds: key -> what messages call the value, and how it is recognized.
+_FIELDS: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "model": ("weights by name", _is_dict),
+    "optimizer": ("the state of an optimizer", _has_state),
+    "scaler": ("the state of a loss scaler", _is_dict),
+    "epoch": ("a whole number from 0", _is_count),
+    "batch": ("a whole number from 0", _is_count),
+    "step": ("a whole number from 0", _is_count),
+    "classes": ("a list of names", _is_names),
+    "images_per_batch": ("a whole number from 1", _is_positive_count),
+}
 
 
 def _parse_name(path: Path) -> dict[str, str]:
