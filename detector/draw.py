@@ -23,6 +23,7 @@ from detector.picture import (
     text_extent,
 )
 from detector.structures import Detections, Target
+from detector.text import short_name
 
 GOLDEN_RATIO = 0.618034
 LUMA = (0.299, 0.587, 0.114)  # how much red, green and blue add to the brightness (ITU-R BT.601)
@@ -88,7 +89,7 @@ def draw_boxes(
 
     occupied: list[Rectangle] = []
     for i in best_first:
-        text = class_names[classes[i]]
+        text = short_name(class_names[classes[i]])
         if score_values[i] is not None:
             text += f" {score_values[i]:.2f}"
         occupied.append(_draw_label(picture, text, rectangles[i], class_color(classes[i]), scale, occupied))
@@ -140,7 +141,7 @@ def draw_comparison(
     picture = side_by_side([left, right], titles)
 
     all_labels = torch.cat([detections.labels.cpu(), target.labels.cpu()])
-    entries = [(class_names[label], class_color(label)) for label in all_labels.unique().tolist()]
+    entries = [(short_name(class_names[label]), class_color(label)) for label in all_labels.unique().tolist()]
     return np.vstack([picture, legend(entries, picture.shape[1], font_scale(image))])
 
 

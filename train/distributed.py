@@ -6,7 +6,10 @@ With one process every function here works without communication, so the trainin
 from __future__ import annotations
 
 import contextlib
+import errno
+import ipaddress
 import os
+import socket
 import threading
 import time
 import uuid
@@ -152,18 +155,59 @@ def _init_process_group(rank: int, size: int, device: torch.device, timeout: flo
     watchdog.daemon = True
     watchdog.start()
     try:
-        server = dist.TCPStore(host, port, is_master=is_server, timeout=limit, wait_for_workers=False)
+        listener = _bind(host, port) if is_server else None
+        server = dist.TCPStore(
+            host, port, is_master=is_server, timeout=limit, wait_for_workers=False, master_listen_fd=listener
+        )
         group_name = _rendezvous(server, rank, size, timeout)
         store = dist.PrefixStore(group_name, server)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         group_store = dist.PrefixStore("group", store)
         dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=limit)
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ConnectionError(f"rank {rank} of {size} cannot meet the others at {address}: {reason}") from error
     finally:
         watchdog.cancel()
     return dist.PrefixStore("end-reasons", store)
+
+
+def _bind(host: str, port: int) -> int | None:
+    """Return a socket for the store of rank 0, bound to the first address of this machine that `host` stands for.
+
+    Other machines must reach `host`. So if it stands for an address in front of this machine (a Kubernetes service, a
+    router), or is a name that stands for 127.0.1.1 here and for another address elsewhere (as Debian names a machine to
+    itself), rank 0 listens at every address, and says so.
+
+    Returns:
+        The file descriptor, which PyTorch's store will close; None to listen at every address.
+
+    Raises:
+        OSError: `host` is unknown, or the port is taken at one of its addresses.
+    """
+    infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = [str(info[4][0]) for info in infos]
+    is_name = host != "localhost" and host not in addresses
+    if is_name and all(ipaddress.ip_address(address).is_loopback for address in addresses):
+        infos = []
+
+    listener = None
+    for family, kind, protocol, _, address in infos:
+        try:
+            with socket.socket(family, kind, protocol) as candidate:
+                candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # old connections may still end
+                candidate.bind(address)
+                if listener is None:
+                    listener = candidate.detach()
+        except OSError as error:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # not of this machine
+                reason = os.strerror(error.errno or 0).lower()
+                raise OSError(f"{address[0]}: {reason}") from error
+
+    if listener is None:
+        places = ", ".join(addresses)
+        show_message(f"rank 0 listens at every address of this machine, as MASTER_ADDR {host} stands for {places} here")
+    return listener
 
 
 def _exit_with_error(message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib import pyplot
 
-from detector.text import lasting_output, printable, show, show_message
+from detector.text import lasting_output, printable, shorten, show, show_message
 from train.run_folder import RunFolder, read_lines
 
 MAX_POINTS = 300  # of a curve; neighbors are averaged where there are more
 PANEL_SIZE = (4.0, 3.5)  # inches
+LABEL_LENGTH = 60  # letters
 
 
 @lasting_output()
@@ -68,16 +70,24 @@ def draw(runs: Sequence[Path], out: Path) -> None:
         for run, lines in lines_of_runs.items():
             points = [(line["step"], line[key]) for line in lines if key in line and "step" in line]
             steps, values = _average_neighbors(points)
-            panel.plot(steps, values, marker="o" if "AP" in key else None, label=str(run))
-        panel.set(title=key, xlabel="step")
+            panel.plot(steps, values, marker="o" if "AP" in key else None, label=_label(run))
+        panel.set(title=_label(key), xlabel="step")
         panel.grid(alpha=0.3)
     for panel in panels.flat[len(keys) :]:
         panel.set_visible(False)
 
     handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center")
-    figure.savefig(out, dpi=120)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # letters that the font does not have appear as boxes
+        figure.savefig(out, dpi=120)
     pyplot.close(figure)
+
+
+def _label(name: str | Path) -> str:
+    """Return a name as matplotlib takes it: it would read `$x$` as a formula and leave out `_x`."""
+    text = shorten(printable(name), LABEL_LENGTH).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def _curve_keys(lines: Sequence[dict[str, Any]]) -> list[str]:

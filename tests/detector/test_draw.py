@@ -10,6 +10,18 @@ from detector import Detections, Target, draw
 from detector.draw import class_color, draw_boxes, draw_comparison
 
 NAMES = ["disc", "ring", "traffic light"]
+ODD_NAMES = [
+    "",
+    "猫",
+    "Größe",
+    "two\nlines",
+    "\x1b[2J",
+    "\x00",
+    "\ud800",
+    "\u202eabc",
+    "x" * 10_000,
+    "e" + "\u0301" * 500,
+]
 
 
 def test_colors_of_neighboring_classes_differ():
@@ -114,3 +126,14 @@ def test_long_legend_wraps():
     short_legend = draw_comparison(image, one_detection, nothing, names)
     assert long_legend.shape[1] == short_legend.shape[1]
     assert long_legend.shape[0] > short_legend.shape[0]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES, ids=ascii)
+def test_any_name_can_be_drawn(name):
+    image = np.zeros((60, 600, 3), np.uint8)
+    boxes = torch.tensor([[10.0, 30.0, 40.0, 50.0]])
+    labels = torch.tensor([0])
+    picture = draw_boxes(image, boxes, labels, [name], torch.tensor([0.5]))
+    assert (picture[:, -60:] == 0).all()  # a long name is shortened, and its score is still there
+    comparison = draw_comparison(image, Detections(boxes, torch.tensor([0.5]), labels), Target(boxes, labels), [name])
+    assert comparison.shape[0] < 200

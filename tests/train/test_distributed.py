@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from tests.train.conftest import command, environment, lines, run
 from train.checkpoint import list_checkpoints, load_checkpoint
-from train.distributed import join_processes
+from train.distributed import _bind, join_processes
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
 LOSSES = ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss")
@@ -199,6 +200,81 @@ def test_taken_port_is_named(coco, tmp_path, launch):
     assert process.returncode == 1
     assert f"localhost:{port}" in text
     assert "address already in use" in text
+
+
+def resolve_to(monkeypatch, *addresses: str) -> None:
+    """Let every name stand for these addresses."""
+
+    def resolve(_, port, **__):
+        infos = []
+        for address in addresses:
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            infos.append((family, socket.SOCK_STREAM, 0, "", (address, port)))
+        return infos
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+
+
+@pytest.mark.parametrize(
+    ("host", "addresses", "bound"),
+    [
+        pytest.param("127.0.0.1", ["127.0.0.1"], "127.0.0.1", id="address"),
+        pytest.param("127.0.0.2", ["127.0.0.2"], "127.0.0.2", id="other loopback address"),
+        pytest.param("0.0.0.0", ["0.0.0.0"], "0.0.0.0", id="every address"),
+        pytest.param("::1", ["::1"], "::1", id="version 6"),
+        pytest.param("localhost", ["127.0.0.1"], "127.0.0.1", id="localhost"),
+        pytest.param("localhost", ["::1", "127.0.0.1"], "::1", id="first of two"),
+        pytest.param("node0", ["198.51.100.1", "127.0.0.1", "127.0.0.2"], "127.0.0.1", id="first of this machine"),
+        pytest.param("service", ["198.51.100.1"], None, id="in front of this machine"),
+        pytest.param("service", ["2001:db8::1", "198.51.100.1"], None, id="in front of this machine, two"),
+        pytest.param("node0", ["127.0.1.1"], None, id="name of this machine to itself"),
+    ],
+)
+def test_rank_0_listens_where_master_addr_says(monkeypatch, capsys, host, addresses, bound):
+    resolve_to(monkeypatch, *addresses)
+    listener = _bind(host, free_port())
+    note = f"as MASTER_ADDR {host} stands for {', '.join(addresses)} here\n"
+    assert capsys.readouterr().err.endswith(note) == (bound is None)
+    if listener is None:
+        assert bound is None
+    else:
+        with socket.socket(fileno=listener) as socket_of_listener:
+            assert socket_of_listener.getsockname()[0] == bound
+
+
+def test_a_port_that_is_taken_at_any_address_of_the_name(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        resolve_to(monkeypatch, "127.0.0.2", "127.0.0.1")
+        with pytest.raises(OSError, match=r"^127\.0\.0\.1: address already in use$"):
+            _bind("localhost", server.getsockname()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux")
+def test_the_store_listens_at_the_socket_it_is_given():
+    port = free_port()
+    listener = _bind("127.0.0.1", port)
+    timeout = timedelta(seconds=5)
+    arguments = {"is_master": True, "timeout": timeout, "wait_for_workers": False, "master_listen_fd": listener}
+    store = torch.distributed.TCPStore("127.0.0.1", port, **arguments)
+    store.set("key", "value")
+    assert store.get("key") == b"value"
+
+    is_listening = "0A"
+    addresses = []
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            _, local, _, state, *_ = line.split()
+            if state == is_listening and local.endswith(f":{port:04X}"):
+                addresses.append(local.partition(":")[0])
+    assert addresses == ["0100007F"]
+
+
+def test_a_name_that_nobody_knows_is_one_line(monkeypatch):
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "no-such-machine.invalid", "MASTER_PORT": "29500"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConnectionError, match="cannot meet the others at no-such-machine.invalid:29500: .* not known"):
+        join_processes("cpu", 5.0)
 
 
 @pytest.mark.parametrize(
