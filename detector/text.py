@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TextIO, cast
 
 NAME_LENGTH = 40  # letters of a name in tables and pictures
@@ -51,6 +51,14 @@ def shorten(text: str, length: int) -> str:
 def short_name(name: object) -> str:
     """Return a name as tables and pictures show it: `printable`, with at most `NAME_LENGTH` letters."""
     return shorten(printable(name), NAME_LENGTH)
+
+
+def short_list(names: Sequence[object], limit: int = 10) -> str:
+    """Return the first names of a list, each as a `short_name`, and how many more there are."""
+    text = ", ".join(map(short_name, names[:limit]))
+    if len(names) > limit:
+        text += f" and {len(names) - limit} more"
+    return text
 
 
 def message_line(message: object) -> str:

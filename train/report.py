@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from detector.text import message_line, printable, short_name
+from detector.text import message_line, printable, short_list, short_name
 from train.config import BASE_BATCH_SIZE, Config, OptimConfig
 from train.data.coco_dataset import CocoDetection
 from train.distributed import World
@@ -48,7 +48,7 @@ def run_table(
         ("training", _describe_split(train_set)),
         ("validation", _describe_split(val_set)),
         ("evaluation", f"with {DEFAULT_EVALUATOR}"),
-        ("classes", f"{len(train_set.classes)} in the data: {_shorten(train_set.classes)}"),
+        ("classes", f"{len(train_set.classes)} in the data: {short_list(train_set.classes)}"),
         ("model", _describe_model(config)),
         ("parameters", _describe_parameters(model)),
         ("device", f"{world.size} x {world.device.type}, amp {config.amp}"),
@@ -121,7 +121,17 @@ def output_files(run_folder: RunFolder) -> str:
 
 
 def _describe_split(dataset: CocoDetection) -> str:
-    return f"{len(dataset)} images, {len(dataset.boxes)} boxes ({dataset.annotation_file}: {dataset.counts})"
+    """Return how many images and boxes are used, of how many in the file, and why the others are not."""
+    images = f"{len(dataset)} images"
+    left_out = str(dataset.image_counts)
+    if left_out:
+        images += f" (of {dataset.image_counts.total} in the file: {left_out})"
+
+    boxes = f"{len(dataset.boxes)} boxes"
+    left_out = str(dataset.counts)
+    if left_out:
+        boxes += f" (of {dataset.counts.total} annotations: {left_out})"
+    return f"{images}, {boxes}, {dataset.annotation_file}"
 
 
 def _describe_model(config: Config) -> str:
@@ -207,10 +217,3 @@ def _format_entry(label: str, text: str) -> str:
         break_long_words=False,
         break_on_hyphens=False,
     )
-
-
-def _shorten(names: Sequence[str], limit: int = 10) -> str:
-    shown = ", ".join(map(short_name, names[:limit]))
-    if len(names) <= limit:
-        return shown
-    return f"{shown} and {len(names) - limit} more"

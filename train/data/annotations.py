@@ -10,7 +10,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from train.data.coco_json import BOX, INTEGER, NAME, NUMBER, STRING, Entry, read_column
+from detector.text import short_list
+from train.data.coco_json import (
+    BOX,
+    FILE_NAME,
+    FLAG,
+    ID,
+    IMAGE_SIDE,
+    NAME,
+    NUMBER,
+    Entry,
+    check_unique,
+    read_column,
+)
+
+MIN_IMAGE_SIDE = 32  # pixels; smaller images are not trained on
 
 
 @dataclass(frozen=True)
@@ -36,7 +50,8 @@ class AnnotationColumns:
 
     Attributes:
         boxes: (M, 4) float64, x, y, width, height.
-        areas: (M,) float64.
+        areas: (M,) float64; that of the box where the file has none.
+        has_area: (M,) bool.
         image_indices: (M,) int64, position of the image among `ImageColumns`; 0 where it is not listed.
         image_listed: (M,) bool.
         labels: (M,) int64; 0 where the category is not used.
@@ -47,6 +62,7 @@ class AnnotationColumns:
 
     boxes: np.ndarray
     areas: np.ndarray
+    has_area: np.ndarray
     image_indices: np.ndarray
     image_listed: np.ndarray
     labels: np.ndarray
@@ -61,45 +77,86 @@ class AnnotationColumns:
 
 @dataclass(frozen=True)
 class AnnotationCounts:
-    """How many annotations of a file are used, and how many are dropped; each counts for the first reason that applies.
+    """How many annotations of a file are used, and how many are not; each counts for the first reason that applies.
 
     Attributes:
         used: boxes that the loss sees.
+        unlisted_image: of an image that is not listed.
+        other_category: of a category that is not used.
+        unused_image: of an image that is not used.
+        ignored: marked `ignore`.
+        negative_side: with a width or height below 0.
+        no_area: with an `area` that is not above 0.
+        thin: with a side below one pixel.
+        outside: with nothing left when the box is clipped to its image.
         crowd: crowds; they are kept out of the loss.
-        unlisted_image: dropped, of an image that is not listed.
-        ignored: dropped, marked `ignore`.
-        empty: dropped, area not above 0 or a side below one pixel.
-        outside: dropped, no overlap with the image.
-        other_category: dropped, of a category that is not used.
-        no_polygon: dropped, without a polygon of three corners where masks are asked for.
+        no_polygon: without a polygon of three corners where masks are asked for.
     """
 
     used: int
-    crowd: int
     unlisted_image: int
-    ignored: int
-    empty: int
-    outside: int
     other_category: int
+    unused_image: int
+    ignored: int
+    negative_side: int
+    no_area: int
+    thin: int
+    outside: int
+    crowd: int
     no_polygon: int
 
-    def __str__(self) -> str:
-        text = f"{self.used} boxes"
-        if self.crowd:
-            text += f", {self.crowd} crowds"
+    @property
+    def total(self) -> int:
+        """Annotations of the file."""
+        return sum(vars(self).values())
 
+    def __str__(self) -> str:
         reasons = {
-            "without area or thinner than a pixel": self.empty,
-            "outside the image": self.outside,
+            "crowds": self.crowd,
+            "thinner than a pixel": self.thin,
+            "with a negative side": self.negative_side,
+            "whose area is 0 or less": self.no_area,
+            "outside their image": self.outside,
             "marked ignore": self.ignored,
-            "of other categories": self.other_category,
-            "of images that are not listed": self.unlisted_image,
             "without a valid polygon": self.no_polygon,
+            "of other categories": self.other_category,
+            "of images that are left out": self.unused_image,
+            "of images that are not listed": self.unlisted_image,
         }
-        dropped = [f"{count} {reason}" for reason, count in reasons.items() if count]
-        if dropped:
-            text += f"; dropped: {', '.join(dropped)}"
-        return text
+        return ", ".join([f"{count} {reason}" for reason, count in reasons.items() if count])
+
+
+@dataclass(frozen=True)
+class ImageCounts:
+    """How many images of a file are used, and how many are not; each counts for the first reason that applies.
+
+    Attributes:
+        used: images of the split.
+        no_annotation: without any annotation.
+        other_category: with annotations of categories that are not used, and no others.
+        small: with a side below 32 pixels.
+        beyond_limit: after as many as --data.limit says.
+    """
+
+    used: int
+    no_annotation: int
+    other_category: int
+    small: int
+    beyond_limit: int
+
+    @property
+    def total(self) -> int:
+        """Images of the file."""
+        return sum(vars(self).values())
+
+    def __str__(self) -> str:
+        reasons = {
+            "without annotations": self.no_annotation,
+            "with other categories only": self.other_category,
+            f"with a side below {MIN_IMAGE_SIDE} pixels": self.small,
+            "beyond --data.limit": self.beyond_limit,
+        }
+        return ", ".join([f"{count} {reason}" for reason, count in reasons.items() if count])
 
 
 def select_categories(categories: list[Entry], classes: Sequence[str] | None) -> tuple[tuple[str, ...], np.ndarray]:
@@ -112,17 +169,20 @@ def select_categories(categories: list[Entry], classes: Sequence[str] | None) ->
     Raises:
         ValueError: a field is malformed, a name or an id appears twice, or the file lacks one of `classes`.
     """
-    names = [str(name) for name in read_column(categories, "categories", "name", NAME)]
-    ids = [int(category_id) for category_id in read_column(categories, "categories", "id", INTEGER)]
-    if len(set(names)) != len(names) or len(set(ids)) != len(ids):
-        raise ValueError("categories: expected unique names and ids, got one of them twice")
+    ids = read_column(categories, "categories", "id", ID).tolist()
+    names = read_column(categories, "categories", "name", NAME).tolist()
+    check_unique(categories, "categories", "id", ids)
+    check_unique(categories, "categories", "name", names)
 
     id_of_name = dict(zip(names, ids, strict=True))
     if classes is None:
         classes = names
-    for name in classes:
-        if name not in id_of_name:
-            raise ValueError(f"categories: expected one with the name {name!r}, got {', '.join(names) or 'none'}")
+    missing = [name for name in classes if name not in id_of_name]
+    if missing:
+        total = f" ({len(missing)} names are missing)" if len(missing) > 1 else ""
+        raise ValueError(
+            f"categories: expected one with the name {missing[0]!r}, got {short_list(names) or 'none'}{total}"
+        )
     return tuple(classes), np.array([id_of_name[name] for name in classes], np.int64)
 
 
@@ -133,19 +193,19 @@ def read_images(entries: list[Entry]) -> ImageColumns:
         ValueError: a field is malformed, or two images have the same id.
     """
     images = ImageColumns(
-        ids=np.array(read_column(entries, "images", "id", INTEGER), np.int64),
-        widths=np.array(read_column(entries, "images", "width", INTEGER), np.int64),
-        heights=np.array(read_column(entries, "images", "height", INTEGER), np.int64),
-        file_names=np.array(read_column(entries, "images", "file_name", STRING), np.str_),
+        ids=read_column(entries, "images", "id", ID),
+        widths=read_column(entries, "images", "width", IMAGE_SIDE),
+        heights=read_column(entries, "images", "height", IMAGE_SIDE),
+        file_names=read_column(entries, "images", "file_name", FILE_NAME),
     )
-    unique_ids, occurrences = np.unique(images.ids, return_counts=True)
-    if len(unique_ids) != len(entries):
-        raise ValueError(f"images: expected unique ids, got {unique_ids[occurrences > 1][0]} twice")
+    check_unique(entries, "images", "id", images.ids.tolist())
     return images
 
 
 def read_annotations(entries: list[Entry], images: ImageColumns, category_ids: np.ndarray) -> AnnotationColumns:
     """Return the annotations of a file.
+
+    The ids of annotations are only used in messages: they may be missing, or equal.
 
     Args:
         entries: the list of the file.
@@ -155,39 +215,100 @@ def read_annotations(entries: list[Entry], images: ImageColumns, category_ids: n
     Raises:
         ValueError: a field is malformed.
     """
-    boxes = np.array(read_column(entries, "annotations", "bbox", BOX), np.float64).reshape(-1, 4)
-    image_ids = np.array(read_column(entries, "annotations", "image_id", INTEGER), np.int64)
-    annotation_category_ids = np.array(read_column(entries, "annotations", "category_id", INTEGER), np.int64)
-    areas = np.array(read_column(entries, "annotations", "area", NUMBER), np.float64)
-    image_indices, image_listed = _find_ids(image_ids, images.ids)
-    labels, category_used = _find_ids(annotation_category_ids, category_ids)
+    boxes = read_column(entries, "annotations", "bbox", BOX)
+    image_indices, image_listed = _find_ids(read_column(entries, "annotations", "image_id", ID), images.ids)
+    labels, category_used = _find_ids(read_column(entries, "annotations", "category_id", ID), category_ids)
+    has_area = np.array(["area" in entry for entry in entries], np.bool_)
+    areas = read_column(entries, "annotations", "area", NUMBER, default=0)
     return AnnotationColumns(
         boxes=boxes,
-        areas=areas,
+        areas=np.where(has_area, areas, boxes[:, 2] * boxes[:, 3]),
+        has_area=has_area,
         image_indices=image_indices,
         image_listed=image_listed,
         labels=labels,
         category_used=category_used,
-        is_crowd=np.array([bool(entry.get("iscrowd", 0)) for entry in entries], bool),
-        is_ignored=np.array([bool(entry.get("ignore", 0)) for entry in entries], bool),
+        is_crowd=read_column(entries, "annotations", "iscrowd", FLAG, default=0),
+        is_ignored=read_column(entries, "annotations", "ignore", FLAG, default=0),
     )
 
 
-def drop_annotations(annotations: AnnotationColumns, images: ImageColumns) -> tuple[np.ndarray, dict[str, int]]:
-    """Return which annotations (M,) bool are kept, crowds included, and how many are dropped for which reason.
+def choose_images(
+    images: ImageColumns, annotations: AnnotationColumns, *, training: bool, limit: int
+) -> tuple[np.ndarray, ImageCounts]:
+    """Return the indices (n,) int64 of the images that are used, and how many are not for which reason.
+
+    Args:
+        images: of the file.
+        annotations: of the file.
+        training: leave out images that are small or have no annotation of a category that is used. What the other
+            fields of the annotation say does not matter.
+        limit: use the first so many; 0 uses all.
+    """
+    count = len(images.ids)
+    has_annotation = np.zeros(count, bool)
+    has_annotation[annotations.image_indices[annotations.image_listed]] = True
+    has_used_category = np.zeros(count, bool)
+    has_used_category[annotations.image_indices[annotations.image_listed & annotations.category_used]] = True
+    reasons = {
+        "no_annotation": ~has_annotation,
+        "other_category": ~has_used_category,
+        "small": np.minimum(images.widths, images.heights) < MIN_IMAGE_SIDE,
+    }
+    if not training:
+        reasons = {reason: np.zeros(count, bool) for reason in reasons}
+    is_used, left_out = _apply_reasons(reasons, count)
+
+    indices = np.flatnonzero(is_used)
+    chosen = indices[: limit or None]
+    return chosen, ImageCounts(used=len(chosen), beyond_limit=len(indices) - len(chosen), **left_out)
+
+
+def choose_annotations(
+    annotations: AnnotationColumns, images: ImageColumns, image_indices: np.ndarray
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Return which annotations (M,) bool the loss sees, and how many it does not see for which reason.
 
     The reasons are named as in `AnnotationCounts`.
+
+    Args:
+        annotations: of the file.
+        images: of the file.
+        image_indices: (n,) int64, the images that are used.
     """
     widths = annotations.boxes[:, 2]
     heights = annotations.boxes[:, 3]
     reasons = {
         "unlisted_image": ~annotations.image_listed,
-        "ignored": annotations.is_ignored,
-        "empty": ~((annotations.areas > 0) & (widths >= 1) & (heights >= 1)),
-        "outside": ~_overlaps_image(annotations, images),
         "other_category": ~annotations.category_used,
+        "unused_image": ~_is_of_used_image(annotations, images, image_indices),
+        "ignored": annotations.is_ignored,
+        "negative_side": _has_negative_side(annotations),
+        "no_area": annotations.has_area & (annotations.areas <= 0),
+        "thin": (widths < 1) | (heights < 1),
+        "outside": ~_is_inside_image(annotations, images),
+        "crowd": annotations.is_crowd,
     }
-    kept = np.ones(len(annotations.boxes), bool)
+    return _apply_reasons(reasons, len(annotations.boxes))
+
+
+def find_compared(annotations: AnnotationColumns, images: ImageColumns, image_indices: np.ndarray) -> np.ndarray:
+    """Return which annotations (M,) bool an evaluation compares with; arguments as of `choose_annotations`."""
+    of_used_image = _is_of_used_image(annotations, images, image_indices)
+    is_compared: np.ndarray = of_used_image & annotations.category_used & ~_has_negative_side(annotations)
+    return is_compared
+
+
+def to_corners(boxes: np.ndarray) -> np.ndarray:
+    """Return boxes (M, 4) float64 of x, y, width, height as x1, y1, x2, y2 in float32, as training uses them."""
+    x, y, width, height = boxes.T
+    corners: np.ndarray = np.stack([x, y, x + width, y + height], 1)
+    return corners.astype(np.float32)
+
+
+def _apply_reasons(reasons: dict[str, np.ndarray], count: int) -> tuple[np.ndarray, dict[str, int]]:
+    """Return what no reason drops (count,) bool, and how much each one drops that none before it has dropped."""
+    kept = np.ones(count, bool)
     dropped = {}
     for reason, applies in reasons.items():
         dropped[reason] = int((kept & applies).sum())
@@ -195,18 +316,28 @@ def drop_annotations(annotations: AnnotationColumns, images: ImageColumns) -> tu
     return kept, dropped
 
 
-def _overlaps_image(annotations: AnnotationColumns, images: ImageColumns) -> np.ndarray:
-    """Return which boxes (M,) bool share an area with their image."""
+def _is_of_used_image(annotations: AnnotationColumns, images: ImageColumns, image_indices: np.ndarray) -> np.ndarray:
+    is_used = np.zeros(len(images.ids) + 1, bool)  # one more, so that a file without images has the index 0, too
+    is_used[image_indices] = True
+    is_of_used: np.ndarray = annotations.image_listed & is_used[annotations.image_indices]
+    return is_of_used
+
+
+def _has_negative_side(annotations: AnnotationColumns) -> np.ndarray:
+    has_negative_side: np.ndarray = np.minimum(annotations.boxes[:, 2], annotations.boxes[:, 3]) < 0
+    return has_negative_side
+
+
+def _is_inside_image(annotations: AnnotationColumns, images: ImageColumns) -> np.ndarray:
+    """Return of which boxes (M,) bool something is left when they are clipped to their image, in float32."""
     if len(images.ids) == 0:
         return np.zeros(len(annotations.boxes), bool)
-    x, y, width, height = annotations.boxes.T
-    image_width = images.widths[annotations.image_indices]
-    image_height = images.heights[annotations.image_indices]
-    overlap_x = np.minimum(x + width, image_width) - np.maximum(x, 0)
-    overlap_y = np.minimum(y + height, image_height) - np.maximum(y, 0)
-    common_area = np.maximum(overlap_x, 0) * np.maximum(overlap_y, 0)
-    has_common_area: np.ndarray = common_area != 0
-    return has_common_area
+    widths = images.widths[annotations.image_indices]
+    heights = images.heights[annotations.image_indices]
+    sizes = np.stack([widths, heights, widths, heights], 1).astype(np.float32)
+    x1, y1, x2, y2 = np.clip(to_corners(annotations.boxes), 0, sizes).T
+    is_inside: np.ndarray = (x2 > x1) & (y2 > y1)
+    return is_inside
 
 
 def _find_ids(values: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,16 +19,17 @@ from train.data.annotations import (
     AnnotationColumns,
     AnnotationCounts,
     ImageColumns,
-    drop_annotations,
+    choose_annotations,
+    choose_images,
+    find_compared,
     read_annotations,
     read_images,
     select_categories,
+    to_corners,
 )
-from train.data.coco_json import Entry, load_coco_json
-from train.data.segmentation import Segmentations, find_drawable, take_rows
+from train.data.coco_json import Entry, collector_paused, load_coco_json
+from train.data.segmentation import Segmentations, find_drawable
 from train.data.transforms import Sample, Transform
-
-MIN_IMAGE_SIDE = 32  # pixels; smaller images are not trained on
 
 
 class UnreadableImageError(Exception):
@@ -57,10 +59,12 @@ class CocoDetection:
         labels: (M,) int64 of `boxes`.
         box_starts: (N + 1,) int64; image i has the boxes box_starts[i]:box_starts[i + 1].
         segmentations: of `boxes`; None without masks.
-        counts: how many annotations of the file are used or dropped.
+        counts: how many annotations of the file are used, and how many are not for which reason.
+        image_counts: the same of its images.
         has_annotations: whether the file has a list of annotations.
         all_annotations: what an evaluation compares with: every annotation of these images and classes, crowds and
-            those that training drops too, in the order of the file; None for training.
+            those that training drops too, in the order of the file, without boxes of a negative side; None for
+            training.
         all_segmentations: of `all_annotations`; None without masks and for training.
 
     Raises:
@@ -91,22 +95,8 @@ class CocoDetection:
         if not self.image_folder.is_dir():
             raise FileNotFoundError(f"images: expected a folder, got {self.image_folder}")
 
-        content = load_coco_json(self.annotation_file)
-        entries = content.get("annotations", [])
-        try:
-            self.classes, self.category_ids = select_categories(content.get("categories", []), classes)
-            images = read_images(content["images"])
-            annotations = read_annotations(entries, images, self.category_ids)
-            self._set_images(images)
-            self._set_boxes(entries, annotations, images, masks)
-        except ValueError as error:
-            raise ValueError(f"{self.annotation_file}: {error}") from error
-
-        self.has_annotations = "annotations" in content
-        selected = np.arange(len(images.ids))
-        if training:
-            selected = _trainable_images(images, annotations)
-        self._select_images(selected[: limit or None])
+        with collector_paused():
+            self._read(classes, limit, masks)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -159,51 +149,60 @@ class CocoDetection:
             raise UnreadableImageError(f"{path}: expected {listed} pixels as its masks have, got {height} x {width}")
         return image
 
-    def _set_images(self, images: ImageColumns) -> None:
-        self.image_ids = images.ids
-        self.widths = images.widths
-        self.heights = images.heights
-        self.file_names = images.file_names
+    def _read(self, classes: Sequence[str] | None, limit: int, masks: bool) -> None:
+        """Read the annotation file; none of its Python objects is kept."""
+        content = load_coco_json(self.annotation_file)
+        self.has_annotations = "annotations" in content
+        entries = content.get("annotations", [])
+        try:
+            self.classes, self.category_ids = select_categories(content.get("categories", []), classes)
+            images = read_images(content["images"])
+            annotations = read_annotations(entries, images, self.category_ids)
+            indices, self.image_counts = choose_images(images, annotations, training=self.training, limit=limit)
+            self._set_images(images, indices)
+            self._set_boxes(entries, annotations, images, indices, masks)
+        except ValueError as error:
+            raise ValueError(f"{self.annotation_file}: {error}") from error
+
+    def _set_images(self, images: ImageColumns, indices: np.ndarray) -> None:
+        self.image_ids = images.ids[indices]
+        self.widths = images.widths[indices]
+        self.heights = images.heights[indices]
+        self.file_names = images.file_names[indices]
 
     def _set_boxes(
-        self, entries: list[Entry], annotations: AnnotationColumns, images: ImageColumns, masks: bool
+        self,
+        entries: list[Entry],
+        annotations: AnnotationColumns,
+        images: ImageColumns,
+        image_indices: np.ndarray,
+        masks: bool,
     ) -> None:
-        """Keep the annotations that are used, sorted by image, and count those that are dropped."""
-        kept, dropped = drop_annotations(annotations, images)
-        used = kept & ~annotations.is_crowd
-        crowds = kept & annotations.is_crowd
+        """Keep the annotations that are used, sorted by image, and count the others."""
+        used, dropped = choose_annotations(annotations, images, image_indices)
+        # Evaluation compares with all annotations of an image, training uses only some of them.
+        compared = np.zeros(len(entries), bool) if self.training else find_compared(annotations, images, image_indices)
         no_polygon = np.zeros(len(entries), bool)
         if masks:
-            # Evaluation compares with all annotations of an image, training uses only some of them.
-            needs_mask = used
-            if not self.training:
-                needs_mask = annotations.image_listed & annotations.category_used
-            no_polygon = self._find_undrawable(entries, annotations, images, needs_mask)
+            no_polygon = self._find_undrawable(entries, annotations, images, used | compared)
             used &= ~no_polygon
-        self.counts = AnnotationCounts(
-            used=int(used.sum()),
-            crowd=int(crowds.sum()),
-            no_polygon=int(no_polygon.sum()),
-            **dropped,
-        )
+        self.counts = AnnotationCounts(used=int(used.sum()), no_polygon=int(no_polygon.sum()), **dropped)
 
-        image_indices = annotations.image_indices
-        order = np.flatnonzero(used)[np.argsort(image_indices[used], kind="stable")]
-        x, y, width, height = annotations.boxes.T
-        self.boxes = np.stack([x, y, x + width, y + height], 1)[order].astype(np.float32)
+        of_image = annotations.image_indices
+        order = np.flatnonzero(used)[np.argsort(of_image[used], kind="stable")]
+        self.boxes = to_corners(annotations.boxes[order])
         self.labels = annotations.labels[order]
-        self.box_starts = np.searchsorted(image_indices[order], np.arange(len(images.ids) + 1))
-        self.segmentations = None
-        if masks:
-            self.segmentations = Segmentations.parse(entries[index]["segmentation"] for index in order)
+        self.box_starts = np.searchsorted(of_image[order], np.append(image_indices, len(images.ids)))
+        self.segmentations = Segmentations.parse(_segmentations(entries, order)) if masks else None
 
         self.all_annotations = None
         self.all_segmentations = None
         if not self.training:
-            compared = np.flatnonzero(annotations.image_listed & annotations.category_used)
-            self.all_annotations = annotations.take(compared)
+            rows = np.flatnonzero(compared)
+            columns = annotations.take(rows)
+            self.all_annotations = replace(columns, image_indices=np.searchsorted(image_indices, columns.image_indices))
             if masks:
-                self.all_segmentations = Segmentations.parse(entries[index]["segmentation"] for index in compared)
+                self.all_segmentations = Segmentations.parse(_segmentations(entries, rows))
 
     def _find_undrawable(
         self, entries: list[Entry], annotations: AnnotationColumns, images: ImageColumns, needs_mask: np.ndarray
@@ -218,29 +217,6 @@ class CocoDetection:
         undrawable[indices] = ~is_drawable
         return undrawable
 
-    def _select_images(self, indices: np.ndarray) -> None:
-        """Keep the images with these indices, which ascend, and their annotations."""
-        rows, self.box_starts = take_rows(self.box_starts, indices)
-        self.boxes = self.boxes[rows]
-        self.labels = self.labels[rows]
-        if self.segmentations is not None:
-            self.segmentations = self.segmentations.take(rows)
-        if self.all_annotations is not None:
-            rows = np.flatnonzero(np.isin(self.all_annotations.image_indices, indices))
-            annotations = self.all_annotations.take(rows)
-            new_image_indices = np.searchsorted(indices, annotations.image_indices)
-            self.all_annotations = replace(annotations, image_indices=new_image_indices)
-            if self.all_segmentations is not None:
-                self.all_segmentations = self.all_segmentations.take(rows)
-        self.image_ids = self.image_ids[indices]
-        self.file_names = self.file_names[indices]
-        self.widths = self.widths[indices]
-        self.heights = self.heights[indices]
 
-
-def _trainable_images(images: ImageColumns, annotations: AnnotationColumns) -> np.ndarray:
-    """Return the indices of the images that are large enough and have an annotation of a category that is used."""
-    has_annotation = np.zeros(len(images.ids), bool)
-    has_annotation[annotations.image_indices[annotations.image_listed & annotations.category_used]] = True
-    large_enough = np.minimum(images.widths, images.heights) >= MIN_IMAGE_SIDE
-    return np.flatnonzero(has_annotation & large_enough)
+def _segmentations(entries: list[Entry], rows: np.ndarray) -> Iterator[Any]:
+    return (entries[row]["segmentation"] for row in rows)

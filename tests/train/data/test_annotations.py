@@ -28,9 +28,9 @@ def test_counts_every_annotation(tmp_path):
     counts = vars(dataset.counts)
     annotations = json.loads(dataset.annotation_file.read_text())["annotations"]
     assert sum(counts.values()) == len(annotations)
-    assert counts["ignored"] == sum(annotation.get("ignore", 0) for annotation in annotations)
-    assert counts["other_category"]
-    assert all(counts[reason] for reason in ("empty", "outside", "crowd", "used"))
+    assert dataset.counts.total == len(annotations)
+    assert counts["used"] == len(dataset.boxes)
+    assert all(counts[reason] for reason in ("ignored", "other_category", "thin", "no_area", "outside", "crowd"))
     assert "thinner than a pixel" in str(dataset.counts)
 
 
@@ -44,8 +44,8 @@ def test_annotations_of_a_missing_image_are_counted(coco):
 def test_zero_width_box_is_counted(coco):
     edit(coco, lambda content: content["annotations"][0].update(bbox=[5, 5, 0, 20]))
     counts = open_coco(coco).counts
-    assert counts.empty == 1
-    assert "1 without area" in str(counts)
+    assert counts.thin == 1
+    assert "1 thinner than a pixel" in str(counts)
 
 
 def test_labels_follow_the_file_or_the_given_names(coco):

@@ -49,15 +49,21 @@ def repeat_category_id(content):
     ("change", "message"),
     [
         (drop_images, "expected a COCO file with a list 'images', got none"),
-        (drop_width, r"images\[0\] \(id 100\): 'width': expected a whole number, got no such field"),
-        (drop_bbox, r"annotations\[0\] \(id 1\): 'bbox': expected 4 numbers, got no such field"),
-        (shorten_bbox, r"\[0\] \(id 1\): 'bbox': expected 4 numbers, got \[1, 2, 3\]"),
-        (clear_bbox, r"\[1\] .*'bbox': expected 4 numbers, got None"),
-        (name_image_by_text, "'image_id': expected a whole number, got 'a'"),
+        (drop_width, r"images\[0\] \(id 100\): 'width': expected a whole number from 1 to 1048576, got no such field"),
+        (
+            drop_bbox,
+            r"annotations\[0\] \(id 1\): 'bbox': expected 4 finite numbers, none beyond 1e9, got no such field",
+        ),
+        (shorten_bbox, r"\[0\] \(id 1\): 'bbox': expected 4 finite numbers, none beyond 1e9, got \[1, 2, 3\]"),
+        (clear_bbox, r"\[1\] .*'bbox': expected 4 finite numbers, none beyond 1e9, got None"),
+        (name_image_by_text, "'image_id': expected a whole number of 64 bits, got 'a'"),
         (add_list, r"\]: expected an object with fields, got \[\]"),
         (clear_annotations, "expected a COCO file with a list 'annotations', got None"),
-        (repeat_image, "images: expected unique ids, got 100 twice"),
-        (repeat_category_id, "categories: expected unique names and ids"),
+        (repeat_image, r"images: 'id': expected every value once, got 100 at images\[0\] \(id 100\) and images\[8\]"),
+        (
+            repeat_category_id,
+            r"categories: 'id': expected every value once, got 7 at categories\[0\] \(id 7\) and categories\[2\]",
+        ),
     ],
 )
 def test_malformed_file_is_named(coco, change, message):
