@@ -245,10 +245,10 @@ def test_sample_gradients_in_one_pass(spec, dtype, archs, full_warps, monkeypatc
 @pytest.mark.parametrize("spec", ["two-blocks", "offset-groups", "groups-cross", "odd-channels"])
 def test_sample_gradients_leave_columns(spec, dtype, monkeypatch):
     """Columns in place of the column gradients, chunk by chunk, in several channel blocks, and the same gradients."""
-    rows = [TileRow(task, task, (ARCH,), "any", ANY, Tile(16, 0, 8)) for task in ("columns", "grad_sample")]
+    rows = [TileRow(task, task, (ARCH,), "any", ANY, Tile(32, 0, 16)) for task in ("columns", "grad_sample")]
     prepend_rows(monkeypatch, *rows)
     monkeypatch.setattr(tile_table, "STRIP_MIN_WIDTH", 10)
-    case = case_of(spec, dtype)
+    case = make_case(replace(SPECS[spec], kernel=(1, 3), padding=(0, 1)), dtype, DEVICE)
     geom = case.geom
     x, w, grad = as_launched(case)
     samples = launchers.sample(geom, case.offset_mask)
