@@ -6,18 +6,30 @@ bit for bit as MMDetection does.
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
+from detector.image_header import jpeg_segments, seen_size, stored_size
 from detector.structures import padded_side
+from detector.text import shorten
+
+MAX_PIXELS = 178_956_970
+"""Images with more are not decoded; Pillow draws the line there, too. Decoding takes 6 bytes for each pixel."""
+
+_MAX_BYTES = 16 * MAX_PIXELS  # of a file: four floats for each pixel
+_HEADER_BYTES = 65536  # where the size of most JPEGs is
+_NAME_LENGTH = 300  # letters of a path in a message
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode an image file to RGB.
 
     Gray images become three equal channels, transparency is dropped, 16 bits become 8, and the orientation that a
@@ -25,25 +37,97 @@ def read_image(path: str | Path) -> np.ndarray:
 
     Args:
         path: a file of any format OpenCV reads.
+        max_pixels: an image whose header tells more is not decoded: a file of a few KB can say that it has any number.
 
     Returns:
         (H, W, 3) uint8, RGB, contiguous.
 
     Raises:
-        OSError: the file cannot be opened; the message names it.
-        ValueError: the file is not an image or is cut off; the message names it.
+        OSError: the file cannot be opened, or is no regular file; the message names it.
+        ValueError: the file is not an image, is cut off or has too many pixels; the message names it.
     """
-    data = Path(path).read_bytes()
+    data = _read_file(path)
+    size = stored_size(data)
+    if size is not None and size[0] * size[1] > max_pixels:
+        height, width = size
+        raise ValueError(
+            f"cannot read image {_name(path)}: expected at most {max_pixels} pixels (max_pixels, in training "
+            f"--data.max-pixels), got {width} x {height}"
+        )
     if _is_cut_off(data):
-        raise ValueError(f"cannot read image {path}: the file is cut off after {len(data)} bytes")
+        raise ValueError(f"cannot read image {_name(path)}: the file is cut off after {len(data)} bytes")
 
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
-    except cv2.error as error:
-        raise ValueError(f"cannot read image {path}: {error}") from error
+    except (cv2.error, MemoryError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"cannot read image {_name(path)}: {reason}") from error
     if image is None:
-        raise ValueError(f"cannot read image {path}: its {len(data)} bytes are not in an image format OpenCV knows")
+        raise ValueError(
+            f"cannot read image {_name(path)}: its {len(data)} bytes are not in an image format OpenCV knows"
+        )
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def read_image_size(path: str | Path) -> tuple[int, int] | None:
+    """Return height and width that `read_image` gives, from the header of the file alone.
+
+    Returns:
+        None where the header does not tell it.
+
+    Raises:
+        OSError, ValueError: the file cannot be opened, or is no regular file; the message names it.
+    """
+    with _open_regular_file(path) as file:
+        data = file.read(_HEADER_BYTES)
+        is_jpeg = data.startswith(b"\xff\xd8")
+        if stored_size(data) is None or not is_jpeg:
+            data += file.read()  # the orientation may come last
+    return seen_size(data)
+
+
+def _read_file(path: str | Path) -> bytes:
+    """Return the content of a regular file.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is larger than any image; the message names it.
+    """
+    with _open_regular_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > _MAX_BYTES:
+            raise ValueError(f"cannot read image {_name(path)}: expected at most {_MAX_BYTES} bytes, got {size}")
+        try:
+            return file.read()
+        except OSError as error:  # of the disk; it does not have the name
+            raise OSError(error.errno, error.strerror, _name(path)) from error
+
+
+def _open_regular_file(path: str | Path) -> BinaryIO:
+    """Open a file for reading, without waiting: a pipe might never have a writer.
+
+    Raises:
+        OSError, ValueError: it cannot be opened, or is no regular file; the message names it.
+    """
+    try:
+        file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115  # the caller closes it
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, _name(path)) from error
+    except ValueError as error:  # a name with a NUL, or with letters that no file name can have
+        raise ValueError(f"cannot read image {_name(path)}: {error}") from error
+
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(f"cannot read image {_name(path)}: expected a regular file, got a pipe or a device")
+    return file
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has neither the flag nor such pipes
+
+
+def _name(path: str | Path) -> str:
+    """Return a path for a message; the middle of a very long one is left out."""
+    return shorten(str(path), _NAME_LENGTH)
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
@@ -136,13 +220,6 @@ def _is_cut_off(data: bytes) -> bool:
 def _end_of_jpeg_header(data: bytes) -> int:
     """Return where the segments before the pixels end: a thumbnail inside one has end markers of its own."""
     position = 2
-    while data[position : position + 1] == b"\xff":
-        marker = data[position + 1 : position + 2]
-        if marker == b"\xda":  # start of scan: the pixels follow
-            break
-        if marker == b"\xff":  # a fill byte
-            position += 1
-        else:
-            length = int.from_bytes(data[position + 2 : position + 4], "big")
-            position += 2 + length
+    for _, content in jpeg_segments(data):
+        position = content
     return position

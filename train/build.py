@@ -70,6 +70,7 @@ def open_split(config: Config, world: World, split: str, classes: Sequence[str] 
             classes=classes,
             limit=data.limit,
             masks=config.model.mask,
+            max_pixels=data.max_pixels,
         )
         if training and not len(dataset):
             raise ValueError(f"{annotation_file}: expected an image with an annotation of its classes, got none")

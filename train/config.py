@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Suppress, arg
 
 from detector import FasterRCNNConfig
+from detector.image import MAX_PIXELS
 from detector.model.config import RENAMED_FIELDS
 
 BASE_BATCH_SIZE = 16  # `optim.lr` is meant for this many images per step
@@ -48,6 +49,8 @@ class DataConfig:
     """Images per process and step."""
     workers: int = 4
     """Processes per training process that decode and resize; 0 does it in the training process."""
+    max_pixels: int = MAX_PIXELS
+    """Images with more pixels are not decoded; they count as unreadable."""
     flip: Suppress[float] = 0.5
     """Probability of a horizontal flip. Python only."""
     short_sides: Annotated[tuple[int, ...], arg(help_behavior_hint="(default: empty)")] = ()
@@ -246,6 +249,7 @@ def _check_ranges(config: Config) -> None:
         "--data.batch-size": (data.batch_size, 1),
         "--data.workers": (data.workers, 0),
         "--data.limit": (data.limit, 0),
+        "--data.max-pixels": (data.max_pixels, 1),
         "--optim.accumulate": (optim.accumulate, 1),
         "--optim.warmup": (optim.warmup, 0),
         "--optim.clip-grad": (optim.clip_grad, 0),

@@ -29,6 +29,7 @@ MAY_CHANGE = {
     "timeout",
     "device",
     "data.workers",
+    "data.max_pixels",
     "data.batch_size",
     "optim.accumulate",
     "checkpoint.every",

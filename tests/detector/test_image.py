@@ -1,14 +1,18 @@
 """Reading and resizing images: MMDetection's pixels bit for bit, and errors that name a file that is no image."""
 
 import io
+import os
+import socket
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from detector.image import read_image, resize_keep_ratio, resized_size, stack_images, write_image
+from detector.image import read_image, read_image_size, resize_keep_ratio, resized_size, stack_images, write_image
+from tests.detector.image_files import BOMBS, bmp, png
 from tests.golden.fill import summary
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -121,6 +125,79 @@ def test_text_file_missing_file_and_folder_are_named(tmp_path):
         read_image(tmp_path / "absent.jpg")
     with pytest.raises(OSError, match=tmp_path.name):
         read_image(tmp_path)
+    (tmp_path / "empty.jpg").touch()
+    with pytest.raises(ValueError, match=r"empty\.jpg: its 0 bytes"):
+        read_image(tmp_path / "empty.jpg")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket", "device"])
+def test_only_regular_files_are_read(tmp_path, kind):
+    """A pipe without a writer would be waited for without end."""
+    path = tmp_path / "a.jpg"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    else:
+        path.symlink_to("/dev/zero")
+    for read in (read_image, read_image_size):
+        with pytest.raises(OSError, match=r"a\.jpg"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("x" * 20_000 + ".jpg", id="long"),
+        pytest.param("a\0b.jpg", id="NUL"),
+        pytest.param("a\ud800.jpg", id="surrogate"),
+        pytest.param("", id="empty"),
+        pytest.param("../no.jpg", id="dots"),
+        pytest.param("/no/a.jpg", id="absolute"),
+    ],
+)
+def test_odd_file_names_are_told_in_a_line(tmp_path, name):
+    with pytest.raises((OSError, ValueError)) as error:
+        read_image(tmp_path / name)
+    message = str(error.value)
+    assert len(message) < 500
+    assert name[-6:] in message or ascii(name)[-7:-1] in message
+    assert "\n" not in message
+
+
+def test_sparse_file_is_not_read(tmp_path):
+    path = tmp_path / "a.jpg"
+    path.touch()
+    os.truncate(path, 1 << 40)
+    with pytest.raises(ValueError, match=r"a\.jpg: expected at most \d+ bytes, got 1099511627776"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bomb_is_not_decoded(tmp_path, name, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(BOMBS[name])
+    monkeypatch.setattr(cv2, "imdecode", None)
+    with pytest.raises(ValueError, match=r"a\.png: expected at most 178956970 pixels .*, got 30000 x 20000"):
+        read_image(path)
+
+
+def test_limit_of_pixels_can_be_moved(tmp_path):
+    write_image(tmp_path / "a.png", np.zeros((20, 30, 3), np.uint8))
+    assert read_image(tmp_path / "a.png", max_pixels=600).shape == (20, 30, 3)
+    with pytest.raises(ValueError, match=r"at most 599 pixels .*--data\.max-pixels.*, got 30 x 20"):
+        read_image(tmp_path / "a.png", max_pixels=599)
+
+
+@pytest.mark.parametrize(
+    "data", [png(40000, 40000), bmp(40000, 40000), b"P6\n40000 40000\n255\n"], ids=["png", "bmp", "ppm"]
+)
+def test_limit_of_opencv_is_one_line(tmp_path, data):
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"cannot read image .*a\.png: .*CV_IO_MAX_IMAGE_PIXELS") as error:
+        read_image(path, max_pixels=1 << 62)
+    assert "\n" not in str(error.value)
 
 
 def test_stacked_images_are_padded_with_zeros():

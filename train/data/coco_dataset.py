@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from detector.image import read_image
+from detector.image import MAX_PIXELS, read_image
 from train.data.annotations import (
     AnnotationColumns,
     AnnotationCounts,
@@ -47,6 +47,7 @@ class CocoDetection:
         classes: names of the categories to use, by label; None uses all, in the order of the file.
         limit: keep only the first so many images; 0 keeps all.
         masks: read the segmentations of the objects too. Training samples then have masks, and pictures can show them.
+        max_pixels: images with more are not decoded.
 
     Attributes:
         classes: names, by label.
@@ -85,11 +86,13 @@ class CocoDetection:
         classes: Sequence[str] | None = None,
         limit: int = 0,
         masks: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ):
         self.annotation_file = Path(annotation_file)
         self.image_folder = Path(image_folder)
         self.transform = transform
         self.training = training
+        self.max_pixels = max_pixels
         if not self.annotation_file.is_file():
             raise FileNotFoundError(f"annotations: expected a file, got {self.annotation_file}")
         if not self.image_folder.is_dir():
@@ -137,7 +140,7 @@ class CocoDetection:
     def _read_image(self, index: int) -> np.ndarray:
         path = self.image_path(index)
         try:
-            image = read_image(path)
+            image = read_image(path, self.max_pixels)
         except (OSError, ValueError) as error:
             one_line = " ".join(str(error).split())
             raise UnreadableImageError(one_line) from error

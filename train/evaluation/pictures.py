@@ -32,7 +32,7 @@ def draw_pictures(
     folder.mkdir(parents=True, exist_ok=True)
     for index in _spread_evenly(len(dataset), count):
         try:
-            image = read_image(dataset.image_path(index))
+            image = read_image(dataset.image_path(index), dataset.max_pixels)
         except (OSError, ValueError):
             continue  # the evaluation has printed a message about it
 
