@@ -193,7 +193,8 @@ def _is_whole(value: object, smallest: int, largest: int) -> bool:
 
 def _is_number(value: Any, smallest: float, largest: float) -> bool:
     """Tell whether a value is a number in a range; NaN is in none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(smallest <= value <= largest)
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
+    return is_real and bool(smallest <= value <= largest)
 
 
 def _is_tuple(value: object, length: int | None) -> bool:

@@ -7,7 +7,6 @@ of a trainer, for example) are replaced by empty ones.
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from detector.files import replacing
 from detector.model.faster_rcnn import FasterRCNN
+from detector.weights.torch_file import read_torch_file
 
 STATE_KEYS = ("state_dict", "model", "ema_state_dict")  # MMDetection; ours and torchvision's; only averaged weights
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "ema_model.")  # DistributedDataParallel, torch.compile, averaged models
@@ -60,7 +60,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     with path.open("rb"):  # raises the error of the operating system if the file is missing or a folder
         pass
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
 
     state = _find_state(path, content)
     state = _remove_wrapper_prefixes(state)
@@ -109,32 +109,6 @@ def list_names(names: Sequence[object], limit: int = 6) -> str:
     if len(names) <= limit:
         return shown
     return f"{shown} and {len(names) - limit} more"
-
-
-class _EmptyObject:
-    """Takes the place of an object that is not plain data, and ignores its content."""
-
-    def __new__(cls, *args: object) -> _EmptyObject:
-        return super().__new__(cls)
-
-    def __init__(self, *args: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-def _read_torch(path: Path) -> Any:
-    """Return what `torch.save` wrote, with `_EmptyObject` for what is not plain data."""
-    try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            with torch.serialization.safe_globals([(_EmptyObject, name) for name in names]):
-                return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on bytes that are not a checkpoint torch fails with errors of any type
-        raise ValueError(_unreadable_message(path, error)) from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
