@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import reprlib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO, cast
@@ -59,6 +60,18 @@ def short_list(names: Sequence[object], limit: int = 10) -> str:
     if len(names) > limit:
         text += f" and {len(names) - limit} more"
     return text
+
+
+def shown(value: object) -> str:
+    """Return any value of a file for a message: its `repr` in one line, abbreviated."""
+    representation = reprlib.Repr()
+    representation.maxstring = 80
+    representation.maxother = 80
+    try:
+        text = representation.repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        text = f"a value of type {type(value).__name__}"
+    return " ".join(text.split())
 
 
 def message_line(message: object) -> str:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from detector import FasterRCNN
 from detector.weights.checkpoint import Checkpoint, read_checkpoint
-from detector.weights.load_weights import CLASSIFIER, copy_weights
+from detector.weights.load_weights import CLASSIFIER, copy_weights, count_classes
 from train.checkpoint import TrainState, from_checkpoint, load_newest_checkpoint
 from train.config import Config
 from train.data.coco_dataset import CocoDetection
@@ -141,9 +141,7 @@ def _has_other_classes(checkpoint: Checkpoint, classes: Sequence[str]) -> bool:
     """Tell whether a checkpoint is of a detector whose classes differ in number or name."""
     if CLASSIFIER not in checkpoint.state:
         return False  # no detector: weights of a backbone
-    classifier: Tensor = checkpoint.state[CLASSIFIER]
-    num_classes = len(classifier) - 1  # the last one is the background
-    if num_classes != len(classes):
+    if count_classes(checkpoint.state) != len(classes):
         return True
     if not checkpoint.classes:
         return False  # their names are not known

@@ -1,7 +1,7 @@
 """Checkpoints that survive faults: written whole or not at all, verified before they are used.
 
-A checkpoint is one file, `step-00001200-1f3a5c7e90b2d4f6.pt`: the number of finished steps and the first 16 digits of
-the SHA-256 of its bytes. A file that is cut off or damaged does not match its own name.
+A checkpoint is one file, `step-00001200-1f3a5c7e90b2d4f6.pt`, see `detector.weights.checkpoint_name`. A file that is
+cut off or damaged does not match its own name.
 
 Everything random in a run is a function of (seed, epoch, image) or (seed, step, rank), so no state of a random
 generator has to be kept, and the number of processes may change between two starts.
@@ -9,12 +9,10 @@ generator has to be kept, and the number of processes may change between two sta
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
 import math
 import os
-import re
 import reprlib
 import shutil
 from collections.abc import Callable
@@ -27,9 +25,9 @@ from torch import Tensor, nn, optim
 from torch.optim.swa_utils import AveragedModel
 
 from detector.files import describe_space, replacing
+from detector.weights.checkpoint_name import CheckpointName, digest, file_digest, parse_name
 
 BEST = "best.pt"
-_NAME = re.compile(r"step-(?P<step>\d{8,})-(?P<digest>[0-9a-f]{16})\.pt")
 
 
 @dataclass
@@ -110,7 +108,7 @@ def save_checkpoint(folder: Path, content: dict[str, Any], keep: int) -> Path:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     size = buffer.getbuffer().nbytes
-    path = folder / f"step-{content['step']:08d}-{_digest(buffer.getbuffer())}.pt"
+    path = folder / str(CheckpointName(content["step"], digest(buffer.getbuffer())))
     try:
         folder.mkdir(exist_ok=True)  # not its parents: where OUT is gone, the run must not go on in a new one
         with replacing(path, durable=True, size=size) as partial:
@@ -130,7 +128,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a folder, newest first."""
     if not folder.is_dir():
         return []
-    paths = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    paths = [path for path in folder.iterdir() if parse_name(path)]
     return sorted(paths, key=_age_key, reverse=True)
 
 
@@ -153,7 +151,7 @@ def newest_checkpoint(folder: Path, report_damaged: Callable[[str], None]) -> Pa
     """
     paths = list_checkpoints(folder)
     for path in paths:
-        if _digest(path.read_bytes()) == _parse_name(path)["digest"]:
+        if file_digest(path) == _name(path).digest:
             return path
         size = path.stat().st_size
         report_damaged(f"checkpoint {path} is damaged ({size} bytes do not match its hash): taking the one before")
@@ -238,7 +236,7 @@ def check_content(path: Path, content: Any, state: TrainState) -> None:
         if not accepts(content[key]):
             raise ValueError(f"{path}: {key!r}: expected {description}, got {reprlib.repr(content[key])}; {_CURE}")
 
-    step_of_name = int(_parse_name(path)["step"])
+    step_of_name = _name(path).step
     if content["step"] != step_of_name:
         raise ValueError(f"{path}: 'step': expected {step_of_name}, as in its name, got {content['step']}; {_CURE}")
 
@@ -334,17 +332,13 @@ _FIELDS: dict[str, tuple[str, Callable[[object], bool]]] = {
 }
 
 
-def _parse_name(path: Path) -> dict[str, str]:
+def _name(path: Path) -> CheckpointName:
     """Return step and digest in the name of a checkpoint."""
-    match = _NAME.fullmatch(path.name)
-    assert match is not None, path
-    return match.groupdict()
+    name = parse_name(path)
+    assert name is not None, path
+    return name
 
 
 def _age_key(path: Path) -> tuple[int, int]:
     """Sort by step; of two files of one step, the younger is the newer one."""
-    return int(_parse_name(path)["step"]), path.stat().st_mtime_ns
-
-
-def _digest(content: bytes | memoryview) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+    return _name(path).step, path.stat().st_mtime_ns

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal
 
-from detector.shown import shown
+from detector.text import shown
 
 RENAMED_FIELDS: dict[str, str] = {
     "rpn_samples": "rpn_batch_size",

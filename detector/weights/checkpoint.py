@@ -1,31 +1,36 @@
 """Checkpoint files of several kinds, read into one form: a flat state dict under MMDetection's names.
 
-Nothing in a file is executed: torch files are read with `weights_only`, and objects that are not plain data (the logs
-of a trainer, for example) are replaced by empty ones.
+Nothing in a file is executed, and damage is seen where a file has sums: zip files of torch and the names of our own
+checkpoints have them, and safetensors files of `save_weights`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from detector.files import replacing
 from detector.model.faster_rcnn import FasterRCNN
-from detector.weights.torch_file import read_torch_file
+from detector.text import printable, shorten, shown
+from detector.weights.checkpoint_name import file_digest, parse_name
+from detector.weights.torch_file import ForeignTensor, read_torch_file, unreadable
 
 STATE_KEYS = ("state_dict", "model", "ema_state_dict")  # MMDetection; ours and torchvision's; only averaged weights
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "ema_model.")  # DistributedDataParallel, torch.compile, averaged models
 AVERAGED_PREFIX = "ema_"  # MMDetection 2 keeps a second, averaged set of weights under this prefix
 AVERAGED_COUNTER = "steps"  # mmengine's averaged models count their updates under this name
+SUM = "sha256"  # key of `_sum` in the metadata of our safetensors files
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,18 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: the file is cut off, is not a checkpoint or holds no weights; the message names it.
+        ValueError: the file is damaged, cut off, is not a checkpoint or holds no weights; the message names it.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path}: expected a regular file, got a pipe or a device")
     with path.open("rb"):  # raises the error of the operating system if the file is missing or a folder
         pass
+    name = parse_name(path)
+    if name is not None:
+        digest = file_digest(path)
+        if digest != name.digest:
+            raise ValueError(f"{path}: damaged: expected the SHA-256 in its name, {name.digest}, got {digest}")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
 
     state = _find_state(path, content)
@@ -78,7 +90,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 def save_weights(path: str | Path, model: FasterRCNN, classes: Sequence[str]) -> None:
     """Write weights to share, without training state: safetensors with configuration and class names inside.
 
-    The file appears under its name only when it is complete.
+    The file appears under its name only when it is complete. It holds a sum, by which `read_checkpoint` sees damage.
 
     Args:
         path: file to write, `.safetensors`.
@@ -99,38 +111,50 @@ def save_weights(path: str | Path, model: FasterRCNN, classes: Sequence[str]) ->
         "config": json.dumps(asdict(model.config)),
         "classes": json.dumps(list(classes)),
     }
+    metadata[SUM] = _sum(state, metadata)
     with replacing(path) as partial:
         save_file(state, partial, metadata)
 
 
 def list_names(names: Sequence[object], limit: int = 6) -> str:
     """Join names for a message: the first `limit`, then how many more there are."""
-    shown = ", ".join(str(name) for name in names[:limit])
+    listed = ", ".join(shorten(printable(name), 200) for name in names[:limit])
     if len(names) <= limit:
-        return shown
-    return f"{shown} and {len(names) - limit} more"
+        return listed
+    return f"{listed} and {len(names) - limit} more"
+
+
+def _sum(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Return the SHA-256 of names, types, shapes and bytes of weights, and of the metadata beside them."""
+    sha256 = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name in sorted(state):
+        value = state[name].detach().cpu()
+        sha256.update(json.dumps([name, str(value.dtype), value.shape]).encode())
+        sha256.update(value.flatten().view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     """Return the content of a safetensors file as our checkpoints have it: "model", "config" and "classes"."""
-    content: dict[str, Any] = {}
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            content["model"] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             metadata = file.metadata() or {}
-        for key in ("config", "classes"):
-            if key in metadata:
+        expected_sum = metadata.pop(SUM, None)
+        is_damaged = expected_sum is not None and expected_sum != _sum(state, metadata)
+    except Exception as error:  # its header may say anything
+        raise ValueError(f"{path}: damaged: {unreadable(path, error)}") from error
+    if is_damaged:
+        raise ValueError(f"{path}: damaged: its content does not have the SHA-256 in its metadata")
+
+    content: dict[str, Any] = {"model": state}
+    for key in ("config", "classes"):
+        if key in metadata:
+            try:
                 content[key] = json.loads(metadata[key])
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(_unreadable_message(path, error)) from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}: expected `{key}` to be JSON, got {shown(metadata[key])}") from error
     return content
-
-
-def _unreadable_message(path: Path, error: Exception) -> str:
-    """Return the message for a file that its reader does not understand."""
-    reason = str(error) or type(error).__name__
-    first_line = reason.splitlines()[0]
-    return f"{path}: not a checkpoint, or cut off ({path.stat().st_size} bytes): {first_line}"
 
 
 def _find_state(path: Path, content: Any) -> dict[str, Tensor]:
@@ -140,14 +164,18 @@ def _find_state(path: Path, content: Any) -> dict[str, Tensor]:
 
     wrapper_keys = [key for key in STATE_KEYS if isinstance(content.get(key), Mapping)]
     source = content[wrapper_keys[0]] if wrapper_keys else content
-    state = {}
-    for name, value in source.items():
-        if isinstance(value, Tensor) and name != AVERAGED_COUNTER:
-            state[name] = value
-
-    has_tensors_only = len(state) == len(content)
-    if not state or not (wrapper_keys or has_tensors_only):
+    state = {name: value for name, value in source.items() if name != AVERAGED_COUNTER}
+    tensors = [value for value in state.values() if isinstance(value, Tensor | ForeignTensor)]
+    if not tensors or not (wrapper_keys or len(tensors) == len(content)):
         raise ValueError(_no_state_message(path, f"the keys {list_names(list(content))}"))
+
+    for name, value in state.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: expected names of weights, got {shown(name)}")
+        if isinstance(value, ForeignTensor):
+            raise ValueError(f"{path}: {printable(name)}: expected a dense tensor, got a {value.kind}")
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{path}: {printable(name)}: expected a tensor, got {shown(value)}")
     return state
 
 
@@ -199,9 +227,18 @@ def _find_classes(path: Path, content: Mapping[str, Any]) -> tuple[str, ...] | N
         dataset_meta = meta.get("dataset_meta")  # MMDetection 3; version 2 writes into `meta` itself
         for source in (dataset_meta, meta):
             if isinstance(source, Mapping):
-                classes = classes or source.get("classes") or source.get("CLASSES")
+                for key in ("classes", "CLASSES"):
+                    if classes is None and not _is_empty(source.get(key)):
+                        classes = source[key]
     if classes is None:
         return None
-    if not isinstance(classes, list | tuple) or not all(isinstance(name, str) for name in classes):
-        raise ValueError(f"{path}: expected `classes` to be a list of names, got {classes!r}")
+    if isinstance(classes, np.ndarray) and classes.ndim == 1:
+        classes = classes.tolist()
+    if not isinstance(classes, list | tuple) or not all(isinstance(name, str) and name for name in classes):
+        raise ValueError(f"{path}: expected `classes` to be a list of names, got {shown(classes)}")
     return tuple(classes)
+
+
+def _is_empty(value: object) -> bool:
+    """Tell whether a value is None or a container of nothing, as MMDetection writes where it knows no names."""
+    return value is None or (isinstance(value, Sized) and len(value) == 0)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from detector.model.config import FasterRCNNConfig, rename_fields
 from detector.model.faster_rcnn import FasterRCNN
-from detector.weights.checkpoint import Checkpoint, read_checkpoint
-from detector.weights.load_weights import CLASSIFIER, copy_weights
+from detector.text import shown
+from detector.weights.checkpoint import list_names, read_checkpoint
+from detector.weights.load_weights import CLASSIFIER, count_channels, count_classes, match_weights
 
 DEPTHS: dict[tuple[int, int], Literal[18, 50, 101]] = {(2, 2): 18, (6, 3): 50, (23, 3): 101}
 """(blocks in layer3, convolutions in a block) -> depth."""
@@ -36,7 +37,8 @@ def load(path: str | Path, device: torch.device | str | None = None) -> tuple[Fa
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: the file is not a checkpoint of a detector, or the device is not there; the message names it.
+        ValueError: the file is damaged or not a checkpoint of a detector, or the device is not there; the message names
+            the file or the device.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)  # first, because it takes less time than reading the file
@@ -44,21 +46,28 @@ def load(path: str | Path, device: torch.device | str | None = None) -> tuple[Fa
     checkpoint = read_checkpoint(path)
     if CLASSIFIER not in checkpoint.state:
         raise ValueError(f"{path}: expected the weights of a whole detector, got a file without {CLASSIFIER}")
-    config = infer_config(checkpoint.state) if checkpoint.config is None else _stored_config(checkpoint)
+    try:
+        config = infer_config(checkpoint.state) if checkpoint.config is None else _stored_config(checkpoint.config)
+        num_classes = count_classes(checkpoint.state)
+        if num_classes != config.num_classes:
+            raise ValueError(
+                f"expected weights of {config.num_classes} classes, as its configuration says, got {num_classes}"
+            )
+        class_names = checkpoint.classes
+        if class_names is None:
+            class_names = tuple(f"class {label}" for label in range(num_classes))
+        if len(class_names) != num_classes:
+            raise ValueError(
+                f"expected {num_classes} class names, one per class of its weights, got {len(class_names)}"
+            )
+        with torch.device("meta"):  # no memory is taken for what a configuration claims
+            skeleton = FasterRCNN(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
-    num_classes = len(checkpoint.state[CLASSIFIER]) - 1
-    if num_classes != config.num_classes:
-        raise ValueError(
-            f"{path}: expected weights of {config.num_classes} classes, as its configuration says, got {num_classes}"
-        )
-    class_names = checkpoint.classes or tuple(f"class {label}" for label in range(num_classes))
-    if len(class_names) != num_classes:
-        raise ValueError(
-            f"{path}: expected {num_classes} class names, one per class of its weights, got {len(class_names)}"
-        )
-
+    state, _ = match_weights(skeleton, checkpoint)
     model = FasterRCNN(config)
-    copy_weights(model, checkpoint)
+    model.load_state_dict(state, strict=False)
     return model.to(device).eval(), list(class_names)
 
 
@@ -84,12 +93,12 @@ def infer_config(state: Mapping[str, Tensor]) -> FasterRCNNConfig:
 
     return FasterRCNNConfig(
         depth=depth,
-        num_classes=len(state[CLASSIFIER]) - 1,
+        num_classes=count_classes(state),
         mask="roi_head.mask_head.conv_logits.weight" in state,
         norm="bn" if "backbone.bn1.running_mean" in state else "gn",
-        base_channels=len(state["backbone.conv1.weight"]),
-        fpn_channels=len(state["neck.fpn_convs.0.conv.weight"]),
-        fc_channels=len(state["roi_head.bbox_head.shared_fcs.0.weight"]),
+        base_channels=count_channels(state, "backbone.conv1.weight"),
+        fpn_channels=count_channels(state, "neck.fpn_convs.0.conv.weight"),
+        fc_channels=count_channels(state, "roi_head.bbox_head.shared_fcs.0.weight"),
         **_infer_deformable_fields(state),
     )
 
@@ -102,7 +111,7 @@ def _infer_deformable_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
         return {"dcn": None, "dcn_stages": dcn_stages}
 
     # Per group and tap of the 3x3 kernel: two offsets and a mask (version 2), or two offsets alone (version 1).
-    channels = next(len(state[name]) for name in names if name in state)
+    channels = next(count_channels(state, name) for name in names if name in state)
     if channels % 27 == 0:
         return {"dcn": "v2", "dcn_stages": dcn_stages, "deform_groups": channels // 27}
     return {"dcn": "v1", "dcn_stages": dcn_stages, "deform_groups": max(channels // 18, 1)}
@@ -117,18 +126,20 @@ def _check_device(device: torch.device | str) -> None:
         raise ValueError(f"device: cannot compute on {str(device)!r}: {first_line}") from error
 
 
-def _stored_config(checkpoint: Checkpoint) -> FasterRCNNConfig:
+def _stored_config(stored: Mapping[str, Any]) -> FasterRCNNConfig:
     """Rebuild the model's configuration; in a checkpoint of training it is the field "model" of the run's."""
-    assert checkpoint.config is not None
-    stored = rename_fields(checkpoint.config.get("model", checkpoint.config))
+    model = stored.get("model", stored)
+    if not isinstance(model, Mapping):
+        raise ValueError(f"expected `model` in its configuration to be a dict, got {shown(model)}")
+    values = rename_fields(model)
     known = {field.name for field in fields(FasterRCNNConfig)}
-    unknown = sorted(set(stored) - known)
+    unknown = [name for name in values if name not in known]
     if unknown:
         raise ValueError(
-            f"{checkpoint.path}: unknown fields in its configuration of the model: {', '.join(unknown)}; "
+            f"unknown fields in its configuration of the model: {list_names(unknown)}; "
             "a newer version of this package wrote it"
         )
-    return FasterRCNNConfig(**{name: _to_tuples(value) for name, value in stored.items()})
+    return FasterRCNNConfig(**{name: _to_tuples(value) for name, value in values.items()})
 
 
 def _to_tuples(value: Any) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from detector.weights.checkpoint import Checkpoint, list_names, read_checkpoint
@@ -48,6 +50,22 @@ class LoadSummary:
         return "\n".join(lines)
 
 
+def count_classes(state: Mapping[str, Tensor]) -> int:
+    """Return the number of classes of a detector's weights; its classifier has one more, the background."""
+    return count_channels(state, CLASSIFIER) - 1
+
+
+def count_channels(state: Mapping[str, Tensor], name: str) -> int:
+    """Return the number of output channels of a layer, given the name of its weight.
+
+    Raises:
+        ValueError: there is no such weight, or it is a single number.
+    """
+    if name not in state or not state[name].dim():
+        raise ValueError(f"weights: expected {name} with at least one dimension, got none")
+    return len(state[name])
+
+
 def load_weights(model: nn.Module, path: str | Path, *, strict: bool = True, skip_heads: bool = False) -> LoadSummary:
     """Load a file of MMDetection, torchvision or this project into a detector or a backbone.
 
@@ -63,7 +81,8 @@ def load_weights(model: nn.Module, path: str | Path, *, strict: bool = True, ski
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: the file is not a checkpoint, or it does not fit; the message names the file and the weights.
+        ValueError: the file is damaged or not a checkpoint, or it does not fit; the message names the file and the
+            weights.
     """
     return copy_weights(model, read_checkpoint(path), strict=strict, skip_heads=skip_heads)
 
@@ -76,6 +95,26 @@ def copy_weights(
     skip_heads: bool = False,
 ) -> LoadSummary:
     """Copy a checkpoint that has been read into a model; as `load_weights`."""
+    state, summary = match_weights(model, checkpoint, strict=strict, skip_heads=skip_heads)
+    model.load_state_dict(state, strict=False)
+    return summary
+
+
+def match_weights(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    strict: bool = True,
+    skip_heads: bool = False,
+) -> tuple[dict[str, Tensor], LoadSummary]:
+    """Find the weights of a model in a checkpoint; arguments and errors as of `load_weights`.
+
+    Args:
+        model: only its names, shapes and dtypes are used, so it may be on the meta device, where it takes no memory.
+
+    Returns:
+        The state dict to load, and what is in it.
+    """
     model_state = model.state_dict()
     state = checkpoint.state
     skipped = list(checkpoint.dropped)
@@ -107,14 +146,16 @@ def copy_weights(
                 f"{len(unexpected)} unknown to the model ({list_names(unexpected) or 'none'})"
             )
 
-    model.load_state_dict({name: state[name] for name in loaded}, strict=False)
-    return LoadSummary(
+    matched = {name: state[name] for name in loaded}
+    _check_values(checkpoint.path, model_state, matched)
+    summary = LoadSummary(
         path=checkpoint.path,
         loaded=tuple(loaded),
         missing=tuple(missing),
         unexpected=tuple(unexpected),
         skipped=tuple(skipped),
     )
+    return matched, summary
 
 
 def _split(state: dict[str, Tensor], prefixes: tuple[str, ...]) -> tuple[dict[str, Tensor], list[str]]:
@@ -144,7 +185,7 @@ def _check_shapes(path: Path, model_state: dict[str, Tensor], state: dict[str, T
     if CLASSIFIER in differing:
         expected = model_state[CLASSIFIER]
         got = state[CLASSIFIER]
-        if expected.shape[1:] == got.shape[1:]:
+        if got.dim() and expected.shape[1:] == got.shape[1:]:
             heads = [name for name in differing if name.startswith(HEADS)]
             raise ValueError(
                 f"{path}: expected {len(expected) - 1} classes, as the model has, got {len(got) - 1} "
@@ -157,3 +198,14 @@ def _check_shapes(path: Path, model_state: dict[str, Tensor], state: dict[str, T
             got_shape = tuple(state[name].shape)
             shapes.append(f"{name}: expected {expected_shape}, got {got_shape}")
         raise ValueError(f"{path} does not fit the model: {len(shapes)} shapes differ: {list_names(shapes)}")
+
+
+def _check_values(path: Path, model_state: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Raise ValueError if a weight is of another kind of numbers than the model's, or not finite in its dtype."""
+    for name, value in state.items():
+        dtype = model_state[name].dtype
+        if value.is_floating_point() != dtype.is_floating_point or value.is_complex() or value.dtype == torch.bool:
+            kind = "floating-point numbers" if dtype.is_floating_point else "whole numbers"
+            raise ValueError(f"{path}: {name}: expected {kind}, got {value.dtype}")
+        if dtype.is_floating_point and not value.to(dtype).isfinite().all():
+            raise ValueError(f"{path}: {name}: expected finite numbers, got NaN or infinity")

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detector.shown import shown
+from detector.text import shorten, shown
 
 MAX_OPERATIONS = 1_000_000  # of a pickle; the largest real checkpoints have some ten thousand
 MAX_DEPTH = 100  # of containers in containers
@@ -79,24 +79,44 @@ def read_torch_file(path: Path) -> Any:
     try:
         members = _read_members(path) if is_zip else {}
     except Exception as error:  # zipfile fails on foreign bytes with errors of many types
-        raise ValueError(f"{path}: damaged: {unreadable(path, error)}") from error
+        reason = one_line(error) if _has_directory(path) else unreadable(path, error)
+        raise ValueError(f"{path}: damaged: {reason}") from error
     try:
         return _read_zip(members) if is_zip else _read_legacy(path.read_bytes())
+    except _MissingMemberError as error:
+        raise ValueError(f"{path}: damaged: {error}") from error
     except Exception as error:  # so does the pickle module
         raise ValueError(f"{path}: {unreadable(path, error)}") from error
 
 
+class _MissingMemberError(ValueError):
+    """A member of the zip file is not there: its entry in the directory is damaged."""
+
+
 def unreadable(path: Path, error: Exception) -> str:
     """Return what is wrong with a file that its reader does not understand, in one line."""
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return f"not a checkpoint, or cut off ({path.stat().st_size} bytes): {reason[:300]}"
+    return f"not a checkpoint, or cut off ({path.stat().st_size} bytes): {one_line(error)}"
+
+
+def one_line(error: Exception) -> str:
+    """Return the text of an error, which may come from another program, in one line."""
+    text = " ".join(str(error).split())
+    return shorten(text, 300) or type(error).__name__
 
 
 def _is_zip(path: Path) -> bool:
     """Tell whether a file has the first bytes of a zip file, or its last ones."""
     with path.open("rb") as file:
         starts_as_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
-    return starts_as_zip or zipfile.is_zipfile(path)
+    return starts_as_zip or _has_directory(path)
+
+
+def _has_directory(path: Path) -> bool:
+    """Tell whether a file ends with the directory of a zip file, damaged or not."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return True
 
 
 @dataclass
@@ -259,7 +279,7 @@ def _read_zip(members: dict[str, bytes]) -> Any:
         raise ValueError("expected a file of torch.save, got a TorchScript archive")
     roots = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")]
     if len(roots) != 1:
-        raise ValueError(f"expected one member data.pkl, got {len(roots)}")
+        raise _MissingMemberError(f"expected one member data.pkl, got {len(roots)}")
     (root,) = roots
     byte_order = members.get(f"{root}byteorder", b"little")
     if byte_order != b"little":
@@ -269,6 +289,8 @@ def _read_zip(members: dict[str, bytes]) -> Any:
 
     def find_storage(key: str, storage: _Storage) -> _Storage:
         if key not in storages:
+            if f"{root}data/{key}" not in members:
+                raise _MissingMemberError(f"no member data/{shown(key)}")
             storage.set_memory(members.pop(f"{root}data/{key}"))
             storages[key] = storage
         return storages[key]
