@@ -349,7 +349,8 @@ class _Interpreter:
             elif isinstance(value, dict):
                 self.known[id(value)] = self._plain_dict(value.items())
             else:
-                self.known[id(value)] = type(value)(self.plain(element) for element in value)
+                kind = set if isinstance(value, frozenset) else type(value)
+                self.known[id(value)] = kind(self.plain(element) for element in value)
         return self.known[id(value)]
 
     def _plain_dict(self, items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
@@ -369,7 +370,9 @@ class _Interpreter:
             return self._plain_dict(record.items)
         if path in ("builtins.set", "builtins.frozenset"):
             return set(*arguments)
-        if path == "_codecs.encode":  # bytes, in pickles of protocol 2
+        if path == "builtins.bytes" and not arguments:  # bytes, in pickles of protocol 2
+            return b""
+        if path == "_codecs.encode":
             return arguments[0].encode("latin1")
         if path == "numpy.dtype":
             return _numpy_dtype(arguments[0], self.plain(record.state))

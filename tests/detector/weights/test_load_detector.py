@@ -1,6 +1,10 @@
 """`detector.load`: the model a file was written from, for the three kinds of file that there are."""
 
+import itertools
 import json
+import math
+import os
+import re
 from dataclasses import asdict, replace
 
 import pytest
@@ -124,6 +128,121 @@ def test_files_that_contradict_themselves_are_named(tmp_path):
         load(stored(tmp_path, config=asdict(CONFIG) | {"color": "red"}))
     with pytest.raises(ValueError, match=r"last\.pt: expected the weights of a whole detector"):
         load(stored(tmp_path, model=FasterRCNN(CONFIG).backbone.state_dict()))
+
+
+TINY = FasterRCNNConfig(
+    depth=18, num_classes=3, dcn=None, norm="gn", base_channels=16, fpn_channels=8, fc_channels=4, image_scale=(96, 64)
+)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """State dict of a small detector."""
+    return FasterRCNN(TINY).state_dict()
+
+
+def tiny_file(folder, state, **changes):
+    content = {"model": state, "config": asdict(TINY), "classes": CLASSES} | changes
+    torch.save(content, folder / "tiny.pt")
+    return folder / "tiny.pt"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("nms_iou", math.nan, "config field 'nms_iou': expected 0 to 1, got nan"),
+        ("num_classes", 0, "config field 'num_classes': expected a whole number from 1 to 1000000, got 0"),
+        ("num_classes", 10**9, "config field 'num_classes': expected a whole number from 1 to 1000000, got 1000000000"),
+        ("depth", "18", "config field 'depth': expected one of (18, 50, 101), got '18'"),
+        ("depth", [18], "config field 'depth': expected one of (18, 50, 101), got (18,)"),
+        ("image_scale", (10**6, 10**6), "config field 'image_scale': expected two sides"),
+        ("base_channels", 17, "base_channels: expected a multiple of 16, got 17"),
+        ("deform_groups", 7, "in_channels: expected a multiple of deform_groups = 7, got 32"),
+        ("fc_channels", 30_000, "does not fit the model: 6 shapes differ: roi_head.bbox_head.shared_fcs.0.weight"),
+        ("fpn_channels", 65_536, "does not fit the model"),
+        ("depth", 101, "does not fit the model: "),
+        ("mask", True, "does not fit the model: 12 names missing in the file"),
+        ("anchor_ratios", (0.5,) * 1000, "does not fit the model: 4 shapes differ: rpn_head.rpn_cls.weight"),
+    ],
+    ids=itertools.count(),
+)
+def test_configurations_are_judged_before_memory_is_taken(tmp_path, tiny, monkeypatch, field, value, message):
+    def without_memory(config):
+        assert torch.empty(0).is_meta
+        return FasterRCNN(config)
+
+    monkeypatch.setattr("detector.weights.load_detector.FasterRCNN", without_memory)
+    changes = {"dcn": "v2"} if field == "deform_groups" else {}
+    path = tiny_file(tmp_path, tiny, config=asdict(TINY) | changes | {field: value})
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        load(path, "cpu")
+    assert str(error.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model": 3}, "expected `model` in its configuration to be a dict, got 3"),
+        ({3: 4, "a\nb": 5}, r"unknown fields in its configuration of the model: 3, a\nb; a newer version"),
+        ([1], "expected `config` to be a dict, got list"),
+        (None, "does not fit the model"),
+    ],
+)
+def test_configurations_of_another_form(tmp_path, tiny, config, message):
+    # without a configuration the architecture is inferred, and this one has a pyramid that no weights show
+    state = tiny if config else {name: value for name, value in tiny.items() if "lateral_convs.0" not in name}
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        load(tiny_file(tmp_path, state, config=config), "cpu")
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["roi_head.bbox_head.fc_cls.weight", "backbone.conv1.weight"])
+def test_weights_without_dimensions_are_named(tmp_path, tiny, name):
+    path = tiny_file(tmp_path, tiny | {name: torch.tensor(1.0)}, config=None)
+    with pytest.raises(ValueError, match=rf"tiny\.pt: weights: expected {name} with at least one dimension, got none"):
+        load(path, "cpu")
+
+
+BIAS = "roi_head.bbox_head.fc_cls.bias"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e5m2])
+def test_other_floating_point_weights_are_converted(tmp_path, tiny, dtype):
+    model, _ = load(tiny_file(tmp_path, tiny | {BIAS: torch.ones(4, dtype=dtype)}), "cpu")
+    assert torch.equal(model.state_dict()[BIAS], torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.ones(4, dtype=torch.int64), "expected floating-point numbers, got torch.int64"),
+        (torch.ones(4, dtype=torch.bool), "expected floating-point numbers, got torch.bool"),
+        (torch.ones(4, dtype=torch.complex64), "expected floating-point numbers, got torch.complex64"),
+        (torch.tensor([0, 0, math.nan, 0]), "expected finite numbers, got NaN or infinity"),
+        (torch.tensor([0, 0, -math.inf, 0]), "expected finite numbers, got NaN or infinity"),
+        (torch.full((4,), 1e300, dtype=torch.float64), "expected finite numbers, got NaN or infinity"),
+        (torch.ones(1).expand(4, 10**9), "expected (4,), got (4, 1000000000)"),
+    ],
+    ids=itertools.count(),
+)
+def test_weights_of_other_kinds_are_named(tmp_path, tiny, value, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        load(tiny_file(tmp_path, tiny | {BIAS: value}), "cpu")
+    assert BIAS in str(error.value)
+
+
+def test_class_names_may_be_equal_but_not_too_few(tmp_path, tiny):
+    assert load(tiny_file(tmp_path, tiny, classes=["cat", "cat", "dog"]), "cpu")[1] == ["cat", "cat", "dog"]
+    for classes in ([], ["cat"] * 4):
+        with pytest.raises(ValueError, match=rf"expected 3 class names, one per class .*, got {len(classes)}"):
+            load(tiny_file(tmp_path, tiny, classes=classes), "cpu")
+
+
+def test_pipes_and_devices_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    for path in (tmp_path / "pipe.pt", "/dev/zero"):
+        with pytest.raises(ValueError, match="expected a regular file, got a pipe or a device"):
+            load(path, "cpu")
 
 
 def test_absent_device_is_named(tmp_path):
