@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from detector.shown import shown
+from detector.text import shown
 
 Entry = dict[str, Any]  # one object of a list of the file
 
