@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from detector import FasterRCNN
 from detector.weights.checkpoint import Checkpoint, read_checkpoint
 from detector.weights.load_weights import CLASSIFIER, copy_weights, count_classes
-from train.checkpoint import TrainState, from_checkpoint, load_newest_checkpoint
+from train.checkpoint import (
+    TrainState,
+    check_content,
+    from_checkpoint,
+    list_checkpoints,
+    load_newest_checkpoint,
+)
 from train.config import Config
 from train.data.coco_dataset import CocoDetection
+from train.data.identity import describe_change, identify_images
 from train.data.transforms import Transform
 from train.distributed import World
 from train.run_folder import ROOT, RunFolder
@@ -148,51 +156,89 @@ def _has_other_classes(checkpoint: Checkpoint, classes: Sequence[str]) -> bool:
     return tuple(checkpoint.classes) != tuple(classes)
 
 
+@dataclass(frozen=True)
+class Resumption:
+    """How a run goes on.
+
+    Attributes:
+        notes: for people.
+        is_epoch_repeated: whether an epoch that had begun starts again from its first batch.
+    """
+
+    notes: list[str]
+    is_epoch_repeated: bool = False
+
+
 def resume(
-    state: TrainState,
-    run_folder: RunFolder,
-    config: Config,
-    world: World,
-    classes: Sequence[str],
-    batches_per_epoch: int,
-) -> list[str]:
-    """Go on from the newest whole checkpoint of the folder, or start with --weights; return notes about it.
+    state: TrainState, run_folder: RunFolder, config: Config, world: World, train_set: CocoDetection, batches: int
+) -> Resumption:
+    """Go on from the newest whole checkpoint of the folder, or start with --weights.
 
     Only rank 0 reads the file. With another number of images per step the epoch goes on at the same share of its
-    images; a few of them are then seen twice or not at all.
+    images; a few of them are then seen twice or not at all. With other training images, or a position that the epoch
+    does not have, an epoch that has begun starts again from its first batch; between two epochs the run just goes on.
+
+    Args:
+        state: of the run; receives the content of the checkpoint.
+        run_folder: of the run; metrics after the checkpoint are dropped.
+        config: of the run.
+        world: the processes.
+        train_set: the training images.
+        batches: per epoch and process.
 
     Raises:
-        ValueError: every checkpoint is damaged, or the run had other classes.
+        OSError: a file of the folder cannot be read or written.
+        ValueError: every checkpoint is damaged, or the newest is not of this run, or the run had other classes.
     """
     notes: list[str] = []
     content = None
     if world.is_main:
         content = load_newest_checkpoint(run_folder.checkpoints, notes.append)
+        if content is not None:
+            check_content(list_checkpoints(run_folder.checkpoints)[0], content, state)
     content = world.broadcast(content)
 
     if content is None:
         if world.is_main:
-            run_folder.drop_metrics_after(0)
-        return load_initial_weights(state, config, classes)
+            notes += run_folder.drop_metrics_after(0)
+        return Resumption([*notes, *load_initial_weights(state, config, train_set.classes)])
 
-    if content["classes"] != list(classes):
+    if content["classes"] != list(train_set.classes):
         names = ", ".join(content["classes"])
         raise ValueError(f"--out {run_folder.path}: expected a run with the classes of the data, got one with {names}")
     from_checkpoint(state, content)
     if world.is_main:
-        run_folder.drop_metrics_after(state.step)
+        notes += run_folder.drop_metrics_after(state.step)
+        aps = [float(line["AP"]) for line in run_folder.evaluations() if "AP" in line]
+        if state.best_ap is not None:
+            aps.append(state.best_ap)  # its line may have been lost
+        state.best_ap = max(aps, default=None)
 
     images_per_batch = config.data.batch_size * world.size
     images_per_batch_before = content["images_per_batch"]
     if images_per_batch != images_per_batch_before:
-        batch = min(state.batch * images_per_batch_before // images_per_batch, batches_per_epoch - 1)
+        batch = min(state.batch * images_per_batch_before // images_per_batch, batches - 1)
         state.batch = batch - batch % config.optim.accumulate
         notes.append(
             f"{images_per_batch_before} images per batch before, {images_per_batch} now: the learning rate follows"
         )
 
+    change = ""
+    if "training_set" in content:  # checkpoints of earlier versions have none
+        change = describe_change(content["training_set"], identify_images(train_set))
+    if not change and state.batch >= batches:
+        change = f"batch {state.batch} does not exist in epochs of {batches} now"
+    starts_again = bool(change) and state.batch > 0
+    if change:
+        what_follows = "the run goes on with the next epoch"
+        if starts_again:
+            what_follows = f"epoch {state.epoch_number} starts again from its beginning"
+        notes.append(f"other training images than at step {state.step}: {change}; {what_follows}")
+    if starts_again:
+        state.batch = 0
+        return Resumption(notes, is_epoch_repeated=True)
+
     position = f"going on after step {state.step}, epoch {state.epoch_number}"
     if state.batch:
-        position += f", batch {state.batch} of {batches_per_epoch}"
-    notes.append(position)
-    return notes
+        position += f", batch {state.batch} of {batches}"
+    return Resumption([*notes, position])

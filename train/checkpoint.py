@@ -26,6 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from detector.files import describe_space, replacing
 from detector.weights.checkpoint_name import CheckpointName, digest, file_digest, parse_name
+from train.data.identity import is_identity
 
 BEST = "best.pt"
 
@@ -42,6 +43,7 @@ class TrainState:
         epoch: finished passes over the data.
         batch: finished batches of the present pass, per process.
         step: finished optimizer steps.
+        best_ap: highest AP of the evaluations so far, on rank 0; None before the first.
     """
 
     model: nn.Module
@@ -51,6 +53,7 @@ class TrainState:
     epoch: int = 0
     batch: int = 0
     step: int = 0
+    best_ap: float | None = None
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -77,6 +80,7 @@ def to_checkpoint(state: TrainState, metadata: dict[str, Any]) -> dict[str, Any]
         "epoch": state.epoch,
         "batch": state.batch,
         "step": state.step,
+        "best_ap": state.best_ap,
     }
     if state.average is not None:
         content["raw_model"] = state.model.state_dict()
@@ -97,6 +101,7 @@ def from_checkpoint(state: TrainState, content: dict[str, Any]) -> None:
     state.epoch = content["epoch"]
     state.batch = content["batch"]
     state.step = content["step"]
+    state.best_ap = content.get("best_ap")
 
 
 def save_checkpoint(folder: Path, content: dict[str, Any], keep: int) -> Path:
@@ -231,9 +236,9 @@ def check_content(path: Path, content: Any, state: TrainState) -> None:
         raise ValueError(f"{path}: expected a checkpoint of this run, got a {type(content).__name__}; {_CURE}")
 
     for key, (description, accepts) in _FIELDS.items():
-        if key not in content:
+        if key not in content and key not in _NEWER_FIELDS:
             raise ValueError(f"{path}: expected a checkpoint of this run, got one without {key!r}; {_CURE}")
-        if not accepts(content[key]):
+        if key in content and not accepts(content[key]):
             raise ValueError(f"{path}: {key!r}: expected {description}, got {reprlib.repr(content[key])}; {_CURE}")
 
     step_of_name = _name(path).step
@@ -305,6 +310,10 @@ def _is_positive_count(value: object) -> bool:
     return _is_count(value) and value != 0
 
 
+def _is_optional_number(value: object) -> bool:
+    return value is None or (isinstance(value, float) and math.isfinite(value))
+
+
 def _is_dict(value: object) -> bool:
     return isinstance(value, dict)
 
@@ -329,7 +338,10 @@ _FIELDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "step": ("a whole number from 0", _is_count),
     "classes": ("a list of names", _is_names),
     "images_per_batch": ("a whole number from 1", _is_positive_count),
+    "best_ap": ("a number or None", _is_optional_number),
+    "training_set": ("number and digests of the training images", is_identity),
 }
+_NEWER_FIELDS = ("best_ap", "training_set")  # checkpoints of earlier versions lack them
 
 
 def _name(path: Path) -> CheckpointName:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from detector.files import replacing
 from detector.text import message_line, printable_lines, show, show_message
 from train.distributed import CONNECTION_LOST, World, end_reasons_of_others, tell_end_reason
 from train.signals import Interrupted
@@ -62,8 +63,8 @@ def report_error(error: BaseException, world: World | None, folder: Path | None)
     show_message(f"error: {message}")
 
     if folder and folder.is_dir():
-        with contextlib.suppress(OSError):
-            (folder / f"error-rank{rank}.txt").write_text(printable_lines(trace), encoding="utf-8")
+        with contextlib.suppress(OSError), replacing(folder / f"error-rank{rank}.txt") as partial:
+            partial.write_text(printable_lines(trace), encoding="utf-8")
     return 1
 
 

@@ -6,10 +6,13 @@ takes a `Config`.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +32,18 @@ from detector.text import lasting_output, show
 from detector.weights.checkpoint import read_checkpoint
 from train import report
 from train.build import build, check_weights_exist, open_split, resume
-from train.checkpoint import TrainState, list_checkpoints, mark_best, newest_checkpoint, save_checkpoint, to_checkpoint
+from train.checkpoint import (
+    TrainState,
+    checkpoint_of_step,
+    mark_best,
+    newest_checkpoint,
+    save_checkpoint,
+    to_checkpoint,
+)
 from train.command_line import parse
 from train.config import Config, as_dict, complete
 from train.data.coco_dataset import CocoDetection
+from train.data.identity import identify_images
 from train.data.loader import training_loader
 from train.data.samplers import AspectRatioBatchSampler
 from train.distributed import World, join_processes, leave_processes, world_size_from_environment
@@ -59,6 +70,8 @@ def main() -> int:
         status = 0
     except (Exception, KeyboardInterrupt) as error:
         status = report_error(error, world, config.out if config else None)
+        for child in multiprocessing.active_children():
+            child.kill()  # Python's cleanup would wait for a process that loads images and hangs
     if world is not None and world.size > 1:
         # End without Python's cleanup, which would wait for processes that are gone. A thread of gloo that releases a
         # tensor during the cleanup would also abort this process.
@@ -101,7 +114,7 @@ def run(config: Config, world: World | None = None) -> RunFolder:
 def train(config: Config, world: World) -> None:
     """Train until the run has its epochs or steps; save and evaluate on the way."""
     start = time.monotonic()
-    with StopRequest(world) as stop:
+    with StopRequest(world, config.timeout) as stop, contextlib.ExitStack() as stack:
         # Data. The training split decides how many classes the model has.
         train_set = open_split(config, world, "train")
         val_set = open_split(config, world, "val", train_set.classes)
@@ -112,13 +125,19 @@ def train(config: Config, world: World) -> None:
 
         # The folder of the run.
         run_folder = RunFolder(config.folder)
-        notes = world.broadcast(run_folder.claim(config, world.size) if world.is_main else [])
+        notes: list[str] = []
+        if world.is_main:
+            run_folder.check_content()
+            notes += stack.enter_context(run_folder.lock())
+            notes += run_folder.claim(config, world.size)
+        notes = world.broadcast(notes)
 
         # Model, optimizer and learning rate; then the newest checkpoint, if there is one.
         state, network = build(config, world)
         images_per_step = config.data.batch_size * world.size * config.optim.accumulate
         schedule = Schedule(config.optim, images_per_step, config.epochs)
-        notes += resume(state, run_folder, config, world, train_set.classes, len(sampler))
+        resumption = resume(state, run_folder, config, world, train_set, len(sampler))
+        notes += resumption.notes
         if world.is_main:
             table = report.run_table(config, world, state.model, train_set, val_set, schedule, len(sampler), notes)
             show(table)
@@ -128,43 +147,49 @@ def train(config: Config, world: World) -> None:
             run_folder,
             world,
             interval=config.log_every,
-            total_steps=_total_steps(config, len(sampler)),
+            total_steps=_total_steps(state, config, len(sampler)),
             first_step=state.step,
             num_images=len(train_set),
         )
-        try:
-            # The last epoch may have been saved, but not evaluated before an interruption.
-            _evaluate_if_due(state, val_set, config, world, run_folder, log, stop)
-            while not _is_finished(state, config):
-                sampler.set_epoch(state.epoch, state.batch)
-                for step in train_one_epoch(
-                    state,
-                    network,
-                    loader,
-                    schedule,
-                    log,
-                    batches_per_epoch=len(sampler),
-                    seed=config.seed,
-                    rank=world.rank,
-                    accumulate=config.optim.accumulate,
-                    clip_grad=config.optim.clip_grad,
-                    amp=config.amp,
-                ):
-                    stop_signal = stop.agreed()
-                    if stop_signal or _is_checkpoint_due(state, config):
-                        log.flush()
-                        if world.is_main:
-                            content = to_checkpoint(state, metadata)
-                            save_checkpoint(run_folder.checkpoints, content, config.checkpoint.keep)
-                    if stop_signal:
-                        world.barrier()
-                        position = f"after step {step}; its checkpoint is in {run_folder.checkpoints}"
-                        raise Interrupted(stop_signal, position)
-                    if _is_finished(state, config):
-                        break
-                _evaluate_if_due(state, val_set, config, world, run_folder, log, stop)
-        finally:
-            log.close()
+        stack.callback(log.close)
+
+        def save() -> Path:
+            run_folder.check_presence()
+            return save_checkpoint(run_folder.checkpoints, to_checkpoint(state, metadata), config.checkpoint.keep)
+
+        # The last epoch may have been saved, but not evaluated before an interruption.
+        if not resumption.is_epoch_repeated or _is_finished(state, config):
+            _evaluate_if_due(state, val_set, config, world, run_folder, log, stop, save)
+        while not _is_finished(state, config):
+            first_step = state.step
+            sampler.set_epoch(state.epoch, state.batch)
+            for step in train_one_epoch(
+                state,
+                network,
+                loader,
+                schedule,
+                log,
+                batches_per_epoch=len(sampler),
+                seed=config.seed,
+                rank=world.rank,
+                accumulate=config.optim.accumulate,
+                clip_grad=config.optim.clip_grad,
+                amp=config.amp,
+            ):
+                stop_signal = stop.agreed()
+                if stop_signal or _is_checkpoint_due(state, config):
+                    log.flush()
+                    if world.is_main:
+                        save()
+                if stop_signal:
+                    world.barrier()
+                    position = f"after step {step}; its checkpoint is in {run_folder.checkpoints}"
+                    raise Interrupted(stop_signal, position)
+                if _is_finished(state, config):
+                    break
+            if state.step == first_step:
+                raise RuntimeError(f"epoch {state.epoch + 1}: no batch from number {state.batch} of {len(sampler)} on")
+            _evaluate_if_due(state, val_set, config, world, run_folder, log, stop, save)
 
     if world.is_main:
         show(report.summary(run_folder, time.monotonic() - start))
@@ -186,11 +211,14 @@ def evaluate_only(config: Config, world: World) -> None:
             f"got {model.config.num_classes}"
         )
 
-    run_folder.path.mkdir(parents=True, exist_ok=True)
-    metrics = evaluate(model, dataset, config, world, run_folder)
-    if metrics is None:
-        return  # not rank 0
-    run_folder.append_metrics({"weights": str(path), **metrics})
+    with contextlib.ExitStack() as stack:
+        if world.is_main:
+            for note in stack.enter_context(run_folder.lock()):
+                show(f"note: {note}")
+        metrics = evaluate(model, dataset, config, world, run_folder)
+        if metrics is None:
+            return  # not rank 0
+        run_folder.append_metrics({"weights": str(path), **metrics})
     show(f"{report.evaluation_tables(metrics)}\n\n{report.output_files(run_folder)}")
     show(f"took {report.format_duration(time.monotonic() - start)}")
 
@@ -213,14 +241,16 @@ def _checkpoint_metadata(config: Config, world: World, train_set: CocoDetection)
         "run": as_dict(config),
         "classes": list(train_set.classes),
         "images_per_batch": config.data.batch_size * world.size,
+        "training_set": identify_images(train_set),
         **provenance(),
     }
 
 
-def _total_steps(config: Config, batches_per_epoch: int) -> int:
-    """Return the steps of the whole run."""
-    steps_per_epoch = math.ceil(batches_per_epoch / config.optim.accumulate)
-    steps = config.epochs * steps_per_epoch
+def _total_steps(state: TrainState, config: Config, batches_per_epoch: int) -> int:
+    """Return the steps of the whole run: those that are done, and those that are left."""
+    accumulate = config.optim.accumulate
+    steps_per_epoch = math.ceil(batches_per_epoch / accumulate)
+    steps = state.step + (config.epochs - state.epoch) * steps_per_epoch - state.batch // accumulate
     if config.max_steps:
         steps = min(steps, config.max_steps)
     return steps
@@ -257,8 +287,12 @@ def _evaluate_if_due(
     run_folder: RunFolder,
     log: TrainLog,
     stop: StopRequest,
+    save: Callable[[], Path],
 ) -> None:
-    """Evaluate the model as it is now, write the numbers, and keep its checkpoint if it is the best so far."""
+    """Evaluate the model as it is now, write the numbers, and keep its checkpoint if it is the best so far.
+
+    `save` writes the checkpoint again where somebody has deleted it.
+    """
     if not _is_evaluation_due(state, config, world, run_folder):
         return
     metrics = evaluate(
@@ -274,10 +308,12 @@ def _evaluate_if_due(
         return  # not rank 0
 
     line = {"step": state.step, "epoch": state.epoch_number, **metrics}
-    earlier_aps = [earlier["AP"] for earlier in run_folder.evaluations() if "AP" in earlier]
-    if "AP" in line and all(line["AP"] > ap for ap in earlier_aps):
-        mark_best(list_checkpoints(run_folder.checkpoints)[0])
+    is_best = "AP" in line and (state.best_ap is None or line["AP"] > state.best_ap)
+    if is_best:
+        mark_best(checkpoint_of_step(run_folder.checkpoints, state.step) or save())
     run_folder.append_metrics(line)
+    if is_best:
+        state.best_ap = float(line["AP"])
     if "AP" in line:
         log.add_evaluation(state.step, line)
         log.print(report.evaluation_message(line))

@@ -19,7 +19,8 @@ import numpy as np
 from matplotlib import pyplot
 
 from detector.text import lasting_output, printable, shorten, show, show_message
-from train.run_folder import RunFolder, read_lines
+from train.metrics_file import describe_damage, parse_lines
+from train.run_folder import RunFolder
 
 MAX_POINTS = 300  # of a curve; neighbors are averaged where there are more
 PANEL_SIZE = (4.0, 3.5)  # inches
@@ -56,7 +57,9 @@ def draw(runs: Sequence[Path], out: Path) -> None:
     lines_of_runs = {}
     for run in runs:
         metrics = RunFolder(run).metrics
-        lines = read_lines(metrics)
+        lines, damaged = parse_lines(metrics)
+        if damaged:
+            show_message(f"note: {describe_damage(metrics, damaged)} not drawn")
         if not any("loss" in line for line in lines):
             raise ValueError(f"{run}: expected the folder of a run, got no losses in {metrics}")
         lines_of_runs[run] = lines

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
+import os
 import platform
+import reprlib
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from detector.files import replacing, write_json
+from detector.files import describe_space, remove_leftovers, write_json
 from train.config import RENAMED, Config, as_dict
+from train.folder_lock import locked
+from train.metrics_file import append_lines, parse_lines, read_lines, rewind
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,6 +90,58 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.detections = path / "detections.json"
         self._config = path / "config.json"
+        self._handle: int | None = None  # of the folder, while it is locked
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[list[str]]:
+        """Create the folder and keep other runs out of it; remove what killed writers have left there.
+
+        Gives the block notes: how many leftovers there were, and whether the file system has no locks.
+
+        Raises:
+            OSError: the folder cannot be written.
+            ValueError: another run is in it.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                has_locks = stack.enter_context(locked(self.path))
+                self._handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"--out {self.path}: expected a folder that no other run uses, got one in use by {error}: "
+                    "wait until it ends, or choose another folder"
+                ) from error
+            except OSError as error:
+                raise OSError(f"cannot write into --out {self.path}: {error.strerror or error}") from error
+            stack.callback(self._unlock)
+
+            notes = []
+            if not has_locks:
+                notes.append(f"{self.path} is on a file system without locks: let no other run use it")
+            count = sum(remove_leftovers(folder) for folder in (self.path, self.checkpoints, self.pictures))
+            if count:
+                notes.append(f"{count} files removed that a killed run had begun to write")
+            yield notes
+
+    def _unlock(self) -> None:
+        assert self._handle is not None
+        os.close(self._handle)
+        self._handle = None
+
+    def check_presence(self) -> None:
+        """Raise FileNotFoundError if the folder that was locked is not at its path any more."""
+        if self._handle is None:
+            return
+        try:
+            is_here = os.path.samestat(os.fstat(self._handle), self.path.stat())
+        except OSError:
+            is_here = False
+        if not is_here:
+            raise FileNotFoundError(
+                f"--out {self.path}: expected the folder that this run began to use, got another one or none: "
+                "it was deleted, moved or replaced while the run was going on"
+            )
 
     def claim(self, config: Config, world_size: int) -> list[str]:
         """Take the folder for this run, or check that it already belongs to it; write config.json.
@@ -99,31 +157,66 @@ class RunFolder:
             OSError: the folder cannot be written.
             ValueError: the folder holds another run with at least one step, or something else than a run.
         """
+        self.check_content()
         start = {"world_size": world_size, "time": time.strftime("%Y-%m-%d %H:%M:%S"), **provenance()}
+        notes: list[str] = []
+        earlier_starts: list[Any] = []
+        if self._config.exists():
+            has_progress = self._has_progress()  # a start that failed before its first step claims nothing
+            try:
+                record = self._read_record()
+            except ValueError:
+                if has_progress:
+                    raise
+            else:
+                earlier_starts = record["starts"]
+                if has_progress:
+                    notes = self._compare(record, config, world_size)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            notes = []
-            earlier_starts = []
-            if self._config.exists():
-                record = json.loads(self._config.read_text())
-                earlier_starts = record["starts"]
-                if self._has_progress():  # a start that failed before its first step claims nothing
-                    notes = self._compare(record, config, world_size)
-            else:
-                self._check_empty()
-            write_json(self._config, {**as_dict(config), "starts": [*earlier_starts, start]}, indent=2)
+            write_json(self._config, {**as_dict(config), "starts": [*earlier_starts, start]}, indent=2, durable=True)
         except OSError as error:
-            raise OSError(f"cannot write into --out {self.path}: {error.strerror or error}") from error
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            space = describe_space(error, self._config)
+            raise OSError(f"cannot write into --out {self.path}: {self._config.name}: {reason}{space}") from error
         return notes
+
+    def check_content(self) -> None:
+        """Raise ValueError if there is a folder with something else than a run, which must stay as it is."""
+        if self.path.is_dir() and not self._config.exists():
+            names = sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith("."))
+            if names:
+                raise ValueError(
+                    f"--out {self.path}: expected a new folder or one of a run, got a folder with {names[0]}"
+                )
+        for folder in (self.checkpoints, self.pictures):
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise ValueError(f"{folder}: expected a folder, got something else under its name; move it away")
 
     def _has_progress(self) -> bool:
         has_checkpoint = any(self.checkpoints.glob("[!.]*.pt"))
-        return has_checkpoint or bool(read_lines(self.metrics))
+        lines, damaged = parse_lines(self.metrics)
+        return has_checkpoint or bool(lines or damaged)
 
-    def _check_empty(self) -> None:
-        names = sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith("."))
-        if names:
-            raise ValueError(f"--out {self.path}: expected a new folder or one of a run, got a folder with {names[0]}")
+    def _read_record(self) -> dict[str, Any]:
+        """Return the content of config.json.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it does not hold what `claim` writes.
+        """
+        problem = f"{self._config}: expected what a run writes there"
+        cure = "restore the file, or choose another --out; the newest checkpoint holds the configuration, too"
+        try:
+            record = json.loads(self._config.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{problem}, got no JSON ({error}); {cure}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{problem}, got {reprlib.repr(record)}; {cure}")
+        starts = record.get("starts")
+        if not isinstance(starts, list) or not starts or not all(map(_is_start, starts)):
+            raise ValueError(f"{problem}, got {reprlib.repr(starts)} as its 'starts'; {cure}")
+        return record
 
     def _compare(self, record: dict[str, Any], config: Config, world_size: int) -> list[str]:
         """Return what differs from the start before; raise ValueError where it must not differ."""
@@ -152,36 +245,26 @@ class RunFolder:
         return [f"number of processes: {world_size_before} before, {world_size} now"]
 
     def append_metrics(self, *lines: dict[str, Any]) -> None:
-        """Add lines to metrics.jsonl."""
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        with self.metrics.open("a") as file:
-            file.write(text)
+        """Add lines to metrics.jsonl.
+
+        Raises:
+            OSError: the file cannot be written, or the folder is gone.
+        """
+        self.check_presence()
+        append_lines(self.metrics, lines)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl from this run's evaluations; without annotations they have no AP."""
         return [line for line in read_lines(self.metrics) if "step" in line and "loss" not in line]
 
-    def drop_metrics_after(self, step: int) -> None:
-        """Drop the lines of metrics.jsonl after a step: the resumed run writes them again."""
-        lines = read_lines(self.metrics)
-        if not lines:
-            return
-        kept_lines = [line for line in lines if line.get("step", 0) <= step]
-        with replacing(self.metrics) as partial:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept_lines))
+    def drop_metrics_after(self, step: int) -> list[str]:
+        """Drop the lines of metrics.jsonl after a step: the resumed run writes them again. See `rewind`."""
+        return rewind(self.metrics, step)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl; a last line that was cut off is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+def _is_start(value: object) -> bool:
+    """Tell whether this is what `RunFolder.claim` notes about a start."""
+    return isinstance(value, dict) and type(value.get("world_size")) is int
 
 
 def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
