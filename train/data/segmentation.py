@@ -161,11 +161,20 @@ class Segmentations:
             runs = self.run_lengths[first_run:stop_run]
             return runs_to_mask(runs, height, width).view(np.uint8)
 
+        polygon_rles = coco_mask.frPyObjects(self._polygons(number), height, width)
+        return decode_mask(coco_mask.merge(polygon_rles)).view(np.uint8)
+
+    def to_coco(self, number: int, height: int, width: int) -> dict[str, Any] | list[list[float]]:
+        """Return object `number` of an image of this size as COCO's `segmentation`: run lengths or polygons."""
+        first_run, stop_run = self.first_run[number : number + 2]
+        if stop_run > first_run:
+            return {"size": [height, width], "counts": self.run_lengths[first_run:stop_run].tolist()}
+        return [polygon.tolist() for polygon in self._polygons(number)]
+
+    def _polygons(self, number: int) -> list[np.ndarray]:
         first_polygon, stop_polygon = self.first_polygon[number : number + 2]
         starts = self.polygon_starts[first_polygon : stop_polygon + 1]
-        polygons = [self.coordinates[start:stop] for start, stop in pairwise(starts)]
-        polygon_rles = coco_mask.frPyObjects(polygons, height, width)
-        return decode_mask(coco_mask.merge(polygon_rles)).view(np.uint8)
+        return [self.coordinates[start:stop] for start, stop in pairwise(starts)]
 
 
 def take_rows(starts: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,6 @@ from pycocotools.cocoeval import COCOeval
 
 from detector.results import CocoRow
 from train.data.coco_dataset import CocoDetection
-from train.data.segmentation import valid_polygons
 
 try:
     import faster_coco_eval
@@ -76,30 +74,35 @@ def run_coco_eval(
     """Match detections with the ground truth and summarize.
 
     The evaluators agree: matches and scores are equal, precisions to 15 digits (pycocotools adds 2.2e-16 to what it
-    divides by).
+    divides by). They see images and categories as numbers from 1, in the order of the ids in the file: faster-coco-eval
+    confuses ids from 2 ** 53 on.
 
     Args:
         rows: detections of all images, in COCO's results format.
-        dataset: the split they were made for; it must have annotations.
+        dataset: the split they were made for, opened for evaluation; it must have annotations.
         iou_type: "bbox" compares boxes, "segm" masks; the areas of detections, for APs to APl, are of the same kind.
         evaluator: a key of `EVALUATORS`.
 
     Returns:
         The COCOeval object; its `stats` are pycocotools' twelve numbers.
 
+    Raises:
+        ValueError: a row is of another image or category, or its numbers are not finite; the data set is for training.
+
     Source:
         pycocotools' COCOeval with MMDetection's detection limits (100, 300, 1000).
     """
     coco_class, coco_eval_class = EVALUATORS[evaluator]
+    compared_rows = _compared_rows(rows, dataset, iou_type)
     with contextlib.redirect_stdout(io.StringIO()):
         ground_truth = coco_class()
-        ground_truth.dataset = _read_annotations(dataset, iou_type)
+        ground_truth.dataset = _ground_truth(dataset, iou_type)
         ground_truth.createIndex()
-        detections = _index_detections(rows, ground_truth, coco_class, iou_type)
+        detections = _index_detections(compared_rows, ground_truth, coco_class)
 
         evaluation = coco_eval_class(ground_truth, detections, iou_type)
-        evaluation.params.catIds = dataset.category_ids.tolist()
-        evaluation.params.imgIds = dataset.image_ids.tolist()
+        evaluation.params.catIds = numbers_from_one(dataset.category_ids).tolist()
+        evaluation.params.imgIds = numbers_from_one(dataset.image_ids).tolist()
         evaluation.params.maxDets = DETECTION_LIMITS
         evaluation.evaluate()
         evaluation.accumulate()
@@ -111,42 +114,95 @@ def class_metrics(evaluation: Any, dataset: CocoDetection) -> dict[str, tuple[fl
     """Return name -> (AP, AP50, ground-truth boxes) of every class from a finished COCOeval."""
     # (IoU thresholds, recalls, classes, areas, limits): of all areas, with 100 detections
     precision = evaluation.eval["precision"][:, :, :, 0, 0]
-    column_of_category = {category_id: column for column, category_id in enumerate(evaluation.params.catIds)}
+    columns = numbers_from_one(dataset.category_ids) - 1
     box_counts = np.bincount(dataset.labels, minlength=len(dataset.classes))
 
     table = {}
     for label, name in enumerate(dataset.classes):
-        category_id = int(dataset.category_ids[label])
-        precision_of_class = precision[:, :, column_of_category[category_id]]
+        precision_of_class = precision[:, :, columns[label]]
         ap = _mean_of_counted(precision_of_class)
         ap50 = _mean_of_counted(precision_of_class[0])
         table[name] = (ap, ap50, int(box_counts[label]))
     return table
 
 
-def _read_annotations(dataset: CocoDetection, iou_type: str) -> dict[str, Any]:
-    """Return the content of the annotation file as the evaluators need it."""
-    content: dict[str, Any] = json.loads(dataset.annotation_file.read_bytes())
-    for number, annotation in enumerate(content["annotations"], start=1):
-        # Some files have no ids. The evaluators need unique ones, and take 0 for "no match".
-        annotation["id"] = number
-        annotation.setdefault("iscrowd", 0)
-        if iou_type == "segm" and isinstance(annotation.get("segmentation"), list):
-            annotation["segmentation"] = valid_polygons(annotation["segmentation"])
-    return content
+def numbers_from_one(ids: np.ndarray) -> np.ndarray:
+    """Return (N,) int64, the place of each of the ids (N,) in ascending order, from 1."""
+    return np.searchsorted(np.unique(ids), ids) + 1
 
 
-def _index_detections(rows: Sequence[CocoRow], ground_truth: Any, coco_class: Any, iou_type: str) -> Any:
+def _ground_truth(dataset: CocoDetection, iou_type: str) -> dict[str, Any]:
+    """Return the annotations of a data set as the evaluators want them, with `numbers_from_one` for ids."""
+    annotations = dataset.all_annotations
+    if annotations is None:
+        raise ValueError("dataset: expected one that was opened for evaluation (training=False), got one for training")
+
+    image_numbers = numbers_from_one(dataset.image_ids)
+    category_numbers = numbers_from_one(dataset.category_ids)
+    image_fields = zip(image_numbers.tolist(), dataset.heights.tolist(), dataset.widths.tolist(), strict=True)
+    annotation_fields = zip(
+        image_numbers[annotations.image_indices].tolist(),
+        category_numbers[annotations.labels].tolist(),
+        annotations.boxes.tolist(),
+        annotations.areas.tolist(),
+        annotations.is_crowd.astype(int).tolist(),
+        strict=True,
+    )
+    entries: list[dict[str, Any]] = []
+    for image_id, category_id, bbox, area, iscrowd in annotation_fields:
+        number = len(entries) + 1  # the evaluators take 0 for "no match"
+        entry = {"id": number, "image_id": image_id, "category_id": category_id}
+        entries.append({**entry, "bbox": bbox, "area": area, "iscrowd": iscrowd})
+
+    if iou_type == "segm":
+        segmentations = dataset.all_segmentations
+        if segmentations is None:
+            raise ValueError("dataset: expected one that was opened with masks, got one without")
+        for row, entry in enumerate(entries):
+            index = annotations.image_indices[row]
+            entry["segmentation"] = segmentations.to_coco(row, int(dataset.heights[index]), int(dataset.widths[index]))
+
+    return {
+        "info": {},  # pycocotools 2.0.9 and 2.0.10 do not work without
+        "images": [{"id": number, "height": height, "width": width} for number, height, width in image_fields],
+        "categories": [{"id": number} for number in category_numbers.tolist()],
+        "annotations": entries,
+    }
+
+
+def _compared_rows(rows: Sequence[CocoRow], dataset: CocoDetection, iou_type: str) -> list[CocoRow]:
+    """Return copies of the rows with the compared field alone, and with `numbers_from_one` for ids.
+
+    loadRes changes its rows, and would take boxes where masks are compared.
+    """
+    field = _COMPARED_FIELD[iou_type]
+    image_numbers = dict(zip(dataset.image_ids.tolist(), numbers_from_one(dataset.image_ids).tolist(), strict=True))
+    category_numbers = dict(
+        zip(dataset.category_ids.tolist(), numbers_from_one(dataset.category_ids).tolist(), strict=True)
+    )
+    compared = []
+    for index, row in enumerate(rows):
+        image_id = image_numbers.get(row["image_id"])
+        category_id = category_numbers.get(row["category_id"])
+        if image_id is None or category_id is None:
+            found = f"image {row['image_id']!r:.60} and category {row['category_id']!r:.60}"
+            raise ValueError(f"rows[{index}]: expected an image and a category of the data set, got {found}")
+        if not np.isfinite([row["score"], *row.get("bbox", ())]).all():
+            raise ValueError(
+                f"rows[{index}]: expected finite numbers, got score {row['score']}, bbox {row.get('bbox')}"
+            )
+        compared.append({"image_id": image_id, "category_id": category_id, "score": row["score"], field: row[field]})
+    return compared
+
+
+def _index_detections(rows: list[CocoRow], ground_truth: Any, coco_class: Any) -> Any:
     """Return the detections as an object of `coco_class`, the evaluator's class for annotations."""
     if not rows:  # loadRes does not take an empty list
         detections = coco_class()
         detections.dataset = {**ground_truth.dataset, "annotations": []}
         detections.createIndex()
         return detections
-
-    # Copies with the compared field alone: loadRes changes the rows, and would take boxes where masks are compared.
-    used_fields = ("image_id", "category_id", "score", _COMPARED_FIELD[iou_type])
-    return ground_truth.loadRes([{field: row[field] for field in used_fields} for row in rows])
+    return ground_truth.loadRes(rows)
 
 
 def _mean_of_counted(values: np.ndarray) -> float:

@@ -203,3 +203,92 @@ def test_pycocotools_counts_elsewhere(coco, monkeypatch):
 def test_broken_installation_is_not_hidden(monkeypatch):
     with pytest.raises(ModuleNotFoundError, match="faster_eval_api_cpp"):
         load_without(monkeypatch, "faster_coco_eval.faster_eval_api_cpp")
+
+
+def minimal(content):
+    """Leave only the keys that are read, and give the ids as floats."""
+    for name in ("info", "licenses"):
+        content.pop(name, None)
+    for annotation in content["annotations"]:
+        for field in ("iscrowd", "id"):
+            del annotation[field]
+        annotation["image_id"] = float(annotation["image_id"])
+
+
+def degenerate(content):
+    """Give images without annotations, boxes without area, or beyond the image, and marks of all kinds."""
+    zero, line, far, crowd, ignored, huge = content["annotations"][:6]
+    zero.update(bbox=[5, 5, 0, 0], area=0)
+    line.update(bbox=[5.5, 5, 10, 0], area=0)
+    far.update(bbox=[1e6, -1e6, 10, 10])
+    crowd.update(iscrowd=True)
+    ignored.update(ignore=1)
+    huge.update(bbox=[-1e308, -1e308, 1e308, 1e308], area=1e308)
+    content["images"].append({"id": 7, "file_name": "none.png", "width": 128, "height": 96})
+
+
+def shift_ids(image_offset, category_offset):
+    """Return a change that adds numbers to all ids."""
+
+    def change(content):
+        for image in content["images"]:
+            image["id"] += image_offset
+        for category in content["categories"]:
+            category["id"] += category_offset
+        for annotation in content["annotations"]:
+            annotation["image_id"] += image_offset
+            annotation["category_id"] += category_offset
+
+    return change
+
+
+@pytest.mark.parametrize("evaluator", EVALUATORS)
+@pytest.mark.parametrize("offsets", [(2**31, 0), (2**53, 2**31), (2**62, 2**62), (-(2**62), -(2**53)), (-100, -1)])
+def test_ids_of_any_size_give_the_same_numbers(coco, evaluator, offsets):
+    edit(coco, crowded, "val2017")
+    dataset = open_coco(coco, "val2017")
+    expected = coco_metrics(noisy_rows(dataset, per_image=20), dataset, evaluator)
+    edit(coco, shift_ids(*offsets), "val2017")
+    dataset = open_coco(coco, "val2017")
+    assert coco_metrics(noisy_rows(dataset, per_image=20), dataset, evaluator) == expected
+
+
+@needs_both_evaluators
+@pytest.mark.parametrize("change", [minimal, degenerate])
+def test_evaluators_agree_on_what_the_reading_accepts(coco, change):
+    edit(coco, crowded, "val2017")
+    edit(coco, change, "val2017")
+    dataset = open_coco(coco, "val2017")
+    rows = noisy_rows(dataset, per_image=30)
+    slow = run_coco_eval(rows, dataset, evaluator="pycocotools")
+    fast = run_coco_eval(rows, dataset, evaluator="faster-coco-eval")
+    assert 0 < slow.stats[0] < 1
+    assert fast.stats.tolist() == pytest.approx(slow.stats.tolist(), rel=0, abs=1e-15)
+
+
+def test_annotation_file_is_read_once(coco):
+    dataset = open_coco(coco, "val2017")
+    dataset.annotation_file.unlink()
+    assert coco_metrics(ground_truth_rows(dataset), dataset)["AP"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"image_id": 99999}, r"rows\[1\]: expected an image and a category of the data set", id="image"),
+        pytest.param({"category_id": 2**70}, r"rows\[1\]: expected an image and a category", id="category"),
+        pytest.param({"score": float("nan")}, r"rows\[1\]: expected finite numbers, got score nan", id="score"),
+        pytest.param({"bbox": [0, 0, float("inf"), 1]}, r"rows\[1\]: expected finite numbers, got", id="box"),
+    ],
+)
+def test_rows_that_cannot_be_compared_are_named(coco, change, message):
+    dataset = open_coco(coco, "val2017")
+    rows = ground_truth_rows(dataset)
+    rows[1].update(change)
+    with pytest.raises(ValueError, match=message):
+        coco_metrics(rows, dataset)
+
+
+def test_data_for_training_are_not_evaluated(coco):
+    with pytest.raises(ValueError, match="dataset: expected one that was opened for evaluation"):
+        coco_metrics([], open_coco(coco))
