@@ -80,12 +80,28 @@ def open_split(config: Config, world: World, split: str, classes: Sequence[str] 
             masks=config.model.mask,
             max_pixels=data.max_pixels,
         )
-        if training and not len(dataset):
-            raise ValueError(f"{annotation_file}: expected an image with an annotation of its classes, got none")
+        if training and not len(dataset.boxes):
+            raise ValueError(f"{annotation_file}: expected boxes to train on, got none: {_without_boxes(dataset)}")
 
     dataset = world.broadcast(dataset)
     assert dataset is not None
     return dataset
+
+
+def _without_boxes(dataset: CocoDetection) -> str:
+    """Return why there are no boxes to train on."""
+    images = dataset.image_counts
+    boxes = dataset.counts
+    if not images.total:
+        return "the file lists no images"
+    if not boxes.total:
+        return "the file has no annotations"
+    if not dataset.classes:
+        return "the file lists no categories"
+    reasons = [f"{boxes.total} annotations: {boxes}"]
+    if str(images):
+        reasons.append(f"{images.total} images: {images}")
+    return "; ".join(reasons + dataset.mistakes)
 
 
 def build(config: Config, world: World) -> tuple[TrainState, Callable[..., Any]]:

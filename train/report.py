@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from detector.text import message_line, printable, short_list, short_name
@@ -56,7 +57,7 @@ def run_table(
         ("learning rate", _describe_learning_rate(config.optim, schedule)),
         ("length", _describe_length(config, batches_per_epoch)),
     ]
-    entries += [("note", note) for note in notes]
+    entries += [("note", note) for note in [*data_notes(train_set, val_set), *notes]]
     return "\n".join(_format_entry(label, text) for label, text in entries)
 
 
@@ -132,6 +133,34 @@ def _describe_split(dataset: CocoDetection) -> str:
     if left_out:
         boxes += f" (of {dataset.counts.total} annotations: {left_out})"
     return f"{images}, {boxes}, {dataset.annotation_file}"
+
+
+def data_notes(train_set: CocoDetection, val_set: CocoDetection) -> list[str]:
+    """Return what is worth knowing about the data before the training."""
+    notes = []
+    box_counts = np.bincount(train_set.labels, minlength=len(train_set.classes))
+    has_no_annotation = train_set.annotations_per_class == 0
+    has_no_box = (box_counts == 0) & ~has_no_annotation
+    if has_no_annotation.any():
+        note = f"classes without annotations: {_name_classes(train_set, has_no_annotation)}"
+        if has_no_annotation[train_set.category_ids == 0].any():
+            note += "; the one with the id 0 may be the root category that Roboflow adds: remove it from both files"
+        notes.append(note)
+    if has_no_box.any():
+        notes.append(f"classes of which no box is left to train on: {_name_classes(train_set, has_no_box)}")
+    if val_set.has_annotations and not len(val_set.boxes):
+        notes.append("no usable box in the validation data: AP will say nothing")
+
+    for split, dataset in {"training": train_set, "validation": val_set}.items():
+        if dataset.boxes_without_area:
+            notes.append(f"{dataset.boxes_without_area} {split} annotations without area: width x height of their box")
+        notes += [f"{split} data: {mistake}" for mistake in dataset.mistakes]
+    return notes
+
+
+def _name_classes(dataset: CocoDetection, is_named: np.ndarray) -> str:
+    names = [dataset.classes[label] for label in np.flatnonzero(is_named)]
+    return f"{short_list(names)} ({len(names)} of {len(dataset.classes)})"
 
 
 def _describe_model(config: Config) -> str:

@@ -114,6 +114,41 @@ def test_empty_validation_split(start, coco, tmp_path):
     assert lines(tmp_path / "run")[-1]["AP"] == -1
 
 
+def test_run_that_cannot_learn_does_not_start(start, coco, tmp_path):
+    def divide(content):
+        for annotation in content["annotations"]:
+            annotation["bbox"] = [side / 1000 for side in annotation["bbox"]]
+
+    edit(coco, divide)
+    status, stdout, stderr = start("--data.root", coco, "--out", tmp_path / "run")
+    assert status == 1
+    assert stdout == ""
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    for text in ("instances_train2017.json", "got none", "12 thinner than a pixel", "between 0 and 1", "in pixels"):
+        assert text in stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_table_says_what_is_left_out(start, coco, tmp_path):
+    def damage(content):
+        content["categories"].insert(0, {"id": 0, "name": "cells\x1b[2J"})
+        content["annotations"][0]["bbox"] = [5, 5, 0.5, 20]
+
+    edit(coco, damage)
+    edit(coco, damage, "val2017")
+    empty = {"id": 1, "file_name": "none.png", "width": 96, "height": 96}
+    edit(coco, lambda content: content["images"].append(empty))
+    status, stdout, _ = start("--data.root", coco, "--out", tmp_path / "run", "--max-steps", 1)
+    assert status == 0
+    table = " ".join(stdout.split())
+    assert (
+        "training 8 images (of 9 in the file: 1 without annotations), 11 boxes (of 12 annotations: 1 thinner" in table
+    )
+    assert "validation 3 images, 3 boxes (of 4 annotations: 1 thinner than a pixel)" in table
+    assert r"note classes without annotations: cells\x1b[2J (1 of 3); the one with the id 0" in table
+
+
 def test_starts_from_weights_of_other_classes(start, coco, tmp_path):
     common = ("--data.root", coco, "--max-steps", 1, "--pictures", 0)
     assert start(*common, "--out", tmp_path / "a")[0] == 0

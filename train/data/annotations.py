@@ -123,7 +123,7 @@ class AnnotationCounts:
             "of images that are left out": self.unused_image,
             "of images that are not listed": self.unlisted_image,
         }
-        return ", ".join([f"{count} {reason}" for reason, count in reasons.items() if count])
+        return ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class ImageCounts:
             f"with a side below {MIN_IMAGE_SIDE} pixels": self.small,
             "beyond --data.limit": self.beyond_limit,
         }
-        return ", ".join([f"{count} {reason}" for reason, count in reasons.items() if count])
+        return ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
 
 
 def select_categories(categories: list[Entry], classes: Sequence[str] | None) -> tuple[tuple[str, ...], np.ndarray]:
@@ -297,6 +297,12 @@ def find_compared(annotations: AnnotationColumns, images: ImageColumns, image_in
     of_used_image = _is_of_used_image(annotations, images, image_indices)
     is_compared: np.ndarray = of_used_image & annotations.category_used & ~_has_negative_side(annotations)
     return is_compared
+
+
+def count_by_class(annotations: AnnotationColumns, count: int) -> np.ndarray:
+    """Return how many annotations of listed images each of `count` classes has, (count,) int64."""
+    labels = annotations.labels[annotations.image_listed & annotations.category_used]
+    return np.bincount(labels, minlength=count)
 
 
 def to_corners(boxes: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from train.data.annotations import (
     ImageColumns,
     choose_annotations,
     choose_images,
+    count_by_class,
     find_compared,
     read_annotations,
     read_images,
@@ -28,6 +29,7 @@ from train.data.annotations import (
     to_corners,
 )
 from train.data.coco_json import Entry, collector_paused, load_coco_json
+from train.data.mistakes import find_mask_mistakes, find_mistakes
 from train.data.segmentation import Segmentations, find_drawable
 from train.data.transforms import Sample, Transform
 
@@ -62,6 +64,9 @@ class CocoDetection:
         segmentations: of `boxes`; None without masks.
         counts: how many annotations of the file are used, and how many are not for which reason.
         image_counts: the same of its images.
+        annotations_per_class: (classes,) int64, annotations of the file by label, used or not.
+        boxes_without_area: annotations of the file whose area is that of their box, as they have none.
+        mistakes: sentences about what looks wrong in the file as a whole.
         has_annotations: whether the file has a list of annotations.
         all_annotations: what an evaluation compares with: every annotation of these images and classes, crowds and
             those that training drops too, in the order of the file, without boxes of a negative side; None for
@@ -164,6 +169,9 @@ class CocoDetection:
             indices, self.image_counts = choose_images(images, annotations, training=self.training, limit=limit)
             self._set_images(images, indices)
             self._set_boxes(entries, annotations, images, indices, masks)
+            self.annotations_per_class = count_by_class(annotations, len(self.classes))
+            self.boxes_without_area = int((~annotations.has_area).sum())
+            self.mistakes += find_mistakes(annotations, images)
         except ValueError as error:
             raise ValueError(f"{self.annotation_file}: {error}") from error
 
@@ -186,8 +194,10 @@ class CocoDetection:
         # Evaluation compares with all annotations of an image, training uses only some of them.
         compared = np.zeros(len(entries), bool) if self.training else find_compared(annotations, images, image_indices)
         no_polygon = np.zeros(len(entries), bool)
+        self.mistakes: list[str] = []
         if masks:
             no_polygon = self._find_undrawable(entries, annotations, images, used | compared)
+            self.mistakes += find_mask_mistakes(_segmentations(entries, np.flatnonzero(no_polygon)))
             used &= ~no_polygon
         self.counts = AnnotationCounts(used=int(used.sum()), no_polygon=int(no_polygon.sum()), **dropped)
 

@@ -38,7 +38,7 @@ NAMED_OFFENDERS = 3  # a message names so many entries, and counts them all
 
 # The empty list takes 3 bytes of JSON and 64 of memory, an object with one key 7 and 230. Even a file whose polygons
 # are lists of short points has less than one list in 5 bytes, and objects are three times as long as that.
-FREE_BRACKETS = 1_000_000
+FREE_BRACKETS = 100_000
 BYTES_PER_LIST = 5
 LISTS_PER_OBJECT = 3
 
@@ -119,7 +119,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_name(value: Any) -> bool:
-    return type(value) is int or _is_text(value)
+    return (type(value) is int and abs(value) <= MAX_ID) or _is_text(value)
 
 
 def _is_file_name(value: Any) -> bool:

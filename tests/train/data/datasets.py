@@ -19,6 +19,26 @@ def open_golden(tmp_path, training):
     return CocoDetection(path, tmp_path, TRANSFORM, training=training, classes=classes)
 
 
+def small_content():
+    """Return the content of an annotation file: 3 images, 2 categories, 6 annotations."""
+    return {
+        "images": [{"id": n, "file_name": f"{n}.png", "width": 128, "height": 96} for n in (4, 5, 6)],
+        "annotations": [
+            {"id": n, "image_id": 4 + n % 3, "category_id": 7 - n % 2, "bbox": [n, 2 * n, 40 + n, 30], "area": 1200.0}
+            for n in range(1, 7)
+        ],
+        "categories": [{"id": 6, "name": "red"}, {"id": 7, "name": "blue"}],
+    }
+
+
+def open_content(tmp_path, content, **options):
+    """Open the content of an annotation file, a dict or the bytes of the file; there are no images."""
+    path = tmp_path / "annotations.json"
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    options.setdefault("training", True)
+    return CocoDetection(path, tmp_path, TRANSFORM, **options)
+
+
 def open_coco(root, split="train2017", **options):
     """Open a split of the fixture `coco`; options are those of `CocoDetection`."""
     annotation_file = root / "annotations" / f"instances_{split}.json"
