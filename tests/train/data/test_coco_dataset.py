@@ -66,5 +66,5 @@ def test_unreadable_images_are_named(coco):
 def test_arrays_hold_no_python_objects(coco):
     dataset = open_coco(coco)
     arrays = [value for value in vars(dataset).values() if isinstance(value, np.ndarray)]
-    assert len(arrays) == 8
+    assert len(arrays) == 9
     assert not any(array.dtype.hasobject for array in arrays)
