@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from detector.files import replacing
+from detector.files import check_is_no_input, replacing
 from detector.image import read_image, resize_keep_ratio, stack_images
 from detector.model.faster_rcnn import FasterRCNN
 from detector.onnx.runtime import HAS_ONNXRUNTIME, largest_difference, run_onnx
@@ -184,6 +184,7 @@ def export_file(options: ExportOptions) -> str:
     """
     if not options.out.parent.is_dir():
         raise ValueError(f"--out: no folder {options.out.parent}")
+    check_is_no_input(options.out, {"--weights": options.weights, "--image": options.image})
     model, classes = load(options.weights, "cpu")
     export_onnx(model, options.out, size=options.size, batch=options.batch_size, classes=classes)
     if not HAS_ONNXRUNTIME:

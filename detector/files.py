@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,18 @@ def replacing(path: str | Path, *, durable: bool = False, size: int | None = Non
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def check_is_no_input(out: Path, inputs: Mapping[str, Path | None]) -> None:
+    """Raise ValueError if a file that a command will write is one of those that it reads.
+
+    Args:
+        out: the file of `--out`.
+        inputs: flag or name of an argument -> the file, or None if it was not given.
+    """
+    for name, path in inputs.items():
+        if path is not None and out.exists() and path.exists() and out.samefile(path):
+            raise ValueError(f"--out: expected another file than {name}, got {out}")
 
 
 def writing_error(error: OSError, path: str | Path, size: int | None = None) -> OSError:

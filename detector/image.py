@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detector.files import replacing
 from detector.image_header import jpeg_segments, seen_size, stored_size
 from detector.structures import padded_side
 from detector.text import shorten
@@ -130,25 +131,40 @@ def _name(path: str | Path) -> str:
     return shorten(str(path), _NAME_LENGTH)
 
 
-def write_image(path: str | Path, image: np.ndarray) -> None:
-    """Write an RGB picture; the suffix of `path` chooses the format.
+def encode_image(path: str | Path, image: np.ndarray) -> bytes:
+    """Return the bytes of an image file.
 
     Args:
-        path: file to write; its folder must exist.
+        path: of the file; its suffix chooses the format.
+        image: (H, W, 3) uint8, RGB.
+
+    Raises:
+        ValueError: OpenCV has no encoder for the suffix, or the image is too large for the format.
+    """
+    suffix = Path(path).suffix
+    try:
+        done, data = cv2.imencode(suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    except cv2.error as error:
+        raise ValueError(f"cannot write image {path}: no encoder for suffix {suffix!r}") from error
+    if not done:
+        raise ValueError(f"cannot write image {path}: OpenCV could not encode {image.shape} {image.dtype}")
+    return data.tobytes()
+
+
+def write_image(path: str | Path, image: np.ndarray) -> None:
+    """Write an RGB picture as `detector.files.replacing` does: whole, and not through a link.
+
+    Args:
+        path: file to write; its folder must exist. Its suffix chooses the format.
         image: (H, W, 3) uint8, RGB.
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: OpenCV has no encoder for the suffix.
+        ValueError: as `encode_image`.
     """
-    path = Path(path)
-    try:
-        done, data = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-    except cv2.error as error:
-        raise ValueError(f"cannot write image {path}: no encoder for suffix {path.suffix!r}") from error
-    if not done:
-        raise ValueError(f"cannot write image {path}: OpenCV could not encode {image.shape} {image.dtype}")
-    path.write_bytes(data.tobytes())
+    data = encode_image(path, image)
+    with replacing(path, size=len(data)) as partial:
+        partial.write_bytes(data)
 
 
 def resized_size(height: int, width: int, scale: tuple[int, int]) -> tuple[int, int]:

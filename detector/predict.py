@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import glob
-import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import count, islice
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -17,16 +17,15 @@ import tyro
 from tqdm import tqdm
 
 from detector.draw import draw_boxes
-from detector.files import write_json
-from detector.image import read_image, resize_keep_ratio, stack_images, write_image
+from detector.image import read_image, resize_keep_ratio, stack_images
 from detector.model.faster_rcnn import FasterRCNN
 from detector.results import CocoRow, coco_rows, encode_masks, full_masks, undo_resize
+from detector.results_folder import ResultsFolder
 from detector.structures import Batch, Detections
-from detector.text import lasting_output, printable, show, show_message
+from detector.text import lasting_output, one_line, printable, show, show_message
 from detector.weights.load_detector import load
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # read from a folder
-RESULTS_FILE = "detections.json"
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class PredictOptions:
     weights: Path
     """Checkpoint of the detector."""
     out: Path
-    """Folder for the results; made if it is not there."""
+    """Folder for the results; made if it is not there. Only what an earlier prediction wrote is replaced."""
     score: float = 0.3
     """Detections below this score are left out."""
     batch_size: int = 1
@@ -137,20 +136,27 @@ def find_images(patterns: Iterable[str]) -> tuple[list[Path], list[str]]:
     messages = []
     files: dict[Path, Path] = {}  # resolved path -> path as given: a file that is named twice is taken once
     for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            matches = [file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
-        elif path.exists():
-            matches = [path]
-        else:
-            matches = [Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file()]
-
+        try:
+            matches = _match(pattern)
+        except OSError as error:  # a folder that cannot be read, a name that is too long
+            messages.append(str(error))
+            continue
         if not matches:
-            messages.append(f"no images in folder {path}" if path.is_dir() else f"no file {pattern}")
+            messages.append(f"no images in folder {pattern}" if Path(pattern).is_dir() else f"no file {pattern}")
         for file in sorted(matches):
             files.setdefault(file.resolve(), file)
 
     return list(files.values()), messages
+
+
+def _match(pattern: str) -> list[Path]:
+    """Return the files that a file's name, a folder or a pattern stands for."""
+    path = Path(pattern)
+    if path.is_dir():
+        return [file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+    if path.exists():
+        return [path]
+    return [Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file()]
 
 
 def image_rows(
@@ -186,27 +192,73 @@ def image_rows(
 
 
 def predict_files(options: PredictOptions) -> list[str]:
-    """Detect in files and write pictures and results.
+    """Detect in files and write pictures and results, see `ResultsFolder`.
+
+    What was found is written in any case: after Ctrl-C too, and where a picture cannot be written or the device fails.
 
     Returns:
-        A message for each image that could not be found or read; all others are done.
+        A message for each image that could not be found, read or drawn, and for an error that ended the work.
 
     Raises:
-        OSError, ValueError: nothing could be done: weights cannot be read, no image was found, an option is wrong.
+        OSError, ValueError: nothing could be done: weights cannot be read, no image was found, an option is wrong, or
+            the results would replace a file of somebody else; or the results cannot be written.
+        KeyboardInterrupt: Ctrl-C was pressed; its arguments are all messages.
     """
     if options.batch_size < 1:
         raise ValueError(f"--batch-size: expected at least 1, got {options.batch_size}")
     files, messages = find_images(options.images)
     if not files:
         raise ValueError("; ".join(messages) or "no images given")
+    folder = ResultsFolder(options.out, files)
+    folder.check()
 
     device = None if options.device == "auto" else options.device
     model, class_names = load(options.weights, device)
     options.out.mkdir(parents=True, exist_ok=True)
-    picture_paths = _PicturePaths(options.out, files)
 
-    rows = []
-    unreadable = 0
+    results = _Results(len(files))
+    try:
+        _predict_into(folder, results, files, model, class_names, options, messages)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(*messages, f"stopped by Ctrl-C {results.position}") from None
+    except (RuntimeError, MemoryError) as error:  # the device, or its memory
+        messages.append(f"stopped {results.position}: {one_line(error)}")
+    finally:
+        if results.images:
+            folder.write_results(results.rows)
+            show(printable(f"{len(results.rows)} detections in {results.images} images: {folder.results}"))
+    return messages
+
+
+@dataclass
+class _Results:
+    """What has been found so far.
+
+    Attributes:
+        total: images to detect in.
+        images: images that are done.
+        rows: their detections.
+    """
+
+    total: int
+    images: int = 0
+    rows: list[CocoRow] = field(default_factory=list)
+
+    @property
+    def position(self) -> str:
+        return f"after {self.images} of {self.total} images"
+
+
+def _predict_into(
+    folder: ResultsFolder,
+    results: _Results,
+    files: Sequence[Path],
+    model: FasterRCNN,
+    class_names: Sequence[str],
+    options: PredictOptions,
+    messages: list[str],
+) -> None:
+    """Detect in files; add to results and messages and write the pictures image by image."""
     numbered_files = enumerate(files, start=1)
     with tqdm(total=len(files), unit="image", disable=None) as progress:
         while batch := list(islice(numbered_files, options.batch_size)):
@@ -216,65 +268,40 @@ def predict_files(options: PredictOptions) -> list[str]:
                     readable.append((number, file, read_image(file)))
                 except (OSError, ValueError) as error:
                     messages.append(str(error))
-                    unreadable += 1
 
             images = [image for _, _, image in readable]
             batch_detections = predict_images(model, images, batch_size=options.batch_size, score=options.score)
             for (number, file, image), detections in zip(readable, batch_detections, strict=True):
                 height, width = image.shape[:2]
-                rows += image_rows(detections, class_names, number, str(file), (height, width))
+                results.rows += image_rows(detections, class_names, number, str(file), (height, width))
+                results.images += 1
 
                 masks = full_masks(detections, height, width)
                 picture = draw_boxes(image, detections.boxes, detections.labels, class_names, detections.scores, masks)
-                write_image(picture_paths.next_for(file), picture)
+                try:
+                    folder.write_picture(file, picture)
+                except (OSError, ValueError) as error:
+                    messages.append(str(error))
             progress.update(len(batch))
-
-    results_path = options.out / RESULTS_FILE
-    write_json(results_path, rows)
-    show(printable(f"{len(rows)} detections in {len(files) - unreadable} images: {results_path}"))
-    return messages
 
 
 @lasting_output()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status, 0 if every image was done."""
+    """Run the command line; return its exit status: 0 if every image was done, 130 after Ctrl-C, else 1."""
+    options = tyro.cli(PredictOptions, prog="python -m detector.predict", args=arguments)
+    messages: Sequence[object]
     try:
-        messages = predict_files(tyro.cli(PredictOptions, prog="python -m detector.predict", args=arguments))
+        messages = predict_files(options)
+        status = 1 if messages else 0
+    except KeyboardInterrupt as error:
+        messages = error.args or ["stopped by Ctrl-C"]
+        status = 128 + signal.SIGINT
     except (OSError, ValueError) as error:
-        messages = [str(error)]
+        messages = [error]
+        status = 1
     for message in messages:
         show_message(f"error: {message}")
-    return 1 if messages else 0
-
-
-class _PicturePaths:
-    """Paths for annotated pictures in one folder: no two alike, and none that is a file the user gave."""
-
-    def __init__(self, folder: Path, inputs: Iterable[Path]) -> None:
-        self.folder = folder
-        self.inputs = {_file_identity(file) for file in inputs if file.exists()}
-        self.used_names: set[str] = set()  # case-folded, as some file systems do not tell A.jpg from a.jpg
-
-    def next_for(self, image: Path) -> Path:
-        """Return the path for the picture of `image`: its own name, numbered if that is taken."""
-        for number in count(1):
-            name = f"{image.stem}.jpg" if number == 1 else f"{image.stem}-{number}.jpg"
-            if self._is_free(name):
-                break
-        self.used_names.add(name.casefold())
-        return self.folder / name
-
-    def _is_free(self, name: str) -> bool:
-        if name.casefold() in self.used_names:
-            return False
-        path = self.folder / name
-        return not (path.exists() and _file_identity(path) in self.inputs)
-
-
-def _file_identity(file: Path) -> tuple[int, int]:
-    """Return device and number of a file: equal for two names of one file, on any file system."""
-    status = os.stat(file)
-    return status.st_dev, status.st_ino
+    return status
 
 
 if __name__ == "__main__":

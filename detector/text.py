@@ -74,6 +74,12 @@ def shown(value: object) -> str:
     return " ".join(text.split())
 
 
+def one_line(error: BaseException) -> str:
+    """Return the text of an error, which may come from another program, in one line."""
+    text = " ".join(str(error).split())
+    return shorten(text, 300) or type(error).__name__
+
+
 def message_line(message: object) -> str:
     """Return a message as it is shown: one line, `printable`, of at most `MESSAGE_LENGTH` letters."""
     return shorten(printable(message), MESSAGE_LENGTH)

@@ -14,6 +14,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+from detector.files import check_is_no_input
 from detector.image import read_image, resize_keep_ratio, stack_images, write_image
 from detector.model.faster_rcnn import FasterRCNN
 from detector.picture import BLACK, WHITE, enlarge, side_by_side
@@ -268,6 +269,7 @@ def _draw_dot(picture: np.ndarray, x: int, y: int, radius: int, opacity: float) 
 
 def visualize(options: VisualizeOffsetsOptions) -> None:
     """Draw the picture that the options ask for, and say which point it is about."""
+    check_is_no_input(options.out, {"IMAGE": options.image, "--weights": options.weights})
     image = read_image(options.image)
     device = None if options.device == "auto" else options.device
     model, class_names = load(options.weights, device)

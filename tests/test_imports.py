@@ -33,7 +33,7 @@ LAYERS = {
         {"model"},
         {"weights"},
         {"onnx"},
-        {"results", "draw"},
+        {"results", "draw", "results_folder"},
         {"predict", "export", "visualize_offsets"},
     ],
     "train": [

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detector.text import shorten, shown
+from detector.text import one_line, shown
 
 MAX_OPERATIONS = 1_000_000  # of a pickle; the largest real checkpoints have some ten thousand
 MAX_DEPTH = 100  # of containers in containers
@@ -96,12 +96,6 @@ class _MissingMemberError(ValueError):
 def unreadable(path: Path, error: Exception) -> str:
     """Return what is wrong with a file that its reader does not understand, in one line."""
     return f"not a checkpoint, or cut off ({path.stat().st_size} bytes): {one_line(error)}"
-
-
-def one_line(error: Exception) -> str:
-    """Return the text of an error, which may come from another program, in one line."""
-    text = " ".join(str(error).split())
-    return shorten(text, 300) or type(error).__name__
 
 
 def _is_zip(path: Path) -> bool:

@@ -242,10 +242,16 @@ def test_command_line(model, onnx_file, tmp_path, monkeypatch, capsys):
     [
         (["--weights", "none.pth", "--out", "out.onnx"], "none.pth"),
         (["--weights", "none.pth", "--out", "nowhere/out.onnx"], "no folder nowhere"),
+        (["--weights", "a.pth", "--out", "./a.pth"], "--out: expected another file than --weights, got a.pth"),
+        (
+            ["--weights", "none.pth", "--image", "a.pth", "--out", "a.pth"],
+            "expected another file than --image, got a.pth",
+        ),
     ],
 )
 def test_command_line_errors(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.pth").touch()
     assert export.main(arguments) == 1
     assert message in capsys.readouterr().err
 

@@ -189,6 +189,70 @@ def test_links_to_inputs_are_not_overwritten(weights, photos, tmp_path):
     assert (out / "b-2.jpg").exists()
 
 
+def test_the_same_command_again_replaces_what_it_wrote(weights, photos):
+    photo = photos / "a.png"
+    neighbor = photos / "a.jpg"
+    neighbor.write_bytes(b"not an input")
+    before = {file: file.read_bytes() for file in photos.iterdir() if file.is_file()}
+    assert run(weights, photos, photo, photo.with_suffix(".bmp"), score=0.0) == 0
+    names = {file.name for file in photos.iterdir()}
+    assert names - {file.name for file in before} == {"more", "a-2.jpg", "a-3.jpg", "detections.json"}
+    picture = (photos / "a-2.jpg").read_bytes()
+
+    assert run(weights, photos, photo, photo.with_suffix(".bmp"), score=0.9999) == 0
+    assert {file.name for file in photos.iterdir()} == names
+    assert (photos / "a-2.jpg").read_bytes() != picture
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_a_picture_that_cannot_be_written_stops_nothing(weights, photos, tmp_path, capsys):
+    long_name = photos / ("n" * 251 + ".png")  # with a number behind it the name of its picture is too long
+    long_name.write_bytes((photos / "a.png").read_bytes())
+    out = tmp_path / "out"
+    (out / ("n" * 251 + ".jpg")).mkdir(parents=True)
+    assert run(weights, out, long_name, photos / "b.jpg", score=0.0) == 1
+    assert "nnn-2.jpg: File name too long" in capsys.readouterr().err
+    assert len(read_results(out)) == 20
+    assert (out / "b.jpg").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "error: stopped by Ctrl-C after 2 of 3 images\n"),
+        (RuntimeError("CUDA error:\n out of luck"), 1, "error: stopped after 2 of 3 images: CUDA error: out of luck\n"),
+        (MemoryError(), 1, "error: stopped after 2 of 3 images: MemoryError\n"),
+    ],
+)
+def test_what_was_found_is_written_whatever_happens(
+    weights, photos, tmp_path, monkeypatch, capsys, error, status, message
+):
+    calls = iter([None, None, error])
+
+    def failing(model, images, **options):
+        failure = next(calls)
+        if failure:
+            raise failure
+        return predict_images(model, images, **options)
+
+    monkeypatch.setattr("detector.predict.predict_images", failing)
+    assert run(weights, tmp_path / "out", photos / "absent.png", photos, score=0.0) == status
+    assert len(read_results(tmp_path / "out")) == 20
+    captured = capsys.readouterr()
+    assert captured.err.endswith(message)
+    assert "no file" in captured.err
+    assert "20 detections in 2 images" in captured.out
+
+
+def test_results_of_somebody_else_are_kept(weights, photos, capsys):
+    (photos / "detections.json").write_text('{"images": []}')
+    assert run(weights, photos, photos / "b.jpg") == 1
+    assert capsys.readouterr().err == (
+        f"error: --out: {photos / 'detections.json'} was not written by a prediction and is kept; take another folder\n"
+    )
+    assert (photos / "detections.json").read_text() == '{"images": []}'
+
+
 def test_broken_images_are_named_and_the_others_done(weights, photos, tmp_path, capsys):
     (photos / "broken.jpg").write_bytes((photos / "b.jpg").read_bytes()[:500])
     out = tmp_path / "out"

@@ -118,5 +118,14 @@ def test_command_line(model, tmp_path, capsys):
     assert read_image(out).shape[1] > 2 * 640
     assert "the best detection, " in capsys.readouterr().out
 
+    for name in ("photo.png", "model.safetensors"):
+        content = (tmp_path / name).read_bytes()
+        assert main([*command, "--out", str(tmp_path / name)]) == 1
+        assert "error: --out: expected another file than " in capsys.readouterr().err
+        assert (tmp_path / name).read_bytes() == content
+    (tmp_path / "link.png").symlink_to("photo.png")
+    assert main([*command, "--out", str(tmp_path / "link.png")]) == 1
+    assert "error: --out: expected another file than IMAGE" in capsys.readouterr().err
+
     assert main([*command, "--out", str(out), "--point", "500", "5"]) == 1
     assert "error: point: expected x in [0, 192)" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from detector.ops.rle import decode_mask
 from detector.results import CocoRow
 from train.data.coco_dataset import CocoDetection
 
+MAX_STEM_BYTES = 240  # of the name of a picture; file systems have room for 255
 MIN_SCORE = 0.3  # detections below it are not drawn
 
 
@@ -26,11 +29,13 @@ def draw_pictures(
     Args:
         dataset: images and ground truth, masks too if it has them.
         rows: detections of all images, in COCO's results format.
-        folder: for the PNG files, named by the images' files; created if missing.
+        folder: for the PNG files, named by the images' files, see `unique_stems`; created if missing.
         count: how many images; all if there are fewer.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for index in _spread_evenly(len(dataset), count):
+    indices = _spread_evenly(len(dataset), count)
+    stems = unique_stems([_stem(str(dataset.file_names[index])) for index in indices])
+    for index, stem in zip(indices, stems, strict=True):
         try:
             image = read_image(dataset.image_path(index), dataset.max_pixels)
         except (OSError, ValueError):
@@ -46,9 +51,34 @@ def draw_pictures(
         true_masks = dataset.masks(index)
 
         picture = draw_comparison(image, detections, target, dataset.classes, masks=masks, true_masks=true_masks)
-        path = folder / f"{Path(str(dataset.file_names[index])).stem}.png"
+        path = folder / f"{stem}.png"
         write_image(path, picture)
         yield path, picture
+
+
+def _stem(file_name: str) -> str:
+    """Return the name of a file without folder and suffix, cut so that a number and a suffix have room behind it."""
+    return os.fsdecode(os.fsencode(Path(file_name).stem)[:MAX_STEM_BYTES])
+
+
+def unique_stems(stems: Sequence[str]) -> list[str]:
+    """Return names for files without their suffix, no two alike, not even on a file system that ignores upper case.
+
+    The first of several equal stems stays as it is, as one that no other is equal to; the next ones get a number. The
+    same stems get the same names in every epoch.
+    """
+    taken = {stem.casefold() for stem in stems}
+    seen: set[str] = set()
+    names = []
+    for stem in stems:
+        name = stem
+        if stem.casefold() in seen:
+            numbered = (f"{stem}-{number}" for number in itertools.count(2))
+            name = next(candidate for candidate in numbered if candidate.casefold() not in taken)
+            taken.add(name.casefold())
+        seen.add(stem.casefold())
+        names.append(name)
+    return names
 
 
 def _spread_evenly(total: int, count: int) -> list[int]:
