@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from detector.files import describe_space, remove_leftovers, write_json
+from detector.files import remove_leftovers, write_json
 from train.config import RENAMED, Config, as_dict
 from train.folder_lock import locked
 from train.metrics_file import append_lines, parse_lines, read_lines, rewind
@@ -102,9 +102,9 @@ class RunFolder:
             OSError: the folder cannot be written.
             ValueError: another run is in it.
         """
+        self._create()
         with contextlib.ExitStack() as stack:
             try:
-                self.path.mkdir(parents=True, exist_ok=True)
                 has_locks = stack.enter_context(locked(self.path))
                 self._handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             except BlockingIOError as error:
@@ -123,6 +123,12 @@ class RunFolder:
             if count:
                 notes.append(f"{count} files removed that a killed run had begun to write")
             yield notes
+
+    def _create(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"cannot write into --out {self.path}: {error.strerror or error}") from error
 
     def _unlock(self) -> None:
         assert self._handle is not None
@@ -172,13 +178,8 @@ class RunFolder:
                 earlier_starts = record["starts"]
                 if has_progress:
                     notes = self._compare(record, config, world_size)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self._config, {**as_dict(config), "starts": [*earlier_starts, start]}, indent=2, durable=True)
-        except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)
-            space = describe_space(error, self._config)
-            raise OSError(f"cannot write into --out {self.path}: {self._config.name}: {reason}{space}") from error
+        self._create()
+        write_json(self._config, {**as_dict(config), "starts": [*earlier_starts, start]}, indent=2, durable=True)
         return notes
 
     def check_content(self) -> None:

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 from dataclasses import replace
@@ -103,3 +104,82 @@ def test_rewind_drops_what_will_be_written_again(tmp_path):
     assert [line.get("step") for line in read_lines(run.metrics)] == [1, 2, 3, None]
     assert run.metrics.read_text().endswith("}\n")
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl"]
+
+
+def start_run(path):
+    """Let a run take its first step; return its config.json."""
+    run = RunFolder(path)
+    run.claim(CONFIG, 1)
+    run.append_metrics({"step": 1, "loss": 1.0})
+    return path / "config.json"
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        pytest.param(b"", "got no JSON", id="empty"),
+        pytest.param(b'{"seed": 0, "sta', "got no JSON", id="cut"),
+        pytest.param(b"\0" * 500, "got no JSON", id="nul"),
+        pytest.param(b'{"seed": "\xff"}', "got no JSON", id="utf-8"),
+        pytest.param(b"[" * 100_000, "got no JSON", id="nested"),
+        pytest.param(b"[1]", "got [1]", id="list"),
+        pytest.param(b"null", "got None", id="null"),
+        pytest.param(b"{}", "got None as its 'starts'", id="no-starts"),
+        pytest.param(b'{"starts": "x"}', "got 'x' as its 'starts'", id="text"),
+        pytest.param(b'{"starts": []}', "got [] as its 'starts'", id="empty-starts"),
+        pytest.param(b'{"starts": [1]}', "got [1] as its 'starts'", id="number"),
+        pytest.param(b'{"starts": [{"world_size": "2"}]}', "'world_size': '2'", id="world-size"),
+        pytest.param(b'{"starts": {"world_size": 1}}', "as its 'starts'", id="object"),
+    ],
+)
+def test_a_configuration_of_another_shape_is_named(tmp_path, content, got):
+    path = start_run(tmp_path)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="expected what a run writes there") as caught:
+        RunFolder(tmp_path).claim(CONFIG, 1)
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ")
+    assert got in text
+    assert "\n" not in text
+    assert path.read_bytes() == content
+
+    (tmp_path / "metrics.jsonl").unlink()  # without progress it is written anew
+    assert RunFolder(tmp_path).claim(CONFIG, 1) == []
+    assert len(json.loads(path.read_text())["starts"]) == 1
+
+
+@pytest.mark.parametrize("section", [5, [], "x", None, {"batch_size": {"a": 1}}])
+def test_a_section_of_another_shape_is_another_run(tmp_path, section):
+    path = start_run(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"optim": section}))
+    with pytest.raises(ValueError, match="got that of another run: optim.lr was"):
+        RunFolder(tmp_path).claim(replace(CONFIG, optim=replace(CONFIG.optim, lr=1.0)), 1)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "pictures"])
+@pytest.mark.parametrize("kind", ["file", "dangling link"])
+def test_a_folder_that_became_something_else_is_named(tmp_path, name, kind):
+    start_run(tmp_path)
+    if kind == "file":
+        (tmp_path / name).touch()
+    else:
+        (tmp_path / name).symlink_to(tmp_path / "absent")
+    with pytest.raises(ValueError, match=f"{tmp_path / name}: expected a folder, got something else under its name"):
+        RunFolder(tmp_path).claim(CONFIG, 1)
+
+
+def test_a_configuration_that_cannot_be_read_or_written_is_named(tmp_path, monkeypatch):
+    path = start_run(tmp_path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OSError, match=str(path)):
+        RunFolder(tmp_path).claim(CONFIG, 1)
+
+    def fill(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fill)
+    with pytest.raises(OSError, match="No space left on device; 0.00. MB needed, .* MB free") as caught:
+        RunFolder(tmp_path / "new").claim(CONFIG, 1)
+    assert str(caught.value).startswith(f"cannot write {tmp_path / 'new' / 'config.json'}: ")
+    assert os.listdir(tmp_path / "new") == []

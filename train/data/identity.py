@@ -7,6 +7,7 @@ corrects them goes on with the same run, and the images that were seen stay the 
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any
 
 import numpy as np
@@ -45,8 +46,8 @@ def describe_change(before: dict[str, Any], now: dict[str, Any]) -> str:
 def _digest(dataset: CocoDetection, order: np.ndarray) -> str:
     """Return a digest of the images with these indices, in this order."""
     is_portrait = dataset.heights > dataset.widths
-    names = "\0".join(dataset.file_names[order].tolist())
+    names = json.dumps(dataset.file_names[order].tolist())
     digest = hashlib.sha256(dataset.image_ids[order].astype("<i8").tobytes())
     digest.update(is_portrait[order].tobytes())
-    digest.update(names.encode("utf-8", "surrogatepass"))
+    digest.update(names.encode("ascii"))
     return digest.hexdigest()[:16]
