@@ -34,6 +34,8 @@ class StepLosses:
         lr: learning rate of the step.
         values: (losses,) float64 on the device.
         image_ids: of the images of the step.
+        boxes: (N, 4) of each image, in pixels of the resized image, on the device.
+        scale_factors: (x, y) of each image's resize.
     """
 
     step: int
@@ -41,6 +43,21 @@ class StepLosses:
     lr: float
     values: Tensor
     image_ids: list[int]
+    boxes: list[Tensor]
+    scale_factors: list[tuple[float, float]]
+
+    def describe_images(self) -> str:
+        """Return the ids of the images, each with the box that has the shortest side: very thin ones are suspicious."""
+        texts = []
+        for image_id, boxes, factors in zip(self.image_ids, self.boxes, self.scale_factors, strict=True):
+            description = "no boxes"
+            if len(boxes):
+                sides = (boxes[:, 2:] - boxes[:, :2]).cpu() / torch.tensor(factors)
+                thinnest = sides.amin(1).nan_to_num(nan=-torch.inf).argmin()
+                width, height = sides[thinnest].tolist()
+                description = f"the thinnest of {len(boxes)} boxes: {width:.4g} x {height:.4g}"
+            texts.append(f"{image_id} ({description})")
+        return ", ".join(texts)
 
 
 class LossBuffer:
@@ -56,26 +73,34 @@ class LossBuffer:
         self.steps: list[StepLosses] = []
         self._values: Tensor | None = None
         self._image_ids: list[int] = []
+        self._boxes: list[Tensor] = []
+        self._scale_factors: list[tuple[float, float]] = []
 
-    def add_batch(self, losses: dict[str, Tensor], share: float, image_ids: list[int]) -> None:
+    def add_batch(self, losses: dict[str, Tensor], share: float, loaded: LoadedBatch) -> None:
         """Add the losses of a batch that makes up `share` of its step."""
         self.names = list(losses)
         values = torch.stack([loss.detach().double() for loss in losses.values()]) * share
         self._values = values if self._values is None else self._values + values
-        self._image_ids += image_ids
+        assert loaded.batch is not None
+        self._image_ids += loaded.image_ids
+        self._boxes += [target.boxes for target in loaded.batch.targets or ()]
+        self._scale_factors += loaded.scale_factors
 
     def end_step(self, step: int, epoch: int, lr: float) -> None:
         """End a step that has got at least one batch."""
         assert self._values is not None
-        self.steps.append(StepLosses(step, epoch, lr, self._values, self._image_ids))
+        losses = StepLosses(step, epoch, lr, self._values, self._image_ids, self._boxes, self._scale_factors)
+        self.steps.append(losses)
         self._values = None
         self._image_ids = []
+        self._boxes = []
+        self._scale_factors = []
 
     def read(self) -> Tensor:
         """Return the losses of all steps, (steps, losses) float64 on the CPU.
 
         Raises:
-            FloatingPointError: a loss is not finite; the message names it, the step and the images.
+            FloatingPointError: a loss is not finite; the message names it, the step, the images and their boxes.
         """
         values = torch.stack([step.values for step in self.steps]).cpu()
         positions = (~values.isfinite()).nonzero()
@@ -84,8 +109,8 @@ class LossBuffer:
             step = self.steps[step_index]
             raise FloatingPointError(
                 f"{self.names[loss_index]} is {values[step_index, loss_index].item()} at step {step.step} "
-                f"(epoch {step.epoch}), images {', '.join(map(str, step.image_ids))}; "
-                "the last checkpoint is from before. Try a lower --optim.lr, or --optim.clip-grad"
+                f"(epoch {step.epoch}), images {step.describe_images()}; the last checkpoint is from before. "
+                "Look at these boxes, or try a lower --optim.lr or --optim.clip-grad"
             )
         return values
 
@@ -119,6 +144,7 @@ class TrainLog:
         self.num_images = num_images
         self._losses = LossBuffer()
         self._unreadable: set[int] = set()  # image ids of this epoch
+        self._with_lost_boxes: set[int] = set()  # image ids of the whole run
         self._events: SummaryWriter | None = None
         if world.is_main:
             run_folder.metrics.touch()
@@ -137,7 +163,7 @@ class TrainLog:
         self._unreadable.clear()
 
     def watch_loading(self, batches: Iterable[LoadedBatch]) -> Iterator[LoadedBatch]:
-        """Pass batches on; measure the time spent waiting for them and print which images could not be read."""
+        """Pass batches on; measure the time spent waiting for them and print which images or boxes are left out."""
         self._restart_clock()
         iterator = iter(batches)
         while True:
@@ -150,11 +176,24 @@ class TrainLog:
                 if image_id not in self._unreadable:
                     print_above_progress(f"skipped image {image_id}: {reason}")
                 self._unreadable.add(image_id)
+            self._tell_lost_boxes(loaded)
             yield loaded
 
-    def add_batch(self, losses: dict[str, Tensor], share: float, image_ids: list[int]) -> None:
+    def _tell_lost_boxes(self, loaded: LoadedBatch) -> None:
+        """Print which boxes of a batch were dropped, once for each image."""
+        for image_id, boxes in loaded.lost_boxes.items():
+            if image_id not in self._with_lost_boxes:
+                self._with_lost_boxes.add(image_id)
+                shown = ", ".join(str([round(value, 3) for value in box]) for box in boxes[:3])
+                more = " ..." if len(boxes) > 3 else ""
+                print_above_progress(
+                    f"image {image_id}: boxes dropped because nothing of them is left inside the image: "
+                    f"{len(boxes)}, x1 y1 x2 y2 = {shown}{more}"
+                )
+
+    def add_batch(self, losses: dict[str, Tensor], share: float, loaded: LoadedBatch) -> None:
         """Add the losses of a batch that makes up `share` of its step."""
-        self._losses.add_batch(losses, share, image_ids)
+        self._losses.add_batch(losses, share, loaded)
 
     def end_step(self, step: int, epoch: int, lr: float) -> None:
         """End step number `step` (from 1) of epoch number `epoch` (from 1); flush after every `interval` steps."""

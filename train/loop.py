@@ -75,7 +75,7 @@ def train_one_epoch(
             losses = network(loaded.batch)
             total_loss = functools.reduce(torch.add, losses.values())
             state.scaler.scale(total_loss * share).backward()
-        log.add_batch(losses, share, loaded.image_ids)
+        log.add_batch(losses, share, loaded)
         state.batch += 1
         if not is_last_of_step:
             continue

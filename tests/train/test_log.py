@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from detector import Batch, Target
 from train.data.collate import LoadedBatch
 from train.distributed import World
 from train.log import TrainLog
@@ -32,9 +33,19 @@ def lines(tmp_path):
     return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
 
+def loaded(*ids, lost_boxes=None):
+    """Return a batch whose images have two boxes each and were enlarged twofold; the last one has no boxes."""
+    boxes = torch.tensor([[0.0, 0.0, 40.0, 60.0], [10.0, 10.0, 11.0, 50.0]])
+    targets = [Target(boxes, torch.zeros(2, dtype=torch.int64)) for _ in ids]
+    targets[-1] = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    batch = Batch(torch.zeros(len(ids), 3, 64, 64, dtype=torch.uint8), torch.tensor([[64, 64]] * len(ids)), targets)
+    return LoadedBatch(batch, list(ids), [(2.0, 2.0)] * len(ids), [(32, 32)] * len(ids), {}, lost_boxes or {})
+
+
 def take_step(log, step, **losses):
     values = {"loss_cls": 1.0, "loss_bbox": 0.5} | losses
-    log.add_batch({name: torch.tensor(value) for name, value in values.items()}, 1.0, [step * 10, step * 10 + 1])
+    tensors = {name: torch.tensor(value) for name, value in values.items()}
+    log.add_batch(tensors, 1.0, loaded(step * 10, step * 10 + 1))
     log.end_step(step, 1, 0.01)
 
 
@@ -55,7 +66,7 @@ def test_every_step_gets_a_line(make_log, tmp_path):
 def test_batches_of_a_step_are_averaged(make_log, tmp_path):
     log = make_log()
     for value in (1.0, 3.0):
-        log.add_batch({"loss_cls": torch.tensor(value)}, 0.5, [1])
+        log.add_batch({"loss_cls": torch.tensor(value)}, 0.5, loaded(1))
     log.end_step(1, 1, 0.1)
     assert lines(tmp_path)[0]["loss"] == 2.0
 
@@ -65,8 +76,9 @@ def test_bad_loss_names_itself_the_step_and_the_images(make_log, tmp_path, value
     log = make_log(every=3)
     take_step(log, 1)
     take_step(log, 2, loss_bbox=value)
-    with pytest.raises(FloatingPointError, match="loss_bbox is (nan|inf) at step 2 .epoch 1., images 20, 21"):
+    with pytest.raises(FloatingPointError, match="loss_bbox is (nan|inf) at step 2 .epoch 1., images 20") as error:
         take_step(log, 3)
+    assert "20 (the thinnest of 2 boxes: 0.5 x 20), 21 (no boxes); the last checkpoint" in str(error.value)
     assert lines(tmp_path) == []
 
 
@@ -84,6 +96,31 @@ def test_broken_images_are_named_once_and_counted(make_log, capsys):
     log.start_epoch()
     list(log.watch_loading([broken(7)]))
     take_step(log, 2)
+
+
+def test_lost_boxes_are_told_once_for_each_image(make_log, capsys):
+    log = make_log()
+    first = loaded(5, 6, lost_boxes={5: [[160.0, 20.0, 190.0, 60.0]]})
+    second = loaded(5, 6, lost_boxes={5: [[160.0, 20.0, 190.0, 60.0]], 6: [[0.0, 0.0, 0.0, 9.0]] * 4})
+    for _ in range(2):
+        log.start_epoch()
+        list(log.watch_loading([first, second]))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "nothing of them is left" in line]
+    assert len(lines) == 2
+    assert lines[0].startswith("image 5: ")
+    assert lines[0].endswith(": 1, x1 y1 x2 y2 = [160.0, 20.0, 190.0, 60.0]")
+    assert ": 4, x1 y1 x2 y2 = [0.0, 0.0, 0.0, 9.0]" in lines[1]
+    assert lines[1].endswith(" ...")
+
+
+@pytest.mark.parametrize("box", [[float("nan"), 0.0, 4.0, 4.0], [4.0, 4.0, 4.0, 8.0], [4.0, 4.0, 4.0 + 1e-6, 8.0]])
+def test_suspicious_box_of_a_bad_loss_is_named(make_log, box):
+    batch = loaded(5, 6)
+    batch.batch.targets[0].boxes[1] = torch.tensor(box)
+    log = make_log()
+    log.add_batch({"loss_bbox": torch.tensor(float("nan"))}, 1.0, batch)
+    with pytest.raises(FloatingPointError, match=r"images 5 \(the thinnest of 2 boxes: (nan|0|4.768e-07) x 2\)"):
+        log.end_step(1, 1, 0.01)
 
 
 def test_progress_line_fits_a_terminal(make_log, capsys):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ class LoadedBatch:
         scale_factors: (x, y) of each image's resize.
         original_sizes: height and width of each image's file.
         unreadable: image id -> reason, of the images that could not be read and are not in the batch.
+        lost_boxes: image id -> boxes x1, y1, x2, y2 in pixels of the file, of the images with boxes that the batch does
+            not have because nothing of them is left inside the image.
     """
 
     batch: Batch | None
@@ -31,6 +33,7 @@ class LoadedBatch:
     scale_factors: list[tuple[float, float]]
     original_sizes: list[tuple[int, int]]
     unreadable: dict[int, str]
+    lost_boxes: dict[int, list[list[float]]] = field(default_factory=dict)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> LoadedBatch:
         """Return the same with its tensors on `device`."""
@@ -49,7 +52,14 @@ class LoadedBatch:
         batch = self.batch
         if batch is not None:
             batch = _convert_small_tensors(batch, Tensor.numpy)
-        return _rebuild, (batch, self.image_ids, self.scale_factors, self.original_sizes, self.unreadable)
+        return _rebuild, (
+            batch,
+            self.image_ids,
+            self.scale_factors,
+            self.original_sizes,
+            self.unreadable,
+            self.lost_boxes,
+        )
 
 
 def _rebuild(batch: Batch | None, *fields: Any) -> LoadedBatch:
@@ -89,6 +99,7 @@ def collate(samples: Sequence[Sample], unreadable: Mapping[int, str] | None = No
         scale_factors=[sample.scale_factor for sample in samples],
         original_sizes=[sample.original_size for sample in samples],
         unreadable=dict(unreadable or {}),
+        lost_boxes={sample.image_id: sample.lost_boxes.tolist() for sample in samples if len(sample.lost_boxes)},
     )
 
 

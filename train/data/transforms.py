@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
 
 from detector.image import resize_keep_ratio
+
+SMALLEST_SIDE = np.finfo(np.float32).tiny  # of a box, in pixels; GPUs may take smaller numbers for 0
 
 
 @dataclass(frozen=True)
@@ -17,13 +19,14 @@ class Sample:
 
     Attributes:
         image: (H, W, 3) uint8 RGB, contiguous.
-        boxes: (N, 4) float32, xyxy in pixels of `image`; boxes that are empty after clipping are kept.
+        boxes: (N, 4) float32, xyxy in pixels of `image`; each has an area.
         labels: (N,) int64 from 0.
         image_id: id in the annotation file.
         scale_factor: (x, y), size of `image` divided by the size in the file.
         seed: of the box samplers inside the model.
         original_size: height and width of the file's image.
         masks: (N, H, W) uint8, 1 inside the object; None if they were not asked for.
+        lost_boxes: (K, 4) float32, xyxy in pixels of the file: those of which nothing is left inside the image.
     """
 
     image: np.ndarray
@@ -34,6 +37,7 @@ class Sample:
     seed: int
     original_size: tuple[int, int]
     masks: np.ndarray | None = None
+    lost_boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))
 
 
 def resize(
@@ -120,8 +124,11 @@ class Transform:
     ) -> Sample:
         """Transform an image (H, W, 3) uint8 with boxes (N, 4) float32 xyxy, labels (N,) and N masks (H, W) uint8.
 
-        The image may be overwritten.
+        Boxes of which nothing is left after resizing, clipping and mirroring are dropped with their labels and masks.
+        They are judged here, in the arithmetic that the model gets them from: a box that begins at 159.999999 in an
+        image of 160 pixels begins at 160 in float32. The image may be overwritten.
         """
+        file_boxes = boxes
         # The order of the draws is fixed: another order would change the samples of a seed.
         random = np.random.default_rng((self.seed, epoch, index))
         is_flipped = random.random() < self.flip
@@ -141,13 +148,18 @@ class Transform:
             image, boxes = horizontal_flip(image, boxes)
             if resized_masks is not None:
                 resized_masks = np.ascontiguousarray(resized_masks[:, :, ::-1])
+
+        is_left = (boxes[:, 2:] - boxes[:, :2] >= SMALLEST_SIDE).all(1)
+        if resized_masks is not None and not is_left.all():
+            resized_masks = resized_masks[is_left]
         return Sample(
             image=image,
-            boxes=boxes,
-            labels=labels,
+            boxes=boxes[is_left],
+            labels=labels[is_left],
             image_id=image_id,
             scale_factor=scale_factor,
             seed=seed,
             original_size=(original_height, original_width),
             masks=resized_masks,
+            lost_boxes=file_boxes[~is_left],
         )

@@ -1,6 +1,7 @@
 """Resize, flip and masks: MMDetection's pixels and boxes, and choices that follow from a key."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from detector import FasterRCNN, FasterRCNNConfig
 from detector.image import read_image
 from tests.conftest import GOLDEN
+from train.config import PRESETS
 from train.data.collate import collate
 from train.data.transforms import Sample, Transform, horizontal_flip, resize, resize_masks
 
@@ -98,11 +100,70 @@ def test_boxes_are_clipped_not_dropped():
     assert torch.from_numpy(clipped).dtype == torch.float32
 
 
+LOST_BOXES = {
+    "begins at the border after rounding": [159.999999, 20, 189.999999, 60],
+    "no width": [30, 20, 30, 60],
+    "no height": [30, 20, 50, 20],
+    "width rounded away": [1e9, 20, 1e9 + 1, 60],
+    "right of the image": [160, 20, 190, 60],
+    "above the image": [30, -40, 50, 0],
+    "left of the image": [-30, 20, -1, 60],
+    "denormal width": [0, 20, 1e-44, 60],
+    "nothing left after mirroring": [1e-9, 20, 2e-9, 60],
+    "turned around": [50, 20, 30, 60],
+    "not a number": [np.nan, 20, 30, 60],
+}
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+@pytest.mark.parametrize("scale", [(160, 120), (320, 240), (100, 75)])
+@pytest.mark.parametrize("name", LOST_BOXES)
+def test_boxes_of_which_nothing_is_left_are_dropped(name, scale, flip):
+    image = np.zeros((120, 160, 3), np.uint8)
+    boxes = np.array([[10, 10, 40, 40], LOST_BOXES[name], [0, 0, 160, 120]], np.float32)
+    masks = [np.full((120, 160), value, np.uint8) for value in (1, 2, 3)]
+    labels = np.arange(3)
+    sample = Transform(scale, flip)(image, boxes, labels, 9, 0, 0, masks)
+    if name == "nothing left after mirroring" and not flip:
+        assert len(sample.boxes) == 3  # still wider than 0
+        return
+    assert sample.labels.tolist() == [0, 2]
+    assert sample.masks[:, 0, 0].tolist() == [1, 3]
+    np.testing.assert_array_equal(sample.lost_boxes, boxes[1:2])
+
+    without = Transform(scale, flip)(image, boxes[[0, 2]], labels[[0, 2]], 9, 0, 0, [masks[0], masks[2]])
+    assert len(without.lost_boxes) == 0
+    np.testing.assert_array_equal(sample.boxes, without.boxes)
+    np.testing.assert_array_equal(sample.masks, without.masks)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_no_box_makes_a_loss_that_is_not_finite(dtype):
+    """What is left of any box, however thin, gives finite losses and gradients; so does an image without boxes."""
+    torch.manual_seed(0)
+    model = FasterRCNN(replace(PRESETS["tiny"].model, num_classes=1)).train()
+    last = np.nextafter(np.float32(160), np.float32(0))
+    thin = [[last, 20, 200, 60], [0, 20, 1e-30, 60], [0, 0, 1e-30, 1e-30], [5, 5, 5.0001, 90], [30, 119.99999, 60, 130]]
+    image = np.zeros((120, 160, 3), np.uint8)
+    for boxes, flip, count in ((thin, 0.0, len(thin)), (list(LOST_BOXES.values()), 1.0, 0)):
+        labels = np.zeros(len(boxes), np.int64)
+        sample = Transform((160, 120), flip)(image.copy(), np.array(boxes, np.float32), labels, 9, 0, 0)
+        assert len(sample.boxes) == count
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            losses = model(collate([sample]).batch)
+        assert all(loss.isfinite() for loss in losses.values())
+        model.zero_grad()
+        sum(losses.values()).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 def test_masks_follow_the_image():
     image = np.zeros((40, 60, 3), np.uint8)
     masks = np.random.default_rng(0).integers(0, 2, (2, 40, 60)).astype(np.uint8)
     image[..., 0] = 255 * masks[0]
-    boxes = np.zeros((2, 4), np.float32)
+    boxes = np.array([[0, 0, 60, 40]] * 2, np.float32)
     labels = np.zeros(2, np.int64)
     plain = Transform((120, 80), flip=0.0)(image, boxes, labels, 9, 0, 0, iter(masks))
     mirrored = Transform((120, 80), flip=1.0)(image, boxes, labels, 9, 0, 0, iter(masks))
