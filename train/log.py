@@ -46,18 +46,16 @@ class StepLosses:
     boxes: list[Tensor]
     scale_factors: list[tuple[float, float]]
 
-    def describe_images(self) -> str:
-        """Return the ids of the images, each with the box that has the shortest side: very thin ones are suspicious."""
+    def describe_boxes(self) -> str:
+        """Return the size of the thinnest box of each image, in pixels of the file: very thin ones are suspicious."""
         texts = []
         for image_id, boxes, factors in zip(self.image_ids, self.boxes, self.scale_factors, strict=True):
-            description = "no boxes"
             if len(boxes):
                 sides = (boxes[:, 2:] - boxes[:, :2]).cpu() / torch.tensor(factors)
                 thinnest = sides.amin(1).nan_to_num(nan=-torch.inf).argmin()
                 width, height = sides[thinnest].tolist()
-                description = f"the thinnest of {len(boxes)} boxes: {width:.4g} x {height:.4g}"
-            texts.append(f"{image_id} ({description})")
-        return ", ".join(texts)
+                texts.append(f"{width:.4g} x {height:.4g} in image {image_id}")
+        return ", ".join(texts) or "none"
 
 
 class LossBuffer:
@@ -109,8 +107,9 @@ class LossBuffer:
             step = self.steps[step_index]
             raise FloatingPointError(
                 f"{self.names[loss_index]} is {values[step_index, loss_index].item()} at step {step.step} "
-                f"(epoch {step.epoch}), images {step.describe_images()}; the last checkpoint is from before. "
-                "Look at these boxes, or try a lower --optim.lr or --optim.clip-grad"
+                f"(epoch {step.epoch}), images {', '.join(map(str, step.image_ids))}; "
+                f"the last checkpoint is from before. Look at their boxes (the thinnest: {step.describe_boxes()}), "
+                "or try a lower --optim.lr or --optim.clip-grad"
             )
         return values
 
