@@ -213,7 +213,7 @@ def evaluate_only(config: Config, world: World) -> None:
 
     with contextlib.ExitStack() as stack:
         if world.is_main:
-            for note in stack.enter_context(run_folder.lock()):
+            for note in [*stack.enter_context(run_folder.lock()), *report.validation_notes(dataset)]:
                 show(f"note: {note}")
         metrics = evaluate(model, dataset, config, world, run_folder)
         if metrics is None:

@@ -57,7 +57,7 @@ def run_table(
         ("learning rate", _describe_learning_rate(config.optim, schedule)),
         ("length", _describe_length(config, batches_per_epoch)),
     ]
-    entries += [("note", note) for note in [*data_notes(train_set, val_set), *notes]]
+    entries += [("note", note) for note in [*training_notes(train_set), *validation_notes(val_set), *notes]]
     return "\n".join(_format_entry(label, text) for label, text in entries)
 
 
@@ -135,27 +135,35 @@ def _describe_split(dataset: CocoDetection) -> str:
     return f"{images}, {boxes}, {dataset.annotation_file}"
 
 
-def data_notes(train_set: CocoDetection, val_set: CocoDetection) -> list[str]:
-    """Return what is worth knowing about the data before the training."""
+def training_notes(dataset: CocoDetection) -> list[str]:
+    """Return what is worth knowing about the training data before the training."""
     notes = []
-    box_counts = np.bincount(train_set.labels, minlength=len(train_set.classes))
-    has_no_annotation = train_set.annotations_per_class == 0
+    box_counts = np.bincount(dataset.labels, minlength=len(dataset.classes))
+    has_no_annotation = dataset.annotations_per_class == 0
     has_no_box = (box_counts == 0) & ~has_no_annotation
     if has_no_annotation.any():
-        note = f"classes without annotations: {_name_classes(train_set, has_no_annotation)}"
-        if has_no_annotation[train_set.category_ids == 0].any():
+        note = f"classes without annotations: {_name_classes(dataset, has_no_annotation)}"
+        if has_no_annotation[dataset.category_ids == 0].any():
             note += "; the one with the id 0 may be the root category that Roboflow adds: remove it from both files"
         notes.append(note)
     if has_no_box.any():
-        notes.append(f"classes of which no box is left to train on: {_name_classes(train_set, has_no_box)}")
-    if val_set.has_annotations and not len(val_set.boxes):
-        notes.append("no usable box in the validation data: AP will say nothing")
+        notes.append(f"classes of which no box is left to train on: {_name_classes(dataset, has_no_box)}")
+    return notes + _split_notes(dataset, "training")
 
-    for split, dataset in {"training": train_set, "validation": val_set}.items():
-        if dataset.boxes_without_area:
-            notes.append(f"{dataset.boxes_without_area} {split} annotations without area: width x height of their box")
-        notes += [f"{split} data: {mistake}" for mistake in dataset.mistakes]
-    return notes
+
+def validation_notes(dataset: CocoDetection) -> list[str]:
+    """Return what is worth knowing about the validation data before an evaluation."""
+    notes = []
+    if dataset.has_annotations and not len(dataset.boxes):
+        notes.append("no usable box in the validation data: AP will say nothing")
+    return notes + _split_notes(dataset, "validation")
+
+
+def _split_notes(dataset: CocoDetection, split: str) -> list[str]:
+    notes = []
+    if dataset.boxes_without_area:
+        notes.append(f"{dataset.boxes_without_area} {split} annotations without area: width x height of their box")
+    return notes + [f"{split} data: {mistake}" for mistake in dataset.mistakes]
 
 
 def _name_classes(dataset: CocoDetection, is_named: np.ndarray) -> str:

@@ -36,10 +36,11 @@ MAX_COORDINATE = 1e9  # pixels; a box that reaches farther is a mistake
 MAX_TEXT_LENGTH = 4095  # characters; Linux has no longer paths
 NAMED_OFFENDERS = 3  # a message names so many entries, and counts them all
 
-# The empty list takes 3 bytes of JSON and 64 of memory, an object with one key 7 and 230. Even a file whose polygons
-# are lists of short points has less than one list in 5 bytes, and objects are three times as long as that.
+# An empty list is 3 characters of JSON and takes 64 bytes of memory, an object with one key is 7 and takes 230. Even a
+# file whose polygons are lists of short points has less than one list in 5 characters, and objects are three times as
+# long as that.
 FREE_BRACKETS = 100_000
-BYTES_PER_LIST = 5
+CHARACTERS_PER_LIST = 5
 LISTS_PER_OBJECT = 3
 
 
@@ -322,17 +323,19 @@ def _read_text(path: Path) -> str:
         file.seek(0)
         data = file.read()
 
-    lists = data.count(b"[")
-    objects = data.count(b"{")
-    if lists + LISTS_PER_OBJECT * objects > FREE_BRACKETS + len(data) / BYTES_PER_LIST:
-        raise ValueError(
-            f"expected images and annotations, got little else than brackets: {lists} '[' and {objects} '{{' "
-            f"in {len(data)} bytes"
-        )
     try:
-        return data.decode(encoding)
+        text = data.decode(encoding)
     except UnicodeDecodeError as error:
         raise ValueError(f"expected valid JSON, got a file that is not in {encoding.upper()}: {error}") from error
+
+    lists = text.count("[")
+    objects = text.count("{")
+    if lists + LISTS_PER_OBJECT * objects > FREE_BRACKETS + len(text) / CHARACTERS_PER_LIST:
+        raise ValueError(
+            f"expected images and annotations, got little else than brackets: {lists} '[' and {objects} '{{' "
+            f"in {len(text)} characters"
+        )
+    return text
 
 
 def _parse(text: str) -> dict[str, Any]:

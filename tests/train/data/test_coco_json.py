@@ -220,11 +220,12 @@ def test_encodings_that_json_allows(tmp_path, encoding):
     assert open_content(tmp_path, TEXT.replace("red", "rød").encode(encoding)).classes == ("rød", "blue")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
 @pytest.mark.parametrize("member", ["[]", "{}", "[[]]", '{"":0}', "[0]"])
-def test_brackets_alone_take_no_memory(tmp_path, member):
+def test_brackets_alone_take_no_memory(tmp_path, member, encoding):
     content = '{"images": [' + f"{member}," * 500_000 + "{}]}"
     with pytest.raises(ValueError, match="expected images and annotations, got little else than brackets"):
-        open_content(tmp_path, content.encode())
+        open_content(tmp_path, content.encode(encoding))
 
 
 def test_polygons_of_short_points_are_no_bomb(tmp_path):

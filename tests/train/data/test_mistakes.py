@@ -10,7 +10,7 @@ from tests.train.data.datasets import open_content, small_content
 from train.build import open_split
 from train.config import PRESETS
 from train.distributed import World
-from train.report import data_notes
+from train.report import training_notes, validation_notes
 
 CPU = World(0, 1, 0, torch.device("cpu"))
 SQUARE = [[10, 10], [60, 10], [60, 60], [10, 60]]
@@ -113,7 +113,7 @@ def test_mistakes_of_both_splits_are_noted(tmp_path, content, mistakes):
 def notes_of(tmp_path, train_content, val_content=None):
     train_set = open_content(tmp_path, train_content)
     val_set = open_content(tmp_path, val_content or train_content, training=False, classes=train_set.classes)
-    return data_notes(train_set, val_set)
+    return training_notes(train_set) + validation_notes(val_set)
 
 
 def test_well_formed_data_needs_no_notes(tmp_path):
