@@ -154,12 +154,12 @@ class FasterRCNN(nn.Module):
         # RoI head: from proposals to classes and boxes, and masks if the model has them.
         regions, samples = self.roi_head.sample(proposals, valid, targets, seeds + 1)
         logits, deltas = self.roi_head(features, regions, samples.valid)
-        losses |= self.roi_head.losses(logits, deltas, regions, samples, targets)
+        losses.update(self.roi_head.losses(logits, deltas, regions, samples, targets))
         if self.config.mask:
             num_targets = targets.labels.shape[1]
             height, width = batch.images.shape[2:]
             bitmaps = pad_masks(batch.targets, num_targets, (height, width), all_anchors.dtype)
-            losses |= self.roi_head.mask_losses(features, regions, samples, targets, bitmaps)
+            losses.update(self.roi_head.mask_losses(features, regions, samples, targets, bitmaps))
         return losses
 
     @torch.no_grad()

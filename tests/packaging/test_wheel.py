@@ -122,7 +122,7 @@ def test_content(wheel):
     assert missing == []
 
     required = re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE)
-    assert [requirement for requirement in required if "extra ==" not in requirement] == ["torch>=2.6"]
+    assert [requirement for requirement in required if "extra ==" not in requirement] == ["torch>=2.7"]
 
 
 def test_the_operator_needs_torch_alone(torch_only):
