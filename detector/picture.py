@@ -13,6 +13,7 @@ WHITE: Color = (255, 255, 255)
 BLACK: Color = (0, 0, 0)
 GRAY: Color = (235, 235, 235)
 FONT = cv2.FONT_HERSHEY_SIMPLEX
+HAS_ALL_LETTERS = int(cv2.__version__.split(".")[0]) >= 5  # the fonts of OpenCV 4 have those of ASCII only
 
 
 def font_scale(image: np.ndarray) -> float:
@@ -27,14 +28,19 @@ def line_thickness(scale: float) -> int:
 
 def text_extent(text: str, scale: float) -> tuple[int, int, int]:
     """Return the width of a text, and the height above and the depth below the baseline of any text, in pixels."""
-    (width, _), _ = cv2.getTextSize(text, FONT, scale, line_thickness(scale))
+    (width, _), _ = cv2.getTextSize(_drawable(text), FONT, scale, line_thickness(scale))
     (_, height), depth = cv2.getTextSize("Hg", FONT, scale, line_thickness(scale))
     return width, height, depth
 
 
 def put_text(picture: np.ndarray, text: str, x: int, baseline: int, scale: float, color: Color = BLACK) -> None:
     """Write a text into a picture, from column `x` on."""
-    cv2.putText(picture, text, (x, baseline), FONT, scale, color, line_thickness(scale), cv2.LINE_AA)
+    cv2.putText(picture, _drawable(text), (x, baseline), FONT, scale, color, line_thickness(scale), cv2.LINE_AA)
+
+
+def _drawable(text: str) -> str:
+    """Return a text with a question mark for each letter that OpenCV cannot draw."""
+    return text if HAS_ALL_LETTERS else text.encode("ascii", "replace").decode("ascii")
 
 
 def enlarge(image: np.ndarray, min_side: int) -> tuple[np.ndarray, float]:

@@ -212,6 +212,8 @@ def complete(config: Config, *, gpu: bool, processes: int = 1) -> Config:
         if config.eval_only and config.weights:
             raise ValueError("--eval-only with --weights: expected --out, a folder for the results, got none")
         config = replace(config, out=config.folder)
+    if any("\udc80" <= letter <= "\udcff" for letter in str(config.out)):
+        raise ValueError(f"--out {config.out}: expected a name in UTF-8, which TensorBoard needs, got other bytes")
 
     _check_ranges(config)
     _check_norm(config, gpu, processes)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from detector.text import printable
 from train.config import MAX_UNREADABLE_SHARE
 from train.data.collate import LoadedBatch
 from train.distributed import World
@@ -239,7 +240,7 @@ class TrainLog:
     def add_picture(self, name: str, image: np.ndarray, step: int) -> None:
         """Show an RGB image (H, W, 3) uint8 in TensorBoard."""
         if self._events is not None:
-            self._events.add_image(name, image, step, dataformats="HWC")
+            self._events.add_image(printable(name), image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Close the TensorBoard events and the progress line."""

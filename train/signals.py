@@ -128,8 +128,9 @@ class StopRequest:
                 message = f"rank {self.world.rank}: {message}"
             for child in multiprocessing.active_children():
                 child.kill()
-            if select.select([], [STDERR], [], 1.0)[1]:  # nobody may be reading it
-                os.write(STDERR, f"\n{message}\n".encode())
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                if select.select([], [STDERR], [], 1.0)[1]:  # nobody may be reading it at the moment
+                    os.write(STDERR, f"\n{message}\n".encode())
         os._exit(128 + number)
 
     def check(self) -> None:

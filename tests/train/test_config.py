@@ -99,3 +99,9 @@ def test_presets_survive_json(name):
     stored = as_dict(PRESETS[name])
     assert json.loads(json.dumps(stored)) == stored
     assert PRESETS[name].preset == name
+
+
+def test_folder_whose_name_is_not_utf_8_is_refused_at_once():
+    with pytest.raises(ValueError, match="--out .*: expected a name in UTF-8"):
+        parse(["--out", "runs/caf\udce9"], gpu=False)
+    assert parse(["--out", "runs/café \u202e\n$"], gpu=False).out.name == "café \u202e\n$"

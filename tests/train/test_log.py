@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -138,3 +139,9 @@ def test_more_than_one_percent_broken_stops(make_log):
     list(log.watch_loading([broken(5, 6)]))
     with pytest.raises(ValueError, match="2 of 199 training images could not be read"):
         take_step(log, 1)
+
+
+@pytest.mark.parametrize("name", ["cam0/0001", "\udcff", "two\nlines\x1b[2J", "猫 \u202e", "$x_", "", "x" * 250])
+def test_pictures_of_any_name_are_shown(make_log, name):
+    log = make_log()
+    log.add_picture(name, np.zeros((4, 4, 3), np.uint8), 1)
