@@ -82,7 +82,7 @@ def read_torch_file(path: Path) -> Any:
         reason = one_line(error) if _has_directory(path) else unreadable(path, error)
         raise ValueError(f"{path}: damaged: {reason}") from error
     try:
-        return _read_zip(members) if is_zip else _read_legacy(path.read_bytes())
+        return _read_zip(members) if is_zip else _read_legacy(path)
     except _MissingMemberError as error:
         raise ValueError(f"{path}: damaged: {error}") from error
     except Exception as error:  # so does the pickle module
@@ -204,20 +204,23 @@ class _Unpickler(pickle.Unpickler):
         return self.find_storage(str(key), _Storage(STORAGE_DTYPES.get(storage_type.path), count))
 
 
-def _load_pickle(data: bytes, find_storage: Callable[[str, _Storage], _Storage]) -> Any:
-    _check_operations(data)
-    return _Unpickler(data, find_storage).load()
+def _load_pickle(data: bytes, find_storage: Callable[[str, _Storage], _Storage], start: int = 0) -> tuple[Any, int]:
+    """Return what the pickle that begins at `start` holds, and where it ends."""
+    end = _check_operations(data, start)
+    return _Unpickler(data[start:end], find_storage).load(), end
 
 
-def _check_operations(data: bytes) -> None:
-    """Raise ValueError if a pickle has more operations, or containers in more containers, than any real file.
+def _check_operations(data: bytes, start: int) -> int:
+    """Return where a pickle ends; refuse more operations, or containers in more containers, than any real file has.
 
     Deep tuples as keys would end the process, for Python computes their hashes by recursion without a limit.
     """
     depths: list[int] = []  # of the values on the stack
     marks: list[int] = []
     memo: dict[Any, int] = {}
-    for number, (operation, argument, _) in enumerate(pickletools.genops(data)):
+    stream = io.BytesIO(data)
+    stream.seek(start)
+    for number, (operation, argument, _) in enumerate(pickletools.genops(stream)):
         if number >= MAX_OPERATIONS:
             raise ValueError(f"its pickle has more than {MAX_OPERATIONS} operations")
         if operation.name == "MARK":
@@ -239,6 +242,7 @@ def _check_operations(data: bytes) -> None:
             if depth > MAX_DEPTH:
                 raise ValueError(f"its pickle has containers in more than {MAX_DEPTH} others")
             depths += [depth] * len(operation.stack_after)
+    return stream.tell()
 
 
 def _take_operands(operation: pickletools.OpcodeInfo, depths: list[int], marks: list[int]) -> list[int]:
@@ -289,26 +293,28 @@ def _read_zip(members: dict[str, bytes]) -> Any:
             storages[key] = storage
         return storages[key]
 
-    return _Interpreter().plain(_load_pickle(members.pop(f"{root}data.pkl"), find_storage))
+    content, _ = _load_pickle(members.pop(f"{root}data.pkl"), find_storage)
+    return _Interpreter().plain(content)
 
 
-def _read_legacy(data: bytes) -> Any:
+def _read_legacy(path: Path) -> Any:
     """Return the content of a file in the format before torch 1.6: pickles, then the bytes of the storages."""
     storages: dict[str, _Storage] = {}
 
     def find_storage(key: str, storage: _Storage) -> _Storage:
         return storages.setdefault(key, storage)
 
+    with path.open("rb") as file:
+        magic, _ = _load_pickle(file.read(64), find_storage)
+    if magic != LEGACY_MAGIC:
+        raise ValueError("it does not begin as torch.save does")
+
+    data = path.read_bytes()
     position = 0
     pickles = []
-    for number in range(5):
-        stream = io.BytesIO(data[position:])
-        for _ in pickletools.genops(stream):
-            pass
-        pickles.append(_load_pickle(data[position : position + stream.tell()], find_storage))
-        position += stream.tell()
-        if number == 0 and pickles[0] != LEGACY_MAGIC:
-            raise ValueError("it does not begin as torch.save does")
+    for _ in range(5):
+        content, position = _load_pickle(data, find_storage, position)
+        pickles.append(content)
 
     _, version, system, content, keys = pickles
     if version != LEGACY_VERSION or not system.get("little_endian"):

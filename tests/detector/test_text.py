@@ -9,13 +9,45 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from detector.text import lasting_output, message_line, printable, printable_lines, short_name, shorten, show
+from detector.text import (
+    lasting_output,
+    message_line,
+    one_line,
+    printable,
+    printable_lines,
+    short_name,
+    shorten,
+    show,
+    shown,
+)
 
 ROOT = Path(__file__).parents[2]
 CONTROLS = [*map(chr, range(0x20)), *map(chr, range(0x7F, 0xA0))]
 DIRECTIONS = ["\u061c", "\u200e", "\u200f", *map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))]
 OTHERS = ["\u2028", "\u2029", "\u200b", "\ufeff", "\u00ad", "\ud800", "\udcff", "\U000e0041"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("a\nb", r"'a\nb'"),
+        (list(range(100)), "[0, 1, 2, 3, 4, 5, ...]"),
+        (int("9" * 4000) ** 2, "a value of type int"),
+        (torch.zeros(3, 3), "tensor([[0., 0., 0.], [0., 0., 0.], [0., 0., 0.]])"),
+    ],
+    ids=["text", "list", "int", "tensor"],
+)
+def test_values_of_any_type_are_shown_in_one_short_line(value, text):
+    assert shown(value) == text
+    assert len(shown("a" * 10**6)) < 100
+    assert len(shown([["a" * 10**6] * 10] * 10)) < 10_000
+
+
+def test_errors_of_other_programs_are_one_line():
+    assert one_line(ValueError("first\n  second\n")) == "first second"
+    assert one_line(MemoryError()) == "MemoryError"
 
 
 @pytest.mark.parametrize("character", CONTROLS + DIRECTIONS + OTHERS, ids=ascii)
