@@ -223,7 +223,7 @@ def degenerate(content):
     far.update(bbox=[1e6, -1e6, 10, 10])
     crowd.update(iscrowd=True)
     ignored.update(ignore=1)
-    huge.update(bbox=[-1e308, -1e308, 1e308, 1e308], area=1e308)
+    huge.update(bbox=[-1e9, -1e9, 1e9, 1e9], area=1e308)
     content["images"].append({"id": 7, "file_name": "none.png", "width": 128, "height": 96})
 
 
