@@ -11,9 +11,12 @@ uninitialized memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from detector.text import shown
 
 GROUP_BITS = 5
 """A number is written in groups of 5 bits, lowest first, one character each."""
@@ -27,8 +30,11 @@ SIGN_BIT = 1 << (GROUP_BITS - 1)
 ZERO_CODE = ord("0")
 """Code of the character that stands for 0."""
 
-MAX_GROUPS = 10
-"""Largest number of groups in one number; enough for all runs up to 2 ** 49 pixels."""
+MAX_PIXELS = 1 << 29
+"""Pixels of the largest mask that is read. pycocotools counts runs in 32 bits, and so do the evaluators."""
+
+MAX_GROUPS = 7
+"""Largest number of groups in one number; enough for a sign and `MAX_PIXELS`."""
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
@@ -65,9 +71,9 @@ def decode_mask(rle: dict[str, Any]) -> np.ndarray:
         (H, W) bool.
 
     Raises:
-        ValueError: `counts` is malformed or does not fill `size`.
+        ValueError: `size` or `counts` is malformed, `size` has more than `MAX_PIXELS`, or `counts` does not fill it.
     """
-    height, width = rle["size"]
+    height, width = rle_size(rle)
     return runs_to_mask(rle_to_runs(rle), height, width)
 
 
@@ -89,7 +95,13 @@ def mask_to_runs(mask: np.ndarray) -> np.ndarray:
 
 
 def runs_to_mask(runs: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return the mask (height, width) bool of runs (R,) that fill it."""
+    """Return the mask (height, width) bool of runs (R,) int64.
+
+    Raises:
+        ValueError: a run is negative, or they do not fill the mask.
+    """
+    if not _fill(runs, height * width):
+        raise ValueError(f"runs: expected lengths that fill {height} x {width} pixels, got {shown(runs.tolist())}")
     values = np.arange(len(runs)) % 2 == 1
     pixels = np.repeat(values, runs)
     return np.ascontiguousarray(pixels.reshape(width, height).T)
@@ -97,15 +109,50 @@ def runs_to_mask(runs: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def rle_to_runs(rle: dict[str, Any]) -> np.ndarray:
     """Return the runs (R,) int64 of COCO's run lengths; argument and errors are those of `decode_mask`."""
-    height, width = rle["size"]
-    counts = rle["counts"]
-    is_compressed = isinstance(counts, (str, bytes))
-    runs = _decode_runs(counts) if is_compressed else np.array(counts or [0])
+    height, width = rle_size(rle)
+    counts = rle.get("counts")
+    runs = None
+    if isinstance(counts, (str, bytes)):
+        runs = _decode_runs(counts, height * width)
+    elif isinstance(counts, (list, tuple)):
+        runs = _whole_numbers(counts)
+    if runs is None or not _fill(runs, height * width):
+        raise ValueError(f"counts: expected lengths that fill {height} x {width} pixels, got {shown(counts)}")
+    return runs
 
-    are_lengths = runs is not None and runs.ndim == 1 and runs.dtype.kind == "i" and runs.min() >= 0
-    if runs is None or not are_lengths or runs.sum() != height * width:
-        raise ValueError(f"counts: expected lengths that fill {height} x {width} pixels, got {counts!r:.60}")
-    return runs.astype(np.int64)
+
+def rle_size(rle: dict[str, Any]) -> tuple[int, int]:
+    """Return height and width of COCO's run lengths; argument and errors are those of `decode_mask`."""
+    size = rle.get("size") if isinstance(rle, dict) else None
+    if isinstance(size, (list, tuple)) and len(size) == 2 and all(_is_whole(type(side)) for side in size):
+        height, width = map(int, size)
+        if min(height, width) >= 0 and height * width <= MAX_PIXELS:
+            return height, width
+    raise ValueError(f"size: expected whole numbers [height, width] of at most {MAX_PIXELS} pixels, got {shown(size)}")
+
+
+def _fill(runs: np.ndarray, pixels: int) -> bool:
+    """Tell whether runs (R,) are lengths that add up to this number of pixels.
+
+    Each is compared first: so their sum cannot wrap to the right number.
+    """
+    if not len(runs):
+        return pixels == 0
+    return bool(runs.min() >= 0 and runs.max() <= pixels and runs.sum() == pixels)
+
+
+def _is_whole(kind: type) -> bool:
+    return issubclass(kind, (int, np.integer)) and kind is not bool
+
+
+def _whole_numbers(counts: Sequence[Any]) -> np.ndarray | None:
+    """Return whole numbers (R,) as int64, None if they are something else."""
+    if not all(map(_is_whole, set(map(type, counts)))):
+        return None
+    try:
+        return np.array(counts, np.int64)
+    except OverflowError:
+        return None
 
 
 def _encode_number(number: int) -> str:
@@ -123,10 +170,16 @@ def _encode_number(number: int) -> str:
     return text
 
 
-def _decode_runs(text: str | bytes) -> np.ndarray | None:
-    """Return the runs in a compressed string, None if it is malformed."""
-    data = text.encode("utf-8") if isinstance(text, str) else text
-    characters = np.frombuffer(data, np.uint8).astype(np.int64) - ZERO_CODE
+def _decode_runs(text: str | bytes, pixels: int) -> np.ndarray | None:
+    """Return the runs (R,) int64 in a compressed string for a mask of so many pixels, None if it is malformed."""
+    if isinstance(text, str):
+        if not text.isascii():
+            return None
+        text = text.encode("ascii")
+    if len(text) > MAX_GROUPS * (pixels + 1):
+        return None  # more runs than pixels
+
+    characters = np.frombuffer(text, np.uint8).astype(np.int64) - ZERO_CODE
     last = np.flatnonzero((characters & CONTINUATION_BIT) == 0)  # the last character of each number
     if not len(last) or last[-1] != len(characters) - 1:
         return None
@@ -141,6 +194,8 @@ def _decode_runs(text: str | bytes) -> np.ndarray | None:
     groups = characters & (CONTINUATION_BIT - 1)
     runs = np.add.reduceat(groups << GROUP_BITS * index_in_number, first)
     runs -= np.where(characters[last] & SIGN_BIT, 1 << GROUP_BITS * lengths, 0)  # two's complement
+    if np.abs(runs).max() > pixels:
+        return None  # their sums could wrap
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])
     return runs

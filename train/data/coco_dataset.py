@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -29,8 +28,8 @@ from train.data.annotations import (
     to_corners,
 )
 from train.data.coco_json import Entry, collector_paused, load_coco_json
-from train.data.mistakes import find_mask_mistakes, find_mistakes
-from train.data.segmentation import Segmentations, find_drawable
+from train.data.mistakes import find_mistakes
+from train.data.segmentation import Segmentations, read_segmentations
 from train.data.transforms import Sample, Transform
 
 
@@ -171,7 +170,7 @@ class CocoDetection:
             self._set_boxes(entries, annotations, images, indices, masks)
             self.annotations_per_class = count_by_class(annotations, len(self.classes))
             self.boxes_without_area = int((~annotations.has_area).sum())
-            self.mistakes += find_mistakes(annotations, images)
+            self.mistakes = find_mistakes(annotations, images)
         except ValueError as error:
             raise ValueError(f"{self.annotation_file}: {error}") from error
 
@@ -194,10 +193,12 @@ class CocoDetection:
         # Evaluation compares with all annotations of an image, training uses only some of them.
         compared = np.zeros(len(entries), bool) if self.training else find_compared(annotations, images, image_indices)
         no_polygon = np.zeros(len(entries), bool)
-        self.mistakes: list[str] = []
+        masked = np.zeros(0, np.int64)
+        segmentations = None
         if masks:
-            no_polygon = self._find_undrawable(entries, annotations, images, used | compared)
-            self.mistakes += find_mask_mistakes(_segmentations(entries, np.flatnonzero(no_polygon)))
+            masked = np.flatnonzero(used | compared)
+            segmentations, are_drawable = self._read_segmentations(entries, annotations, images, masked)
+            no_polygon[masked] = ~are_drawable
             used &= ~no_polygon
         self.counts = AnnotationCounts(used=int(used.sum()), no_polygon=int(no_polygon.sum()), **dropped)
 
@@ -206,7 +207,9 @@ class CocoDetection:
         self.boxes = to_corners(annotations.boxes[order])
         self.labels = annotations.labels[order]
         self.box_starts = np.searchsorted(of_image[order], np.append(image_indices, len(images.ids)))
-        self.segmentations = Segmentations.parse(_segmentations(entries, order)) if masks else None
+        self.segmentations = None
+        if segmentations is not None:
+            self.segmentations = segmentations.take(np.searchsorted(masked, order))
 
         self.all_annotations = None
         self.all_segmentations = None
@@ -214,22 +217,13 @@ class CocoDetection:
             rows = np.flatnonzero(compared)
             columns = annotations.take(rows)
             self.all_annotations = replace(columns, image_indices=np.searchsorted(image_indices, columns.image_indices))
-            if masks:
-                self.all_segmentations = Segmentations.parse(_segmentations(entries, rows))
+            if segmentations is not None:
+                self.all_segmentations = segmentations.take(np.searchsorted(masked, rows))
 
-    def _find_undrawable(
-        self, entries: list[Entry], annotations: AnnotationColumns, images: ImageColumns, needs_mask: np.ndarray
-    ) -> np.ndarray:
-        """Return which of the annotations that need a mask (M,) bool have none that can be drawn, (M,) bool."""
-        indices = np.flatnonzero(needs_mask)
+    def _read_segmentations(
+        self, entries: list[Entry], annotations: AnnotationColumns, images: ImageColumns, indices: np.ndarray
+    ) -> tuple[Segmentations, np.ndarray]:
+        """Return the masks of the annotations with these indices, and which of them can be drawn."""
         image_indices = annotations.image_indices[indices]
         sizes = np.stack([images.heights[image_indices], images.widths[image_indices]], 1)
-        is_drawable = find_drawable(entries, indices, sizes, required=not self.training)
-
-        undrawable = np.zeros(len(entries), bool)
-        undrawable[indices] = ~is_drawable
-        return undrawable
-
-
-def _segmentations(entries: list[Entry], rows: np.ndarray) -> Iterator[Any]:
-    return (entries[row]["segmentation"] for row in rows)
+        return read_segmentations(entries, indices, image_indices, sizes, required=not self.training)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 import numpy as np
 
 from train.data.annotations import AnnotationColumns, ImageColumns
@@ -32,13 +29,6 @@ def find_mistakes(annotations: AnnotationColumns, images: ImageColumns) -> list[
     return mistakes
 
 
-def find_mask_mistakes(segmentations: Iterable[Any]) -> list[str]:
-    """Return what looks wrong about the segmentations of objects that cannot be drawn."""
-    if any(_has_nested_points(segmentation) for segmentation in segmentations):
-        return ["segmentation has a list for every point: COCO's polygons are flat, [x1, y1, x2, y2, ...]"]
-    return []
-
-
 def _look_like_corners(annotations: AnnotationColumns, images: ImageColumns) -> bool:
     """Tell whether boxes fit their images if they are read as corners, and often do not as COCO reads them."""
     x, y, width, height = annotations.boxes.T
@@ -48,14 +38,3 @@ def _look_like_corners(annotations: AnnotationColumns, images: ImageColumns) -> 
     reach_beyond = (x + width > image_widths) | (y + height > image_heights)
     is_certain = fit_as_corners.all() and reach_beyond.mean() >= MIN_SHARE_BEYOND
     return len(annotations.boxes) >= MIN_BOXES and bool(is_certain)
-
-
-def _has_nested_points(segmentation: Any) -> bool:
-    """Tell whether polygons are [[x, y], ...] or [[[x, y], ...], ...]."""
-    if not isinstance(segmentation, list) or not segmentation:
-        return False
-    return all(_is_point(polygon) or (polygon and all(map(_is_point, polygon))) for polygon in segmentation)
-
-
-def _is_point(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and not any(isinstance(number, list) for number in value)

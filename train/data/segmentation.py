@@ -1,98 +1,98 @@
-"""The segmentations of objects as annotation files have them: checked, held as flat arrays, drawn one at a time."""
+"""The segmentations of objects as annotation files have them: checked, held as flat arrays, drawn one at a time.
+
+Native code draws and compares them, pycocotools and faster-coco-eval. It trusts what it gets: with run lengths that do
+not fill their mask, or coordinates far outside the image, it writes beyond its memory or asks for all there is. So
+`read_segmentations` checks everything before.
+"""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from detector.ops.rle import decode_mask, rle_to_runs, runs_to_mask
-from train.data.coco_json import Entry, describe_entry
+from detector.ops.rle import MAX_PIXELS, decode_mask, rle_to_runs, runs_to_mask
+from detector.text import shown
+from train.data.coco_json import NAMED_OFFENDERS, Entry, describe_entry
 
 MIN_POLYGON_LENGTH = 6  # numbers: three corners
+NUMBER_TYPES = {int, float}  # of coordinates; bool is none
+
+MARGIN = 10
+"""How far coordinates may lie outside of their image, in lengths of its longer side.
+
+COCO's polygons end within a pixel of the image. Those of images that were cut from larger ones go on beyond the cut,
+and are drawn right.
+"""
+
+MAX_OUTLINE = 1 << 23
+"""Pixels of all edges of the polygons of one image, one more for each edge; COCO's images have less than 1 << 15.
+
+Drawing a polygon takes 80 bytes for each of these pixels.
+"""
+
 _NO_RUNS = np.zeros(0, np.int64)
 
 
-def valid_polygons(polygons: list[list[float]]) -> list[list[float]]:
-    """Return the polygons [x1, y1, x2, y2, ...] that have pairs of coordinates and three corners."""
-    return [polygon for polygon in polygons if len(polygon) % 2 == 0 and len(polygon) >= MIN_POLYGON_LENGTH]
-
-
-def is_drawable(segmentation: Any) -> bool:
-    """Tell whether a `segmentation` can be drawn: it has a valid polygon, or run lengths and a size.
-
-    Raises:
-        ValueError: it is neither a list of polygons nor an object.
-
-    Source:
-        MMDetection's LoadAnnotations, which ignores objects without one.
-    """
-    if isinstance(segmentation, dict):
-        has_counts = isinstance(segmentation.get("counts"), (list, str))
-        return has_counts and isinstance(segmentation.get("size"), list)
-    if not isinstance(segmentation, list) or not all(isinstance(polygon, list) for polygon in segmentation):
-        raise ValueError(f"expected polygons or run lengths, got {segmentation!r:.60}")
-    return bool(valid_polygons(segmentation))
-
-
-def check_segmentation(segmentation: Any, height: int, width: int) -> None:
-    """Check the numbers of a `segmentation` that can be drawn, and that it fits its image.
-
-    Raises:
-        ValueError: run lengths of another size, or polygons with something else than finite numbers.
-    """
-    if isinstance(segmentation, dict):
-        size = segmentation["size"]
-        if size != [height, width]:
-            raise ValueError(f"expected the size of its image, {height} x {width}, got {size}")
-        rle_to_runs(segmentation)
-        return
-
-    for polygon in valid_polygons(segmentation):
-        numbers = np.array(polygon)
-        if numbers.dtype.kind not in "if" or numbers.ndim != 1 or not np.isfinite(numbers).all():
-            raise ValueError(f"expected polygons of numbers, got {polygon!r:.60}")
-
-
-def find_drawable(
-    entries: Sequence[Entry], indices: np.ndarray, image_sizes: np.ndarray, *, required: bool
-) -> np.ndarray:
-    """Return which annotations have a mask that can be drawn.
+def read_segmentations(
+    entries: Sequence[Entry],
+    indices: np.ndarray,
+    image_indices: np.ndarray,
+    image_sizes: np.ndarray,
+    *,
+    required: bool,
+) -> tuple[Segmentations, np.ndarray]:
+    """Read the segmentations of annotations.
 
     Args:
         entries: the annotations of a file.
-        indices: (n,) int64, which of them to look at.
+        indices: (n,) int64, which of them to read.
+        image_indices: (n,) int64, the image of each.
         image_sizes: (n, 2) int64, height and width of the image of each.
         required: whether every one needs a mask, as in evaluation.
 
     Returns:
-        (n,) bool.
+        The segmentations (n of them), and which of them have something that can be drawn, (n,) bool.
 
     Raises:
-        ValueError: a segmentation is missing, malformed, or not drawable though required; the message names the entry.
+        ValueError: a segmentation is missing, malformed, does not fit its image, or cannot be drawn though required.
+            The message counts such entries and names the first of them.
+
+    Source:
+        MMDetection's LoadAnnotations, which ignores objects without a polygon of three corners.
     """
-    drawable = np.ones(len(indices), bool)
-    for position, index in enumerate(indices):
-        entry = entries[index]
-        segmentation = entry.get("segmentation")
-        height, width = image_sizes[position].tolist()
+    collector = _Collector()
+    problems: dict[int, str] = {}
+    for position, (index, (height, width)) in enumerate(zip(indices.tolist(), image_sizes.tolist(), strict=True)):
+        segmentation = entries[index].get("segmentation")
         try:
             if segmentation is None:
                 raise ValueError("expected one, which a model with masks (--model.mask) needs, got none")
-
-            drawable[position] = is_drawable(segmentation)
-            if drawable[position]:
-                check_segmentation(segmentation, height, width)
-            elif required:
-                raise ValueError("expected a valid polygon to compare masks with, got none")
+            if isinstance(segmentation, dict) and segmentation.get("size", [height, width]) != [height, width]:
+                size = shown(segmentation["size"])
+                raise ValueError(f"expected the size of its image, {height} x {width}, got {size}")
+            if not collector.add(segmentation) and required:
+                problems[position] = "expected a valid polygon to compare masks with, got none"
         except ValueError as error:
-            name = describe_entry("annotations", index, entry)
-            raise ValueError(f"{name}: 'segmentation': {error}") from error
-    return drawable
+            problems[position] = str(error)
+            collector.add([])
+
+    segmentations = collector.finish()
+    problems |= _find_problems_of_polygons(segmentations, image_indices, image_sizes)
+    if problems:
+        named = []
+        for position in sorted(problems)[:NAMED_OFFENDERS]:
+            index = int(indices[position])
+            name = describe_entry("annotations", index, entries[index])
+            named.append(f"{name}: 'segmentation': {problems[position]}")
+        total = f"; {len(problems)} in all" if len(problems) > len(named) else ""
+        raise ValueError("; ".join(named) + total)
+    return segmentations, segmentations.are_drawable()
 
 
 @dataclass(frozen=True)
@@ -115,35 +115,25 @@ class Segmentations:
 
     @classmethod
     def parse(cls, segmentations: Iterable[Any]) -> Segmentations:
-        """Take `segmentation` values that `check_segmentation` accepts."""
-        coordinates = [np.zeros(0)]
-        polygon_lengths = []
-        polygon_counts = []
-        run_lengths = [_NO_RUNS]
-        run_counts = []
-        for segmentation in segmentations:
-            polygons = []
-            runs = _NO_RUNS
-            if isinstance(segmentation, dict):
-                runs = rle_to_runs(segmentation)
-            else:
-                polygons = valid_polygons(segmentation)
+        """Take `segmentation` values that fit their images.
 
-            coordinates += [np.array(polygon, np.float64) for polygon in polygons]
-            polygon_lengths += [len(polygon) for polygon in polygons]
-            polygon_counts.append(len(polygons))
-            run_lengths.append(runs)
-            run_counts.append(len(runs))
-        return cls(
-            coordinates=np.concatenate(coordinates),
-            polygon_starts=_starts(polygon_lengths),
-            run_lengths=np.concatenate(run_lengths),
-            first_polygon=_starts(polygon_counts),
-            first_run=_starts(run_counts),
-        )
+        Raises:
+            ValueError: one of them is malformed.
+        """
+        collector = _Collector()
+        for segmentation in segmentations:
+            collector.add(segmentation)
+        return collector.finish()
 
     def __len__(self) -> int:
         return len(self.first_run) - 1
+
+    def are_drawable(self) -> np.ndarray:
+        """Return which objects (M,) bool have polygons or run lengths."""
+        has_polygons = np.diff(self.first_polygon) > 0
+        has_runs = np.diff(self.first_run) > 0
+        are_drawable: np.ndarray = has_polygons | has_runs
+        return are_drawable
 
     def take(self, objects: np.ndarray) -> Segmentations:
         """Return the segmentations of the objects with these numbers."""
@@ -161,7 +151,7 @@ class Segmentations:
             runs = self.run_lengths[first_run:stop_run]
             return runs_to_mask(runs, height, width).view(np.uint8)
 
-        polygon_rles = coco_mask.frPyObjects(self._polygons(number), height, width)
+        polygon_rles = coco_mask.frPyObjects(self.polygons(number), height, width)
         return decode_mask(coco_mask.merge(polygon_rles)).view(np.uint8)
 
     def to_coco(self, number: int, height: int, width: int) -> dict[str, Any] | list[list[float]]:
@@ -169,12 +159,155 @@ class Segmentations:
         first_run, stop_run = self.first_run[number : number + 2]
         if stop_run > first_run:
             return {"size": [height, width], "counts": self.run_lengths[first_run:stop_run].tolist()}
-        return [polygon.tolist() for polygon in self._polygons(number)]
+        return [polygon.tolist() for polygon in self.polygons(number)]
 
-    def _polygons(self, number: int) -> list[np.ndarray]:
+    def polygons(self, number: int) -> list[np.ndarray]:
+        """Return the polygons of object `number`, each (c,) float64 of x and y in turn."""
         first_polygon, stop_polygon = self.first_polygon[number : number + 2]
         starts = self.polygon_starts[first_polygon : stop_polygon + 1]
         return [self.coordinates[start:stop] for start, stop in pairwise(starts)]
+
+
+class _Collector:
+    """Puts segmentations into flat arrays, one after the other."""
+
+    def __init__(self) -> None:
+        self._coordinates = array("d")
+        self._polygon_lengths: list[int] = []
+        self._polygon_counts: list[int] = []
+        self._run_lengths = [_NO_RUNS]
+        self._run_counts: list[int] = []
+
+    def add(self, segmentation: Any) -> bool:
+        """Add one segmentation; return whether it can be drawn.
+
+        Polygons without three corners are left out, and so are run lengths that lack `size` or `counts`.
+
+        Raises:
+            ValueError: it is malformed, and not added.
+        """
+        runs = _NO_RUNS
+        polygon_count = 0
+        if isinstance(segmentation, dict):
+            if segmentation.get("size") is not None and segmentation.get("counts") is not None:
+                runs = rle_to_runs(segmentation)
+                self._run_lengths.append(runs)
+        elif isinstance(segmentation, list) and set(map(type, segmentation)) <= {list}:
+            polygon_count = self._add_polygons(segmentation)
+        else:
+            raise ValueError(f"expected polygons or run lengths, got {shown(segmentation)}")
+        self._polygon_counts.append(polygon_count)
+        self._run_counts.append(len(runs))
+        return polygon_count > 0 or len(runs) > 0
+
+    def finish(self) -> Segmentations:
+        """Return all that were added."""
+        return Segmentations(
+            coordinates=np.frombuffer(self._coordinates, np.float64),
+            polygon_starts=_starts(self._polygon_lengths),
+            run_lengths=np.concatenate(self._run_lengths),
+            first_polygon=_starts(self._polygon_counts),
+            first_run=_starts(self._run_counts),
+        )
+
+    def _add_polygons(self, polygons: list[list[Any]]) -> int:
+        """Add those of three corners or more; return how many these are."""
+        lengths = list(map(len, polygons))
+        is_list_of_points = lengths[2:] and set(lengths) == {2}
+        types: set[type] = set().union(*(map(type, polygon) for polygon in polygons))
+        if is_list_of_points or list in types:
+            found = shown(polygons)
+            raise ValueError(f"expected polygons [x1, y1, x2, y2, ...] without a list for every point, got {found}")
+        if not types <= NUMBER_TYPES:
+            raise ValueError(f"expected polygons of numbers, got {shown(polygons)}")
+
+        valid = [polygon for polygon in polygons if len(polygon) >= MIN_POLYGON_LENGTH and len(polygon) % 2 == 0]
+        try:
+            coordinates = array("d", chain.from_iterable(valid))
+        except OverflowError:
+            raise ValueError(f"expected polygons of numbers in 64 bits, got {shown(polygons)}") from None
+        self._coordinates.extend(coordinates)
+        self._polygon_lengths += map(len, valid)
+        return len(valid)
+
+
+def _find_problems_of_polygons(
+    segmentations: Segmentations, image_indices: np.ndarray, image_sizes: np.ndarray
+) -> dict[int, str]:
+    """Return number -> what is wrong with its polygons, of the objects whose polygons cannot be drawn in their image.
+
+    The arguments are those of `read_segmentations`. Only the first texts are written, the others are empty.
+    """
+    polygon_counts = np.diff(segmentations.first_polygon)
+    if not polygon_counts.any():
+        return {}
+    object_of_polygon = np.repeat(np.arange(len(segmentations)), polygon_counts)
+    heights, widths = image_sizes[object_of_polygon].T
+    margins = MARGIN * np.maximum(heights, widths)
+
+    x, y = segmentations.coordinates.reshape(-1, 2).T
+    starts = segmentations.polygon_starts[:-1] // 2
+    is_inside = np.ones(len(starts), bool)
+    for values, sides in ((x, widths), (y, heights)):
+        # NaN is neither below nor above anything
+        is_inside &= np.minimum.reduceat(values, starts) >= -margins
+        is_inside &= np.maximum.reduceat(values, starts) <= sides + margins
+    is_inside &= heights * widths <= MAX_PIXELS
+
+    problems: dict[int, str] = {}
+    for number in np.unique(object_of_polygon[~is_inside]).tolist():
+        problems[number] = ""
+        if len(problems) <= NAMED_OFFENDERS:
+            height, width = image_sizes[number].tolist()
+            problems[number] = _describe_coordinates(segmentations, number, height, width)
+    return problems or _find_long_outlines(segmentations, image_indices, x, y)
+
+
+def _describe_coordinates(segmentations: Segmentations, number: int, height: int, width: int) -> str:
+    """Return what is wrong with the coordinates of an object in an image of this size."""
+    if height * width > MAX_PIXELS:
+        return f"expected an image of at most {MAX_PIXELS} pixels, got {height} x {width}"
+    x, y = np.concatenate(segmentations.polygons(number)).reshape(-1, 2).T
+    margin = MARGIN * max(height, width)
+    is_inside = (x >= -margin) & (x <= width + margin) & (y >= -margin) & (y <= height + margin)
+    first = int(np.flatnonzero(~is_inside)[0])
+    point = f"({x[first]:g}, {y[first]:g})"
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        return f"expected polygons of numbers, got the corner {point}"
+    return f"expected corners at most {margin} pixels outside of its image of {height} x {width}, got {point}"
+
+
+def _find_long_outlines(
+    segmentations: Segmentations, image_indices: np.ndarray, x: np.ndarray, y: np.ndarray
+) -> dict[int, str]:
+    """Return number -> what is wrong, of the longest outline of each image whose outlines are too long together.
+
+    Args:
+        segmentations: of the objects.
+        image_indices: (n,) int64, the image of each object.
+        x, y: (P / 2,) float64, all corners.
+    """
+    stops = segmentations.polygon_starts[1:] // 2
+    starts = segmentations.polygon_starts[:-1] // 2
+    edges = np.maximum(np.abs(np.diff(x, append=0)), np.abs(np.diff(y, append=0)))
+    edges[stops - 1] = np.maximum(np.abs(x[stops - 1] - x[starts]), np.abs(y[stops - 1] - y[starts]))
+    outline_of_polygon = np.add.reduceat(edges, starts) + (stops - starts)
+
+    object_of_polygon = np.repeat(np.arange(len(segmentations)), np.diff(segmentations.first_polygon))
+    outlines = np.bincount(object_of_polygon, outline_of_polygon, minlength=len(segmentations))
+    outlines_of_images = np.bincount(image_indices, outlines)
+
+    by_image = np.lexsort((outlines, image_indices))  # the longest one of an image comes last
+    is_last = np.diff(image_indices[by_image], append=-1) != 0
+    problems: dict[int, str] = {}
+    for number in by_image[is_last].tolist():
+        total = outlines_of_images[image_indices[number]]
+        if total > MAX_OUTLINE:
+            problems[number] = (
+                f"expected polygons of at most {MAX_OUTLINE} pixels of outline in one image, got {total:.0f}, "
+                f"{outlines[number]:.0f} of them here"
+            )
+    return problems
 
 
 def take_rows(starts: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

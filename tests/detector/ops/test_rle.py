@@ -66,3 +66,72 @@ def test_lengths_may_be_uncompressed():
 def test_lengths_that_do_not_fill_the_mask_are_refused(counts):
     with pytest.raises(ValueError, match="counts: expected lengths that fill 2 x 3 pixels"):
         decode_mask({"size": [2, 3], "counts": counts})
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        pytest.param([2**62, 2**62, 2**62, 2**62, 6], id="sum of 64 bits wraps"),
+        pytest.param([2**32, 6], id="sum of 32 bits wraps"),
+        pytest.param([2**70], id="too large for 64 bits"),
+        pytest.param([0, 7, -1], id="negative"),
+        pytest.param([True, 5], id="bool"),
+        pytest.param([2.0, 4.0], id="float"),
+        pytest.param([[1], 5], id="ragged"),
+        pytest.param([None], id="none"),
+        pytest.param({"0": 6}, id="object"),
+        pytest.param(6, id="number"),
+        pytest.param(None, id="missing"),
+        pytest.param("\udc80", id="lone surrogate"),
+        pytest.param("٦", id="digit that is not ASCII"),
+        pytest.param("6\0", id="character 0"),
+        pytest.param("oooooooooo1", id="number too long"),
+        pytest.param("1" + "oooooo?" * 30000, id="differences whose sum wraps"),
+        pytest.param("0" * 10**6, id="more runs than pixels"),
+        pytest.param(b"o", id="cut off"),
+    ],
+)
+def test_hostile_lengths_are_refused(counts):
+    with pytest.raises(ValueError, match="counts: expected lengths that fill 2 x 3 pixels, got") as caught:
+        decode_mask({"size": [2, 3], "counts": counts})
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        [10**9, 10**9],
+        [2**32, 2**32],
+        [-2, -3],
+        [2.0, 3],
+        [True, 6],
+        ["2", "3"],
+        "23",
+        [6],
+        [1, 2, 3],
+        [[2], [3]],
+        None,
+        {"h": 2},
+    ],
+)
+def test_hostile_sizes_are_refused(size):
+    for counts in ([6], [10**18], "6"):
+        with pytest.raises(ValueError, match=r"size: expected whole numbers \[height, width\] of at most 536870912"):
+            decode_mask({"size": size, "counts": counts})
+
+
+@pytest.mark.parametrize("rle", [None, [], "6", {}, {"counts": [6]}])
+def test_what_is_no_run_lengths_is_refused(rle):
+    with pytest.raises(ValueError, match=r"size: expected"):
+        decode_mask(rle)
+
+
+@pytest.mark.parametrize("runs", [[2**62, 2**62, 2**62, 2**62, 6], [-6, 12], [5], []])
+def test_runs_that_do_not_fill_the_mask_are_refused(runs):
+    with pytest.raises(ValueError, match="runs: expected lengths that fill 2 x 3 pixels"):
+        runs_to_mask(np.array(runs, np.int64), 2, 3)
+
+
+def test_empty_masks_come_back():
+    for shape in ((0, 4), (4, 0), (0, 0)):
+        assert decode_mask(encode_mask(np.zeros(shape, bool))).shape == shape

@@ -13,20 +13,18 @@ from train.distributed import World
 from train.report import training_notes, validation_notes
 
 CPU = World(0, 1, 0, torch.device("cpu"))
-SQUARE = [[10, 10], [60, 10], [60, 60], [10, 60]]
 CROWDS = "every annotation has an iscrowd of 1"
 NO_AREA = "every annotation has an area of 0"
 SHARES = "every bbox lies between 0 and 1: COCO's are in pixels"
 CORNERS = "bbox looks like x1, y1, x2, y2"
-POINTS = "segmentation has a list for every point: COCO's polygons are flat"
 
 
-def open_training_split(folder, content, *, masks=False):
+def open_training_split(folder, content):
     (folder / "annotations").mkdir()
     (folder / "train2017").mkdir()
     (folder / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
     tiny = PRESETS["tiny"]
-    config = replace(tiny, data=replace(tiny.data, root=folder), model=replace(tiny.model, mask=masks))
+    config = replace(tiny, data=replace(tiny.data, root=folder))
     return open_split(config, CPU, "train")
 
 
@@ -82,12 +80,6 @@ def test_run_that_cannot_learn_does_not_start(tmp_path, content, message):
         open_training_split(tmp_path, content)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("segmentation", [[SQUARE], SQUARE, [SQUARE[:3]]])
-def test_polygons_of_points_are_told(tmp_path, segmentation):
-    with pytest.raises(ValueError, match=f"6 without a valid polygon; {POINTS}"):
-        open_training_split(tmp_path, with_fields(segmentation=segmentation), masks=True)
 
 
 @pytest.mark.parametrize(

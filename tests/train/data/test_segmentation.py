@@ -1,9 +1,12 @@
 """Segmentations: drawn as pycocotools draws them, kept as flat arrays; what cannot be drawn is counted or named."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from detector.ops.rle import encode_mask
@@ -125,6 +128,78 @@ def test_objects_without_a_polygon_are_not_trained_on(coco, value):
 def test_malformed_segmentations_are_named(coco, value, message):
     edit(coco, lambda content: content["annotations"][3].update(segmentation=value))
     with pytest.raises(ValueError, match=rf"instances_train2017.json: annotations\[3\] \(id 4\): .*{message}"):
+        open_coco(coco, masks=True)
+    open_coco(coco)
+
+
+SQUARE = [[10, 10], [60, 10], [60, 60], [10, 60]]
+COMB = [coordinate for x in range(128) for coordinate in (x, 0, x, 96)]  # 128 edges of 96 pixels
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        pytest.param([SQUARE], "polygons .* without a list for every point", id="polygon of points"),
+        pytest.param(SQUARE, "polygons .* without a list for every point", id="points"),
+        pytest.param([SQUARE[:3]], "polygons .* without a list for every point", id="triangle of points"),
+        pytest.param([[0, 0, 9, 0, 9, 9], SQUARE], "polygons .* without a list for every point", id="mixed"),
+        pytest.param([{"x": 1, "y": 2}], "expected polygons or run lengths", id="objects"),
+        pytest.param([[0, 0, 9, 0, 9, True]], "expected polygons of numbers", id="bool"),
+        pytest.param([[0, 0, 9, 0, 9, None]], "expected polygons of numbers", id="none"),
+        pytest.param(
+            [[0, 0, 9, 0, 9, float("inf")]], r"expected polygons of numbers, got the corner \(9, inf\)", id="inf"
+        ),
+        pytest.param([[0, 0, 9, 0, 9, 10**400]], "expected polygons of numbers", id="400 digits"),
+        pytest.param([[0, 0, 9, 0, 9, 1e9]], r"at most 1280 pixels outside .*, got \(9, 1e\+09\)", id="far below"),
+        pytest.param([[0, 0, 9, 0, -1e308, 9]], "at most 1280 pixels outside", id="far left"),
+        pytest.param([[0, 0, 1409, 0, 9, 9]], "at most 1280 pixels outside", id="just beyond the margin"),
+        pytest.param([COMB * 500], "at most 8388608 pixels of outline in one image", id="outline"),
+        pytest.param([COMB * 250] * 2, "at most 8388608 pixels of outline in one image", id="outlines"),
+        pytest.param({"size": [96, 128], "counts": [2**62] * 4 + [12288]}, "counts: expected lengths", id="wraps"),
+        pytest.param({"size": [96.0, 128.0], "counts": [12288]}, "size: expected whole numbers", id="float size"),
+        pytest.param({"size": "96x128", "counts": [12288]}, "expected the size of its image", id="size as text"),
+        pytest.param({"size": [96, 128], "counts": 12288}, "counts: expected lengths", id="number"),
+        pytest.param({"size": [96, 128], "counts": "\udc80"}, "counts: expected lengths", id="half a character"),
+    ],
+)
+def test_nothing_hostile_reaches_native_code(coco, value, message):
+    def change(content):
+        for annotation in content["annotations"][2:]:
+            annotation.update(segmentation=value)
+
+    edit(coco, change)
+    for training in (True, False):
+        with pytest.raises(ValueError, match=rf"annotations\[2\] \(id 3\): 'segmentation': .*{message}") as caught:
+            open_coco(coco, masks=True, training=training)
+        line = str(caught.value)
+        assert "\n" not in line
+        assert len(line) < 1200
+        if "outline" not in message:  # of which the longest one of each image is named
+            assert re.search(r"annotations\[3\] .*annotations\[4\] .*; 10 in all$", line)
+
+
+def test_problems_of_two_kinds_are_counted_together(coco):
+    def change(content):
+        content["annotations"][1].update(segmentation=[[0, 0, 9, 0, 9, 1e9]])
+        content["annotations"][2].update(segmentation="abc")
+
+    edit(coco, change)
+    with pytest.raises(ValueError, match=r"annotations\[1\] .*outside.*; annotations\[2\] .*got 'abc'$"):
+        open_coco(coco, masks=True)
+
+
+@pytest.mark.parametrize("value", [-0.5, 131.25, -1280, 1408])
+def test_corners_within_the_margin_are_drawn(coco, value):
+    polygon = [20, 20, value, 20, 60, 60]
+    edit(coco, lambda content: content["annotations"][0].update(segmentation=[polygon]))
+    dataset = open_coco(coco, masks=True)
+    drawn = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([polygon], 96, 128)))
+    np.testing.assert_array_equal(next(dataset.masks(0)), drawn)
+
+
+def test_images_too_large_for_masks_are_named(coco):
+    edit(coco, lambda content: [image.update(width=2**20, height=2**20) for image in content["images"]])
+    with pytest.raises(ValueError, match=r"annotations\[0\] .*: expected an image of at most 536870912 pixels"):
         open_coco(coco, masks=True)
     open_coco(coco)
 
