@@ -22,7 +22,7 @@ from torch import Tensor
 
 from detector.files import replacing
 from detector.model.faster_rcnn import FasterRCNN
-from detector.text import printable, shorten, shown
+from detector.text import printable, short_name, shorten, shown
 from detector.weights.checkpoint_name import file_digest, parse_name
 from detector.weights.torch_file import ForeignTensor, read_torch_file, unreadable
 
@@ -173,7 +173,7 @@ def _find_state(path: Path, content: Any) -> dict[str, Tensor]:
         if not isinstance(name, str):
             raise ValueError(f"{path}: expected names of weights, got {shown(name)}")
         if isinstance(value, ForeignTensor):
-            raise ValueError(f"{path}: {printable(name)}: expected a dense tensor, got a {value.kind}")
+            raise ValueError(f"{path}: {printable(name)}: expected a dense tensor, got a {short_name(value.kind)}")
         if not isinstance(value, Tensor):
             raise ValueError(f"{path}: {printable(name)}: expected a tensor, got {shown(value)}")
     return state
