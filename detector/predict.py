@@ -20,7 +20,7 @@ from detector.draw import draw_boxes
 from detector.image import read_image, resize_keep_ratio, stack_images
 from detector.model.faster_rcnn import FasterRCNN
 from detector.results import CocoRow, coco_rows, encode_masks, full_masks, undo_resize
-from detector.results_folder import ResultsFolder
+from detector.results_folder import ResultsFolder, is_picture
 from detector.structures import Batch, Detections
 from detector.text import lasting_output, one_line, printable, show, show_message
 from detector.weights.load_detector import load
@@ -40,7 +40,10 @@ class PredictOptions:
     """
 
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES...")]
-    """Image files, folders of images, or patterns (`photos/**/*.jpg`)."""
+    """Image files, folders of images, or patterns (`photos/**/*.jpg`).
+
+    Pictures that this command wrote count only where they are named one by one.
+    """
     weights: Path
     """Checkpoint of the detector."""
     out: Path
@@ -130,6 +133,9 @@ def _keep_scores_from(detections: Detections, min_score: float) -> Detections:
 def find_images(patterns: Iterable[str]) -> tuple[list[Path], list[str]]:
     """Turn files, folders and patterns into files, in the order given and by name within one; each file once.
 
+    Pictures of predictions are left out of folders and patterns: with `--out` in the folder of the images the same
+    command would find twice as many each time.
+
     Returns:
         The files, and a message for each entry that led to none.
     """
@@ -153,10 +159,12 @@ def _match(pattern: str) -> list[Path]:
     """Return the files that a file's name, a folder or a pattern stands for."""
     path = Path(pattern)
     if path.is_dir():
-        return [file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
-    if path.exists():
+        matches = [file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
+    elif path.exists():
         return [path]
-    return [Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file()]
+    else:
+        matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
+    return [match for match in matches if match.is_file() and not is_picture(match)]
 
 
 def image_rows(

@@ -21,6 +21,7 @@ from detector.image import encode_image
 from detector.results import CocoRow
 
 RESULTS_FILE = "detections.json"
+COMMENT = b"detector.predict "  # begins the comment of a picture
 
 # How the results of a prediction begin: an empty list, or a row with the names of its file and class.
 _TEXT = rb'"(?:[^"\\]|\\.)*"'
@@ -34,6 +35,17 @@ _OWN_RESULTS = re.compile(
     re.DOTALL,
 )
 _ENOUGH = 1 << 20  # bytes of the results file that hold its first row
+
+
+def is_picture(path: Path) -> bool:
+    """Tell whether a file is a picture of a prediction, of any image, by its comment alone."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(100)
+    except OSError:
+        return False
+    comment = data[_end_of_first_segment(data) :]
+    return comment.startswith(b"\xff\xfe") and comment[4:].startswith(COMMENT)
 
 
 class ResultsFolder:
@@ -111,7 +123,7 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 def _sign(jpeg: bytes, image: Path) -> bytes:
     """Put a comment into the bytes of a JPEG file: a digest of the image's path and of these bytes."""
     digest = hashlib.sha256(os.fsencode(image.resolve()) + b"\0" + jpeg).hexdigest()
-    comment = f"detector.predict {digest}".encode()
+    comment = COMMENT + digest.encode()
     segment = b"\xff\xfe" + (2 + len(comment)).to_bytes(2, "big") + comment
     start = _end_of_first_segment(jpeg)
     return jpeg[:start] + segment + jpeg[start:]

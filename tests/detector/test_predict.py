@@ -205,6 +205,17 @@ def test_the_same_command_again_replaces_what_it_wrote(weights, photos):
     assert {file: file.read_bytes() for file in before} == before
 
 
+def test_pictures_among_the_images_are_no_images(weights, photos, capsys):
+    assert run(weights, photos, photos, score=0.0) == 0
+    names = {file.name for file in photos.iterdir()}
+    results = read_results(photos)
+    assert run(weights, photos, photos, score=0.0) == 0
+    assert {file.name for file in photos.iterdir()} == names
+    assert read_results(photos) == results
+    assert find_images([str(photos / "a*.jpg")]) == ([], [f"no file {photos / 'a*.jpg'}"])
+    assert find_images([str(photos / "a.jpg")]) == ([photos / "a.jpg"], [])
+
+
 def test_a_picture_that_cannot_be_written_stops_nothing(weights, photos, tmp_path, capsys):
     long_name = photos / ("n" * 251 + ".png")  # with a number behind it the name of its picture is too long
     long_name.write_bytes((photos / "a.png").read_bytes())
