@@ -112,7 +112,7 @@ class ResultsFolder:
             raise writing_error(error, path) from error
         if not stat.S_ISREG(status.st_mode) or _identity(status) in self._images:
             return False
-        return _is_signed(path.read_bytes(), image)
+        return is_picture(path) and _is_signed(path.read_bytes(), image)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
