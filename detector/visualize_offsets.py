@@ -20,7 +20,7 @@ from detector.model.faster_rcnn import FasterRCNN
 from detector.picture import BLACK, WHITE, enlarge, side_by_side
 from detector.predict import predict_images
 from detector.structures import Batch
-from detector.text import lasting_output, printable, show, show_message
+from detector.text import lasting_output, printable, short_name, show, show_message
 from detector.weights.load_detector import load
 from triton_dcn.nn import DeformConv2dPack, ModulatedDeformConv2dPack
 
@@ -294,7 +294,7 @@ def _default_point(model: FasterRCNN, image: np.ndarray, class_names: Sequence[s
         return (width / 2, height / 2), "the middle of the image"
 
     x1, y1, x2, y2 = detections.boxes[0].tolist()
-    class_name = class_names[int(detections.labels[0])]
+    class_name = short_name(class_names[int(detections.labels[0])])
     return ((x1 + x2) / 2, (y1 + y2) / 2), f"the best detection, {class_name}"
 
 

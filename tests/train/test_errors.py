@@ -45,6 +45,16 @@ def test_trace_of_a_user_error_goes_into_the_folder(tmp_path, capsys):
     assert report_error(ValueError("wrong"), None, tmp_path / "absent") == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("\udcff", r"\udcff"), ("\x1b[2J", r"\x1b[2J"), ("a\u2028b", r"a\u2028b"), ("猫", "猫")],
+)
+def test_trace_with_any_name(tmp_path, capsys, name, shown):
+    assert report_error(ValueError(f"{name}: wrong"), None, tmp_path) == 1
+    assert capsys.readouterr().err == f"error: {shown}: wrong\n"
+    assert f"ValueError: {shown}: wrong" in (tmp_path / "error-rank0.txt").read_text(encoding="utf-8")
+
+
 def test_signals_have_their_status(capsys):
     assert report_error(Interrupted(signal.SIGUSR1, "after step 3"), ALONE, None) == 128 + signal.SIGUSR1
     assert "stopped by SIGUSR1 after step 3. The same command goes on" in capsys.readouterr().err
