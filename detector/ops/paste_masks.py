@@ -17,7 +17,8 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int, threshold
 
     Args:
         masks: (N, M, M) probabilities, of `Detections`.
-        boxes: (N, 4), x1 y1 x2 y2 in pixels of the image to draw into; parts outside it are cut off.
+        boxes: (N, 4), x1 y1 x2 y2 in pixels of the image to draw into; parts outside it are cut off. A box with a NaN
+            stays empty.
         height, width: of that image.
         threshold: a pixel with at least this probability is inside.
 
@@ -69,11 +70,10 @@ def _paste_around_boxes(pasted: Tensor, masks: Tensor, boxes: Tensor, threshold:
 
 def _reached_pixels(boxes: Tensor, height: int, width: int) -> Tensor:
     """Return (N, 4) int64: the pixels x1 <= x < x2, y1 <= y < y2 that a mask may reach."""
-    low = (boxes[:, :2].floor() - 1).clamp(min=0)
-    high = boxes[:, 2:].ceil() + 1
-    x2 = high[:, 0].clamp(max=width)
-    y2 = high[:, 1].clamp(max=height)
-    return torch.stack([low[:, 0], low[:, 1], x2, y2], 1).long()
+    sides = boxes.new_tensor([width, height])
+    low = (boxes[:, :2].floor() - 1).clamp(boxes.new_zeros(2), sides)
+    high = (boxes[:, 2:].ceil() + 1).clamp(boxes.new_zeros(2), sides)
+    return torch.cat([low, high], 1).nan_to_num(0).long()
 
 
 def _sample(masks: Tensor, boxes: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:

@@ -11,7 +11,9 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from detector.ops.rle import rle_size, rle_to_runs
 from detector.results import CocoRow
+from detector.text import shown
 from train.data.coco_dataset import CocoDetection
 
 try:
@@ -176,23 +178,42 @@ def _compared_rows(rows: Sequence[CocoRow], dataset: CocoDetection, iou_type: st
     loadRes changes its rows, and would take boxes where masks are compared.
     """
     field = _COMPARED_FIELD[iou_type]
-    image_numbers = dict(zip(dataset.image_ids.tolist(), numbers_from_one(dataset.image_ids).tolist(), strict=True))
-    category_numbers = dict(
-        zip(dataset.category_ids.tolist(), numbers_from_one(dataset.category_ids).tolist(), strict=True)
-    )
+    image_ids = dataset.image_ids.tolist()
+    category_ids = dataset.category_ids.tolist()
+    image_numbers = dict(zip(image_ids, numbers_from_one(dataset.image_ids).tolist(), strict=True))
+    category_numbers = dict(zip(category_ids, numbers_from_one(dataset.category_ids).tolist(), strict=True))
+    sizes = dict(zip(image_ids, zip(dataset.heights.tolist(), dataset.widths.tolist(), strict=True), strict=True))
+
     compared = []
     for index, row in enumerate(rows):
         image_id = image_numbers.get(row["image_id"])
         category_id = category_numbers.get(row["category_id"])
         if image_id is None or category_id is None:
-            found = f"image {row['image_id']!r:.60} and category {row['category_id']!r:.60}"
+            found = f"image {shown(row['image_id'])} and category {shown(row['category_id'])}"
             raise ValueError(f"rows[{index}]: expected an image and a category of the data set, got {found}")
         if not np.isfinite([row["score"], *row.get("bbox", ())]).all():
-            raise ValueError(
-                f"rows[{index}]: expected finite numbers, got score {row['score']}, bbox {row.get('bbox')}"
-            )
+            found = f"score {row['score']}, bbox {shown(row.get('bbox'))}"
+            raise ValueError(f"rows[{index}]: expected finite numbers, got {found}")
+        if field == "segmentation":
+            try:
+                _check_rle(row[field], *sizes[row["image_id"]])
+            except ValueError as error:
+                raise ValueError(f"rows[{index}]: 'segmentation': {error}") from error
         compared.append({"image_id": image_id, "category_id": category_id, "score": row["score"], field: row[field]})
     return compared
+
+
+def _check_rle(rle: dict[str, Any], height: int, width: int) -> None:
+    """Check the mask of a detection: with a malformed one pycocotools reads and writes beyond its memory.
+
+    Raises:
+        ValueError: it has another size than its image, or not the compressed run lengths of such a mask.
+    """
+    if rle_size(rle) != (height, width):
+        raise ValueError(f"expected the size of its image, {height} x {width}, got {shown(rle['size'])}")
+    if not isinstance(rle.get("counts"), (str, bytes)):
+        raise ValueError(f"expected compressed run lengths, got {shown(rle.get('counts'))}")
+    rle_to_runs(rle)
 
 
 def _index_detections(rows: list[CocoRow], ground_truth: Any, coco_class: Any) -> Any:

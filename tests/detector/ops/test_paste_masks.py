@@ -79,3 +79,15 @@ def test_paste_on_gpu():
     expected = paste_masks(masks, boxes, 75, 90)
     pasted = paste_masks(masks.cuda(), boxes.cuda(), 75, 90).cpu()
     assert (pasted != expected).double().mean() < 1e-5  # pixels where rounding decides
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_boxes_far_outside_and_without_numbers(dtype):
+    """None of them becomes a window outside of the image."""
+    ends = [float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 1e9, 5.0]
+    boxes = torch.cartesian_prod(*[torch.tensor(ends, dtype=dtype)] * 4)
+    pasted = paste_masks(torch.ones(len(boxes), 4, 4, dtype=dtype), boxes, 9, 11)
+    assert not pasted[boxes.isnan().any(1)].any()
+    everywhere = (boxes[:, :2] == -1e9).all(1) & (boxes[:, 2:] == 1e9).all(1)
+    assert pasted[everywhere].all()
+    assert not pasted[(boxes[:, 2:] <= -1e9).any(1)].any()

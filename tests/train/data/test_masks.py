@@ -18,7 +18,7 @@ from tests.train.conftest import lines, run
 from tests.train.data.datasets import edit, open_coco
 from tests.train.evaluation.test_coco_metrics import crowded, crowded_in_all_sizes, needs_both_evaluators
 from train.data.collate import LoadedBatch
-from train.evaluation.coco_metrics import METRIC_NAMES, coco_metrics, run_coco_eval
+from train.evaluation.coco_metrics import EVALUATORS, METRIC_NAMES, coco_metrics, run_coco_eval
 from train.evaluation.evaluate import detect
 from train.evaluation.pictures import draw_pictures
 from train.plot import main as plot
@@ -85,6 +85,29 @@ def test_polygon_of_two_corners_is_no_box(coco):
     edit(coco, lambda c: [a["segmentation"].insert(0, [1, 1, 3, 3]) for a in c["annotations"]], "val2017")
     dataset = open_coco(coco, "val2017", masks=True)
     assert coco_metrics(rows_with(dataset), dataset)["segm_AP"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("evaluator", EVALUATORS)
+@pytest.mark.parametrize(
+    ("rle", "message"),
+    [
+        pytest.param({"size": [96, 128], "counts": "1" * 5000 + "o"}, "counts: expected lengths", id="cut off"),
+        pytest.param({"size": [96, 128], "counts": "0?O"}, "counts: expected lengths", id="negative"),
+        pytest.param({"size": [96, 128], "counts": ""}, "counts: expected lengths", id="empty"),
+        pytest.param({"size": [96, 128], "counts": "\udc80"}, "counts: expected lengths", id="half a character"),
+        pytest.param({"size": [96, 128], "counts": [12288]}, "expected compressed run lengths", id="list"),
+        pytest.param({"size": [96, 128]}, "expected compressed run lengths, got None", id="no counts"),
+        pytest.param({"size": [0, 0], "counts": "11"}, "expected the size of its image, 96 x 128", id="no pixels"),
+        pytest.param({"size": [10**9, 10**9], "counts": "11"}, "size: expected", id="huge"),
+        pytest.param([[1, 1, 9, 1, 9, 9]], "size: expected", id="polygon"),
+    ],
+)
+def test_malformed_masks_of_detections_do_not_reach_the_evaluators(coco, evaluator, rle, message):
+    dataset = open_coco(coco, "val2017", masks=True)
+    rows = rows_with(dataset)
+    rows[1]["segmentation"] = rle
+    with pytest.raises(ValueError, match=rf"rows\[1\]: 'segmentation': {message}"):
+        run_coco_eval(rows, dataset, "segm", evaluator)
 
 
 class OneImage(nn.Module):
