@@ -91,12 +91,9 @@ def _read_file(path: str | Path) -> bytes:
     """Return the content of a regular file.
 
     Raises:
-        OSError, ValueError: it cannot be read, or is larger than any image; the message names it.
+        OSError, ValueError: it cannot be read; the message names it.
     """
     with _open_regular_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > _MAX_BYTES:
-            raise ValueError(f"cannot read image {_name(path)}: expected at most {_MAX_BYTES} bytes, got {size}")
         try:
             return file.read()
         except OSError as error:  # of the disk; it does not have the name
@@ -107,7 +104,7 @@ def _open_regular_file(path: str | Path) -> BinaryIO:
     """Open a file for reading, without waiting: a pipe might never have a writer.
 
     Raises:
-        OSError, ValueError: it cannot be opened, or is no regular file; the message names it.
+        OSError, ValueError: it cannot be opened, is no regular file or larger than any image; the message names it.
     """
     try:
         file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115  # the caller closes it
@@ -116,9 +113,13 @@ def _open_regular_file(path: str | Path) -> BinaryIO:
     except ValueError as error:  # a name with a NUL, or with letters that no file name can have
         raise ValueError(f"cannot read image {_name(path)}: {error}") from error
 
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
         file.close()
         raise OSError(f"cannot read image {_name(path)}: expected a regular file, got a pipe or a device")
+    if status.st_size > _MAX_BYTES:
+        file.close()
+        raise ValueError(f"cannot read image {_name(path)}: expected at most {_MAX_BYTES} bytes, got {status.st_size}")
     return file
 
 

@@ -80,6 +80,8 @@ def open_split(config: Config, world: World, split: str, classes: Sequence[str] 
             masks=config.model.mask,
             max_pixels=data.max_pixels,
         )
+        if dataset.other_sizes:
+            raise ValueError(f"{annotation_file}: {dataset.other_sizes}")
         if training and not len(dataset.boxes):
             raise ValueError(f"{annotation_file}: expected boxes to train on, got none: {_without_boxes(dataset)}")
 

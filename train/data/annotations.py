@@ -286,7 +286,7 @@ def choose_annotations(
         "negative_side": _has_negative_side(annotations),
         "no_area": annotations.has_area & (annotations.areas <= 0),
         "thin": (widths < 1) | (heights < 1),
-        "outside": ~_is_inside_image(annotations, images),
+        "outside": ~is_inside_image(annotations, images),
         "crowd": annotations.is_crowd,
     }
     return _apply_reasons(reasons, len(annotations.boxes))
@@ -334,7 +334,7 @@ def _has_negative_side(annotations: AnnotationColumns) -> np.ndarray:
     return has_negative_side
 
 
-def _is_inside_image(annotations: AnnotationColumns, images: ImageColumns) -> np.ndarray:
+def is_inside_image(annotations: AnnotationColumns, images: ImageColumns) -> np.ndarray:
     """Return of which boxes (M,) bool something is left when they are clipped to their image, in float32."""
     if len(images.ids) == 0:
         return np.zeros(len(annotations.boxes), bool)

@@ -28,13 +28,14 @@ from train.data.annotations import (
     to_corners,
 )
 from train.data.coco_json import Entry, collector_paused, load_coco_json
+from train.data.image_sizes import correct_sizes
 from train.data.mistakes import find_mistakes
 from train.data.segmentation import Segmentations, read_segmentations
 from train.data.transforms import Sample, Transform
 
 
 class UnreadableImageError(Exception):
-    """An image file cannot be read, or does not have the size that its masks were made for; the message names it."""
+    """An image file cannot be read, or does not have the size that is listed; the message names it."""
 
 
 class CocoDetection:
@@ -66,6 +67,7 @@ class CocoDetection:
         annotations_per_class: (classes,) int64, annotations of the file by label, used or not.
         boxes_without_area: annotations of the file whose area is that of their box, as they have none.
         mistakes: sentences about what looks wrong in the file as a whole.
+        other_sizes: what is wrong if many image files have another size than the file lists; empty otherwise.
         has_annotations: whether the file has a list of annotations.
         all_annotations: what an evaluation compares with: every annotation of these images and classes, crowds and
             those that training drops too, in the order of the file, without boxes of a negative side; None for
@@ -150,10 +152,15 @@ class CocoDetection:
             raise UnreadableImageError(one_line) from error
 
         height, width = image.shape[:2]
-        size_matches = (height, width) == (self.heights[index], self.widths[index])
-        if self.segmentations is not None and not size_matches:
-            listed = f"{self.heights[index]} x {self.widths[index]}"
-            raise UnreadableImageError(f"{path}: expected {listed} pixels as its masks have, got {height} x {width}")
+        listed_height = int(self.heights[index])
+        listed_width = int(self.widths[index])
+        size_is_listed = (height, width) == (listed_height, listed_width)
+        # Boxes are meant as the image is seen, whichever way round the size is listed. Masks are drawn at that size.
+        is_exchanged = (height, width) == (listed_width, listed_height) and self.segmentations is None
+        if not size_is_listed and not is_exchanged:
+            raise UnreadableImageError(
+                f"{path}: expected {listed_width} x {listed_height} pixels, as listed, got {width} x {height}"
+            )
         return image
 
     def _read(self, classes: Sequence[str] | None, limit: int, masks: bool) -> None:
@@ -166,11 +173,14 @@ class CocoDetection:
             images = read_images(content["images"])
             annotations = read_annotations(entries, images, self.category_ids)
             indices, self.image_counts = choose_images(images, annotations, training=self.training, limit=limit)
+            images, note, self.other_sizes = correct_sizes(images, annotations, indices, self.image_folder)
             self._set_images(images, indices)
             self._set_boxes(entries, annotations, images, indices, masks)
             self.annotations_per_class = count_by_class(annotations, len(self.classes))
             self.boxes_without_area = int((~annotations.has_area).sum())
             self.mistakes = find_mistakes(annotations, images)
+            if note:
+                self.mistakes.append(note)
         except ValueError as error:
             raise ValueError(f"{self.annotation_file}: {error}") from error
 
