@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import ipaddress
 import os
 import socket
@@ -155,10 +156,7 @@ def _init_process_group(rank: int, size: int, device: torch.device, timeout: flo
     watchdog.daemon = True
     watchdog.start()
     try:
-        listener = _bind(host, port) if is_server else None
-        server = dist.TCPStore(
-            host, port, is_master=is_server, timeout=limit, wait_for_workers=False, master_listen_fd=listener
-        )
+        server = _connect(host, port, is_server, limit)
         group_name = _rendezvous(server, rank, size, timeout)
         store = dist.PrefixStore(group_name, server)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -170,6 +168,28 @@ def _init_process_group(rank: int, size: int, device: torch.device, timeout: flo
     finally:
         watchdog.cancel()
     return dist.PrefixStore("end-reasons", store)
+
+
+def _connect(host: str, port: int, is_server: bool, timeout: timedelta) -> dist.TCPStore:
+    """Connect to the store of rank 0; with `is_server` start it.
+
+    Raises:
+        OSError, RuntimeError: see `_bind`, or nobody answered in time.
+    """
+    listener = _bind(host, port) if is_server else None
+    connect = functools.partial(
+        dist.TCPStore,
+        host,
+        port,
+        is_master=is_server,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener,
+    )
+    try:
+        return connect()
+    except NotImplementedError:  # libuv's server takes no socket in torch 2.7
+        return connect(use_libuv=False)
 
 
 def _bind(host: str, port: int) -> int | None:

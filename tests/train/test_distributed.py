@@ -16,7 +16,7 @@ import torch
 
 from tests.train.conftest import command, environment, lines, run
 from train.checkpoint import list_checkpoints, load_checkpoint
-from train.distributed import _bind, join_processes
+from train.distributed import _bind, _connect, join_processes
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
 LOSSES = ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss")
@@ -250,12 +250,9 @@ def test_a_port_that_is_taken_at_any_address_of_the_name(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux")
-def test_the_store_listens_at_the_socket_it_is_given():
+def test_the_store_listens_nowhere_else():
     port = free_port()
-    listener = _bind("127.0.0.1", port)
-    timeout = timedelta(seconds=5)
-    arguments = {"is_master": True, "timeout": timeout, "wait_for_workers": False, "master_listen_fd": listener}
-    store = torch.distributed.TCPStore("127.0.0.1", port, **arguments)
+    store = _connect("127.0.0.1", port, is_server=True, timeout=timedelta(seconds=5))
     store.set("key", "value")
     assert store.get("key") == b"value"
 
