@@ -11,7 +11,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detector.ops.rle import rle_size, rle_to_runs
+from detector.ops.rle import fill_all, rle_size, rle_to_runs
 from detector.results import CocoRow
 from detector.text import shown
 from train.data.coco_dataset import CocoDetection
@@ -25,6 +25,7 @@ except ModuleNotFoundError as error:
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")  # the first of pycocotools' twelve numbers
 DETECTION_LIMITS = [100, 300, 1000]  # per image; AP and AR100 use the first, AP50 to APl the last
+ROWS_AT_ONCE = 1000  # whose masks are checked together
 _COMPARED_FIELD = {"bbox": "bbox", "segm": "segmentation"}
 
 EVALUATORS: dict[str, tuple[Any, Any]] = {"pycocotools": (COCO, COCOeval)}
@@ -182,7 +183,6 @@ def _compared_rows(rows: Sequence[CocoRow], dataset: CocoDetection, iou_type: st
     category_ids = dataset.category_ids.tolist()
     image_numbers = dict(zip(image_ids, numbers_from_one(dataset.image_ids).tolist(), strict=True))
     category_numbers = dict(zip(category_ids, numbers_from_one(dataset.category_ids).tolist(), strict=True))
-    sizes = dict(zip(image_ids, zip(dataset.heights.tolist(), dataset.widths.tolist(), strict=True), strict=True))
 
     compared = []
     for index, row in enumerate(rows):
@@ -194,26 +194,46 @@ def _compared_rows(rows: Sequence[CocoRow], dataset: CocoDetection, iou_type: st
         if not np.isfinite([row["score"], *row.get("bbox", ())]).all():
             found = f"score {row['score']}, bbox {shown(row.get('bbox'))}"
             raise ValueError(f"rows[{index}]: expected finite numbers, got {found}")
-        if field == "segmentation":
-            try:
-                _check_rle(row[field], *sizes[row["image_id"]])
-            except ValueError as error:
-                raise ValueError(f"rows[{index}]: 'segmentation': {error}") from error
         compared.append({"image_id": image_id, "category_id": category_id, "score": row["score"], field: row[field]})
+    if iou_type == "segm":
+        sizes = dict(zip(image_ids, zip(dataset.heights.tolist(), dataset.widths.tolist(), strict=True), strict=True))
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            _check_masks(rows[start : start + ROWS_AT_ONCE], start, sizes)
     return compared
 
 
-def _check_rle(rle: dict[str, Any], height: int, width: int) -> None:
-    """Check the mask of a detection: with a malformed one pycocotools reads and writes beyond its memory.
+def _check_masks(rows: Sequence[CocoRow], start: int, sizes: dict[int, tuple[int, int]]) -> None:
+    """Check the masks of detections: with a malformed one pycocotools reads and writes beyond its memory.
+
+    Args:
+        rows: the detections.
+        start: number of the first one, for messages.
+        sizes: image id -> height and width.
 
     Raises:
-        ValueError: it has another size than its image, or not the compressed run lengths of such a mask.
+        ValueError: a mask has another size than its image, or not the compressed run lengths of such a mask.
     """
-    if rle_size(rle) != (height, width):
-        raise ValueError(f"expected the size of its image, {height} x {width}, got {shown(rle['size'])}")
-    if not isinstance(rle.get("counts"), (str, bytes)):
-        raise ValueError(f"expected compressed run lengths, got {shown(rle.get('counts'))}")
-    rle_to_runs(rle)
+    texts = []
+    pixels = []
+    for index, row in enumerate(rows, start=start):
+        rle = row["segmentation"]
+        height, width = sizes[row["image_id"]]
+        try:
+            if rle_size(rle) != (height, width):
+                raise ValueError(f"expected the size of its image, {height} x {width}, got {shown(rle['size'])}")
+            if not isinstance(rle.get("counts"), (str, bytes)):
+                raise ValueError(f"expected compressed run lengths, got {shown(rle.get('counts'))}")
+        except ValueError as error:
+            raise ValueError(f"rows[{index}]: 'segmentation': {error}") from error
+        texts.append(rle["counts"])
+        pixels.append(height * width)
+
+    if not fill_all(texts, np.array(pixels)):
+        for index, row in enumerate(rows, start=start):
+            try:
+                rle_to_runs(row["segmentation"])
+            except ValueError as error:
+                raise ValueError(f"rows[{index}]: 'segmentation': {error}") from error
 
 
 def _index_detections(rows: list[CocoRow], ground_truth: Any, coco_class: Any) -> Any:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pycocotools import mask as coco_mask
 
-from detector.ops.rle import decode_mask, encode_mask, mask_to_runs, rle_to_runs, runs_to_mask
+from detector.ops.rle import decode_mask, encode_mask, fill_all, mask_to_runs, rle_to_runs, runs_to_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools' own
 
@@ -135,3 +135,23 @@ def test_runs_that_do_not_fill_the_mask_are_refused(runs):
 def test_empty_masks_come_back():
     for shape in ((0, 4), (4, 0), (0, 0)):
         assert decode_mask(encode_mask(np.zeros(shape, bool))).shape == shape
+
+
+def test_many_texts_are_judged_as_each_alone():
+    random = np.random.default_rng(0)
+    masks = [random.random((4, 5)) < share for share in np.linspace(0, 1, 30)]
+    good = [encode_mask(mask)["counts"] for mask in masks]
+    pixels = np.full(31, 20)
+    assert fill_all(good, pixels[:30])
+    assert fill_all([text.encode() for text in good], pixels[:30])
+    for _ in range(300):
+        text = "".join(map(chr, random.integers(46, 114, random.integers(0, 5))))
+        try:
+            rle_to_runs({"size": [4, 5], "counts": text})
+            is_good = True
+        except ValueError:
+            is_good = False
+        for place in (0, 15, 30):
+            assert fill_all([*good[:place], text, *good[place:]], pixels) == is_good
+    assert not fill_all(["o", *good], pixels)  # its number would go on in the next text
+    assert not fill_all(["\udc80", *good], pixels)
