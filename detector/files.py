@@ -93,12 +93,12 @@ def writing_error(error: OSError, path: str | Path, size: int | None = None) -> 
 
 
 def describe_space(error: OSError, path: str | Path, size: int | None = None) -> str:
-    """Return "; N MB needed, M MB free" if `error` means that the disk of `path` is full, else ""."""
+    """Return "; N bytes needed, M bytes free" if `error` means that the disk of `path` is full, else ""."""
     if error.errno not in _FULL_DISK:
         return ""
-    needed = "" if size is None else f"{size / 1e6:.3f} MB needed, "
+    needed = "" if size is None else f"{size:,} bytes needed, "
     free = shutil.disk_usage(Path(path).parent).free
-    return f"; {needed}{free / 1e6:.3f} MB free"
+    return f"; {needed}{free:,} bytes free"
 
 
 def remove_leftovers(folder: Path) -> int:

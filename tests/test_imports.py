@@ -43,6 +43,7 @@ LAYERS = {
             "config",
             "distributed",
             "errors",
+            "events",
             "folder_lock",
             "metrics_file",
             "progress",

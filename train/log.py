@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from detector.text import printable
 from train.config import MAX_UNREADABLE_SHARE
 from train.data.collate import LoadedBatch
 from train.distributed import World
+from train.events import Events
 from train.progress import print_above_progress, training_progress
 from train.run_folder import RunFolder
 
@@ -145,11 +145,11 @@ class TrainLog:
         self._losses = LossBuffer()
         self._unreadable: set[int] = set()  # image ids of this epoch
         self._with_lost_boxes: set[int] = set()  # image ids of the whole run
-        self._events: SummaryWriter | None = None
+        self._events: Events | None = None
         if world.is_main:
             run_folder.metrics.touch()
             # Events after first_step are from steps that will be taken again: TensorBoard hides them.
-            self._events = SummaryWriter(str(run_folder.path), purge_step=first_step + 1)
+            self._events = Events(run_folder.path, first_step + 1)
         self._progress = training_progress(total_steps, first_step, enabled=world.is_main)
         self._restart_clock()
 
@@ -240,7 +240,7 @@ class TrainLog:
     def add_picture(self, name: str, image: np.ndarray, step: int) -> None:
         """Show an RGB image (H, W, 3) uint8 in TensorBoard."""
         if self._events is not None:
-            self._events.add_image(printable(name), image, step, dataformats="HWC")
+            self._events.add_image(printable(name), image, step)
 
     def close(self) -> None:
         """Close the TensorBoard events and the progress line."""

@@ -121,7 +121,7 @@ def test_a_full_disk_is_told_with_the_space(tmp_path, durable, number):
         with replacing(path, durable=durable, size=3_000_000):
             raise OSError(number, os.strerror(number))
 
-    with pytest.raises(OSError, match=r"3.000 MB needed, \d+\.\d+ MB free") as caught:
+    with pytest.raises(OSError, match=r"3,000,000 bytes needed, [\d,]+ bytes free") as caught:
         fill()
     assert str(caught.value).startswith(f"cannot write {path}: {os.strerror(number)}; ")
     assert caught.value.errno == number

@@ -157,5 +157,7 @@ def test_errors_name_the_file(tmp_path):
         read_lines(tmp_path)
     with pytest.raises(OSError, match=f"cannot write {tmp_path}: Is a directory"):
         append_lines(tmp_path, [])
-    with pytest.raises(OSError, match="cannot write /dev/full: No space left on device; 0.000 MB needed, .* MB free"):
+    with pytest.raises(
+        OSError, match="cannot write /dev/full: No space left on device; 12 bytes needed, .* bytes free"
+    ):
         append_lines("/dev/full", [{"step": 1}])

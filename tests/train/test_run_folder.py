@@ -179,7 +179,7 @@ def test_a_configuration_that_cannot_be_read_or_written_is_named(tmp_path, monke
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", fill)
-    with pytest.raises(OSError, match="No space left on device; 0.00. MB needed, .* MB free") as caught:
+    with pytest.raises(OSError, match="No space left on device; [0-9,]+ bytes needed, [0-9,]+ bytes free") as caught:
         RunFolder(tmp_path / "new").claim(CONFIG, 1)
     assert str(caught.value).startswith(f"cannot write {tmp_path / 'new' / 'config.json'}: ")
     assert os.listdir(tmp_path / "new") == []

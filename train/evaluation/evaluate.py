@@ -79,6 +79,7 @@ def evaluate(
         return None
     rows = _sort_by_image(rows_of_ranks, dataset)
 
+    run_folder.check_presence()
     for path, picture in draw_pictures(dataset, rows, run_folder.pictures, config.pictures):
         show_picture(path.stem, picture)
     write_json(run_folder.detections, rows, durable=True)
