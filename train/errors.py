@@ -24,14 +24,22 @@ def explain(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text):
         return CONNECTION_LOST
-    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
-        return f"lost a process that loads images: {text}. Was memory short? Try fewer --data.workers"
+    if isinstance(error, RuntimeError) and "DataLoader timed out" in text:
+        return f"no images within --timeout: {text}. Does the disk of the images answer?"
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text and _is_lost_loader(text):
+        reason = str(error).strip().splitlines()[-1]  # above is the trace of the process, if it could send one
+        return f"lost a process that loads images: {message_line(reason)}. Was memory short? Try fewer --data.workers"
     if isinstance(error, torch.OutOfMemoryError):
         first_sentence = text.split(". ")[0]
         return f"{first_sentence}. Try a lower --data.batch-size with --optim.accumulate, or --amp bf16"
     if isinstance(error, EXPECTED):
         return message_line(error) or type(error).__name__  # a line break can be part of a file's name
     return None
+
+
+def _is_lost_loader(text: str) -> bool:
+    """Tell whether a process that loads images was killed or had no memory, rather than that its code has a bug."""
+    return any(sign in text for sign in ("killed by signal", "exited unexpectedly", "shared memory", "ancdata"))
 
 
 def report_error(error: BaseException, world: World | None, folder: Path | None) -> int:

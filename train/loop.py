@@ -53,8 +53,9 @@ def train_one_epoch(
     Raises:
         FloatingPointError: a loss is not finite.
         OSError: no image of a batch can be read.
-        ValueError: too many images cannot be read.
+        ValueError: too many images cannot be read, or the batches end before the epoch.
     """
+    epoch = state.epoch
     state.model.train()
     device = next(state.model.parameters()).device
     state.optimizer.zero_grad()
@@ -87,6 +88,9 @@ def train_one_epoch(
             state.epoch += 1
             state.batch = 0
         yield state.step
+
+    if state.epoch == epoch:  # without an end of the epoch the caller would ask for its rest without end
+        raise ValueError(f"batches: expected {batches_per_epoch} in epoch {epoch + 1}, got {state.batch}")
 
 
 def _update_weights(state: TrainState, rate: float, clip_grad: float) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import math
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -70,6 +71,7 @@ def main() -> int:
         status = 0
     except (Exception, KeyboardInterrupt) as error:
         status = report_error(error, world, config.out if config else None)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would tell about them once more
         for child in multiprocessing.active_children():
             child.kill()  # Python's cleanup would wait for a process that loads images and hangs
     if world is not None and world.size > 1:
@@ -121,7 +123,7 @@ def train(config: Config, world: World) -> None:
         config = replace(config, model=replace(config.model, num_classes=len(train_set.classes)))
         is_portrait = train_set.heights > train_set.widths
         sampler = AspectRatioBatchSampler(is_portrait, config.data.batch_size, config.seed, world.rank, world.size)
-        loader = training_loader(train_set, sampler, config.data.workers, world.device.type == "cuda")
+        loader = training_loader(train_set, sampler, config.data.workers, world.device.type == "cuda", config.timeout)
 
         # The folder of the run.
         run_folder = RunFolder(config.folder)

@@ -19,6 +19,13 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
         (FileNotFoundError("x.json"), "x.json"),
         (RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer"), "lost the connection"),
         (RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. "), "loads images: DataLoader worker"),
+        (RuntimeError("DataLoader timed out after 600 seconds"), "within --timeout: DataLoader timed out after 600"),
+        (
+            RuntimeError(
+                "Caught RuntimeError in DataLoader worker process 0.\nTrace:\nno shared memory: No space left"
+            ),
+            "loads images: no shared memory: No space left. Was memory short?",
+        ),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "Try a lower --data.batch-size"),
     ],
 )

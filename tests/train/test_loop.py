@@ -207,3 +207,17 @@ def test_each_step_has_its_own_seed(tmp_path):
     assert len(set(first)) == 3
     train_on(Random(), toy_batches(3, 1), tmp_path / "b", OPTIM, seed=1)
     assert drawn == first
+
+
+@pytest.mark.parametrize(
+    ("batches", "accumulate", "text"), [(3, 1, "3 in epoch 1, got 2"), (5, 2, "5 in epoch 1, got 2")]
+)
+def test_loader_that_ends_early_is_an_error(tmp_path, batches, accumulate, text):
+    """The caller would otherwise ask for the rest of the epoch without end."""
+    with pytest.raises(ValueError, match=f"batches: expected {text}"):
+        train_on(toy(), toy_batches(2, 2), tmp_path, OPTIM, batches=batches, accumulate=accumulate)
+
+
+def test_loader_without_batches_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="batches: expected 2 in epoch 1, got 0"):
+        train_on(toy(), [], tmp_path, OPTIM, batches=2)

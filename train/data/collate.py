@@ -47,6 +47,19 @@ class LoadedBatch:
             return self
         return replace(self, batch=self.batch.pin_memory())
 
+    def share_memory(self) -> None:
+        """Move the large tensors, images and masks, to shared memory.
+
+        Raises:
+            RuntimeError: it is full.
+        """
+        if self.batch is None:
+            return
+        self.batch.images.share_memory_()
+        for target in self.batch.targets or ():
+            if target.masks is not None:
+                target.masks.share_memory_()
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Let workers send small tensors as arrays inside the message: in shared memory each needs an open file."""
         batch = self.batch

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import cv2
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from train.data.coco_dataset import CocoDetection, UnreadableImageError
 from train.data.collate import LoadedBatch, collate
 from train.data.samplers import AspectRatioBatchSampler, ImageKey
 
+LONGEST_WAIT = 600.0  # seconds, as --timeout has it by default
 MAX_ATTEMPTS = 5  # images that training tries for one place in a batch
 
 
@@ -42,11 +43,23 @@ class BatchReader(Dataset[LoadedBatch]):
                 except UnreadableImageError as error:
                     image_id = int(self.dataset.image_ids[candidate])
                     unreadable[image_id] = str(error)
-        return collate(samples, unreadable)
+        loaded = collate(samples, unreadable)
+        if get_worker_info() is not None:
+            # Moved now, where an error reaches the training process. The thread that sends batches would only print
+            # that /dev/shm is full, and the training process would wait for the batch.
+            try:
+                loaded.share_memory()
+            except RuntimeError as error:
+                raise RuntimeError(f"no shared memory for a batch: {error}") from error
+        return loaded
 
 
 def training_loader(
-    dataset: CocoDetection, batch_sampler: AspectRatioBatchSampler, workers: int, pin_memory: bool
+    dataset: CocoDetection,
+    batch_sampler: AspectRatioBatchSampler,
+    workers: int,
+    pin_memory: bool,
+    timeout: float = LONGEST_WAIT,
 ) -> DataLoader[LoadedBatch]:
     """Load the batches of `batch_sampler`; call its `set_epoch` before each pass.
 
@@ -55,13 +68,19 @@ def training_loader(
         batch_sampler: which of them form a batch.
         workers: processes that load; 0 loads in this one.
         pin_memory: whether tensors go to page-locked memory, for a GPU.
+        timeout: seconds to wait for a batch of a worker.
     """
     reader = BatchReader(dataset, MAX_ATTEMPTS)
-    return _loader(reader, batch_sampler, workers, pin_memory)
+    return _loader(reader, batch_sampler, workers, pin_memory, timeout)
 
 
 def evaluation_loader(
-    dataset: CocoDetection, workers: int, pin_memory: bool, rank: int = 0, world_size: int = 1
+    dataset: CocoDetection,
+    workers: int,
+    pin_memory: bool,
+    rank: int = 0,
+    world_size: int = 1,
+    timeout: float = LONGEST_WAIT,
 ) -> DataLoader[LoadedBatch]:
     """Load this process's share of the images, each once and in a batch of its own, so without padding to other sizes.
 
@@ -71,19 +90,24 @@ def evaluation_loader(
         pin_memory: whether tensors go to page-locked memory, for a GPU.
         rank: number of this process.
         world_size: how many processes there are; each takes every world_size-th image.
+        timeout: seconds to wait for a batch of a worker.
     """
     batches = [[(0, index)] for index in range(rank, len(dataset), world_size)]
     reader = BatchReader(dataset, attempts=1)
-    return _loader(reader, batches, min(workers, len(batches)), pin_memory)
+    return _loader(reader, batches, min(workers, len(batches)), pin_memory, timeout)
 
 
 def _loader(
-    reader: BatchReader, batches: AspectRatioBatchSampler | list[list[ImageKey]], workers: int, pin_memory: bool
+    reader: BatchReader,
+    batches: AspectRatioBatchSampler | list[list[ImageKey]],
+    workers: int,
+    pin_memory: bool,
+    timeout: float,
 ) -> DataLoader[LoadedBatch]:
     options: dict[str, Any] = {}
     if workers:
         # Forked workers share the arrays of the data set; other start methods would copy them.
-        options = {"worker_init_fn": _start_worker, "multiprocessing_context": "fork"}
+        options = {"worker_init_fn": _start_worker, "multiprocessing_context": "fork", "timeout": timeout}
     # With batch_size=None the loader hands each item of the sampler, the keys of a batch, to the reader as it is.
     return DataLoader(reader, batch_size=None, sampler=batches, num_workers=workers, pin_memory=pin_memory, **options)
 

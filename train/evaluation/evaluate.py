@@ -69,7 +69,7 @@ def evaluate(
     """
     start = time.perf_counter()
     pin_memory = world.device.type == "cuda"
-    loader = evaluation_loader(dataset, config.data.workers, pin_memory, world.rank, world.size)
+    loader = evaluation_loader(dataset, config.data.workers, pin_memory, world.rank, world.size, config.timeout)
     batches = evaluation_progress(loader, enabled=world.is_main)
     rows, unreadable = detect(model, batches, dataset.category_ids, amp=config.amp, check_stop=check_stop)
     _check_unreadable_images(unreadable, dataset, world)

@@ -2,16 +2,20 @@
 
 import multiprocessing
 import os
+import resource
 import signal
+import time
 
 import numpy as np
 import pytest
 import torch
 
+import train.data.loader
 from tests.train.data.datasets import open_coco
 from train.data.loader import evaluation_loader, training_loader
 from train.data.prefetch import batch_tensors
 from train.data.samplers import AspectRatioBatchSampler
+from train.errors import explain
 
 
 def make_training_loader(dataset, batch_size, workers, epoch=0, seed=0):
@@ -83,3 +87,101 @@ def test_evaluation_sees_every_image_once(coco):
     first = next(iter(evaluation_loader(dataset, 0, False)))
     assert first.batch is None
     assert list(first.unreadable) == [100]
+
+
+LOADERS = {
+    "training": lambda dataset, **options: training_loader(
+        dataset, AspectRatioBatchSampler(np.zeros(len(dataset), bool), 1), 1, False, **options
+    ),
+    "evaluation": lambda dataset, **options: evaluation_loader(dataset, 1, False, **options),
+}
+
+
+def fail(loader) -> tuple[str, float]:
+    """Load until an error ends it; return its line for the user, and the seconds that it took."""
+    start = time.monotonic()
+    with pytest.raises(RuntimeError) as error:
+        list(loader)
+    seconds = time.monotonic() - start
+    message = explain(error.value)
+    assert message is not None
+    assert "\n" not in message
+    return message, seconds
+
+
+@pytest.fixture
+def end_workers():
+    """Kill the processes that a test leaves hanging; they ignore other signals."""
+    yield
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join()
+    signal.signal(signal.SIGCHLD, handler)
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS, signal.SIGSEGV])
+def test_killed_worker_ends_the_loading(coco, monkeypatch, kind, number):
+    dataset = open_coco(coco)
+
+    def read(path, max_pixels):
+        signal.signal(number, signal.SIG_DFL) if number != signal.SIGKILL else None
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("train.data.coco_dataset.read_image", read)
+    message, seconds = fail(LOADERS[kind](dataset))
+    assert message.startswith("lost a process that loads images: DataLoader worker")
+    assert seconds < 30  # on a machine that is busy otherwise
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_worker_that_hangs_ends_the_loading(coco, monkeypatch, end_workers, kind):
+    monkeypatch.setattr("train.data.coco_dataset.read_image", lambda path, max_pixels: time.sleep(1000))
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    message, seconds = fail(LOADERS[kind](open_coco(coco), timeout=0.5))
+    assert message.startswith("no images within --timeout: DataLoader timed out after 0.5 seconds")
+    assert seconds < 30  # on a machine that is busy otherwise
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("kind", LOADERS)
+def test_full_shared_memory_ends_the_loading(coco, monkeypatch, kind, masks):
+    """A file of /dev/shm cannot grow, as where it is full; without the check the batch would get lost silently."""
+    start_worker = train.data.loader._start_worker
+
+    def start_with_little_memory(number):
+        start_worker(number)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+    monkeypatch.setattr("train.data.loader._start_worker", start_with_little_memory)
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    message, seconds = fail(LOADERS[kind](open_coco(coco, masks=masks)))
+    assert message.startswith("lost a process that loads images: RuntimeError: ")
+    assert "shared memory" in message
+    assert seconds < 30  # on a machine that is busy otherwise
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_what_is_no_file_is_skipped_at_once(coco, kind, workers):
+    dataset = open_coco(coco)
+    path = dataset.image_path(3)
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    (loaded,) = make_training_loader(dataset, 8, workers)
+    assert list(loaded.unreadable) == [103]
+    assert path.name in loaded.unreadable[103]
+
+
+def test_lost_boxes_arrive_from_workers(coco):
+    dataset = open_coco(coco)
+    dataset.boxes[dataset.box_starts[3]] = [128, 5, 140, 9]
+    for workers in (0, 1):
+        (loaded,) = make_training_loader(dataset, 8, workers)
+        assert loaded.lost_boxes == {103: [[128.0, 5.0, 140.0, 9.0]]}
