@@ -146,7 +146,7 @@ def test_worker_that_hangs_ends_the_loading(coco, monkeypatch, end_workers, kind
 
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("kind", LOADERS)
-def test_full_shared_memory_ends_the_loading(coco, monkeypatch, kind, masks):
+def test_full_shared_memory_ends_the_loading(coco, monkeypatch, end_workers, kind, masks):
     """A file of /dev/shm cannot grow, as where it is full; without the check the batch would get lost silently."""
     start_worker = train.data.loader._start_worker
 
