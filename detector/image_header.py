@@ -2,7 +2,8 @@
 
 Knows every format that OpenCV's wheels decode. A number in a header is what the decoder allocates memory for, so the
 header is read as the decoder reads it: the size of JPEG 2000 is taken from its code stream, for example, not from the
-box around it, which may say something else.
+box around it, which may say something else. Pillow takes that of the box, does not know all of the formats, and has one
+limit for the whole process.
 """
 
 from __future__ import annotations
