@@ -1,4 +1,4 @@
-"""Files that appear under their name only when they are complete."""
+"""Files that are read without waiting, and appear under their name only when they are complete."""
 
 from __future__ import annotations
 
@@ -9,15 +9,34 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 MAX_SUFFIX_LENGTH = 16  # characters of a suffix that a temporary name keeps
 
 # The name of a temporary file that a killed writer left; the other two forms are those of earlier versions.
 _LEFTOVER = re.compile(r"\.partial-[0-9a-f]{16}(\.[^.]*)?|\.\d+\..+|\.partial-\d+", re.DOTALL)
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, a quota, a limit on the size of files
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file for reading, without waiting: a pipe might never have a writer, and a device might never end.
+
+    Raises:
+        OSError: the file cannot be opened, or is a pipe, a device or a folder; the message names it.
+    """
+    file = open(path, "rb", opener=open_without_waiting)  # noqa: SIM115  # the caller closes it
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(f"{path}: expected a regular file, got a pipe or a device")
+    return file
+
+
+def open_without_waiting(path: str, flags: int) -> int:
+    """Open a file, as an `opener` of `open`; a pipe without a writer opens at once."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has neither the flag nor such pipes
 
 
 @contextlib.contextmanager

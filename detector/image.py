@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detector.files import replacing
+from detector.files import open_without_waiting, replacing
 from detector.image_header import jpeg_segments, seen_size, stored_size
 from detector.structures import padded_side
 from detector.text import shorten
@@ -107,7 +107,7 @@ def _open_regular_file(path: str | Path) -> BinaryIO:
         OSError, ValueError: it cannot be opened, is no regular file or larger than any image; the message names it.
     """
     try:
-        file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115  # the caller closes it
+        file = open(path, "rb", opener=open_without_waiting)  # noqa: SIM115  # the caller closes it
     except OSError as error:
         raise OSError(error.errno, error.strerror, _name(path)) from error
     except ValueError as error:  # a name with a NUL, or with letters that no file name can have
@@ -121,10 +121,6 @@ def _open_regular_file(path: str | Path) -> BinaryIO:
         file.close()
         raise ValueError(f"cannot read image {_name(path)}: expected at most {_MAX_BYTES} bytes, got {status.st_size}")
     return file
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has neither the flag nor such pipes
 
 
 def _name(path: str | Path) -> str:

@@ -205,11 +205,12 @@ def predict_files(options: PredictOptions) -> list[str]:
     What was found is written in any case: after Ctrl-C too, and where a picture cannot be written or the device fails.
 
     Returns:
-        A message for each image that could not be found, read or drawn, and for an error that ended the work.
+        A message for each image that could not be found, read or drawn, for an error that ended the work, and for
+        results that could not be written.
 
     Raises:
         OSError, ValueError: nothing could be done: weights cannot be read, no image was found, an option is wrong, or
-            the results would replace a file of somebody else; or the results cannot be written.
+            the results would replace a file of somebody else.
         KeyboardInterrupt: Ctrl-C was pressed; its arguments are all messages.
     """
     if options.batch_size < 1:
@@ -225,16 +226,19 @@ def predict_files(options: PredictOptions) -> list[str]:
     options.out.mkdir(parents=True, exist_ok=True)
 
     results = _Results(len(files))
+    is_interrupted = False
     try:
         _predict_into(folder, results, files, model, class_names, options, messages)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(*messages, f"stopped by Ctrl-C {results.position}") from None
+        is_interrupted = True
+        messages.append(f"stopped by Ctrl-C {results.position}")
     except (RuntimeError, MemoryError) as error:  # the device, or its memory
         messages.append(f"stopped {results.position}: {one_line(error)}")
     finally:
         if results.images:
-            folder.write_results(results.rows)
-            show(printable(f"{len(results.rows)} detections in {results.images} images: {folder.results}"))
+            _write_results(folder, results, messages)
+    if is_interrupted:
+        raise KeyboardInterrupt(*messages)
     return messages
 
 
@@ -255,6 +259,16 @@ class _Results:
     @property
     def position(self) -> str:
         return f"after {self.images} of {self.total} images"
+
+
+def _write_results(folder: ResultsFolder, results: _Results, messages: list[str]) -> None:
+    """Write what has been found; an error joins the messages, so that those before it are not lost."""
+    try:
+        folder.write_results(results.rows)
+    except OSError as error:
+        messages.append(str(error))
+    else:
+        show(printable(f"{len(results.rows)} detections in {results.images} images: {folder.results}"))
 
 
 def _predict_into(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detector.files import replacing, writing_error
+from detector.files import open_regular, replacing, writing_error
 
 Line = dict[str, Any]
 
@@ -51,7 +51,8 @@ def read_lines(path: Path) -> list[Line]:
 def parse_lines(path: Path) -> tuple[list[Line], list[DamagedLine]]:
     """Return the undamaged lines of metrics.jsonl and the damaged ones, see `read_lines`."""
     try:
-        content = path.read_bytes()
+        with open_regular(path) as file:
+            content = file.read()
     except FileNotFoundError:
         return [], []
     lines = []

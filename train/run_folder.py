@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from detector.files import remove_leftovers, write_json
+from detector.files import open_regular, remove_leftovers, write_json
 from train.config import RENAMED, Config, as_dict
 from train.folder_lock import locked
 from train.metrics_file import append_lines, parse_lines, read_lines, rewind
@@ -209,7 +209,8 @@ class RunFolder:
         problem = f"{self._config}: expected what a run writes there"
         cure = "restore the file, or choose another --out; the newest checkpoint holds the configuration, too"
         try:
-            record = json.loads(self._config.read_bytes())
+            with open_regular(self._config) as file:
+                record = json.load(file)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{problem}, got no JSON ({error}); {cure}") from error
         if not isinstance(record, dict):

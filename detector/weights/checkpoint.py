@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from detector.files import replacing
+from detector.files import open_regular, replacing
 from detector.model.faster_rcnn import FasterRCNN
 from detector.text import printable, short_name, shorten, shown
 from detector.weights.checkpoint_name import file_digest, parse_name
@@ -59,14 +59,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         path: the file; its suffix tells safetensors from the rest.
 
     Raises:
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened, or is a pipe or a device.
         ValueError: the file is damaged, cut off, is not a checkpoint or holds no weights; the message names it.
     """
     path = Path(path)
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise ValueError(f"{path}: expected a regular file, got a pipe or a device")
-    with path.open("rb"):  # raises the error of the operating system if the file is missing or a folder
-        pass
+    open_regular(path).close()  # raises the error of the operating system if the file is missing or a folder
     name = parse_name(path)
     if name is not None:
         digest = file_digest(path)

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from detector.files import open_regular
+
 _PATTERN = re.compile(r"step-(?P<step>\d{8,})-(?P<digest>[0-9a-f]{16})\.pt")
 _CHUNK = 1 << 20  # bytes that are read at once
 
@@ -43,7 +45,7 @@ def digest(content: bytes | memoryview) -> str:
 def file_digest(path: Path) -> str:
     """Return the digest of a file, which is read piece by piece."""
     sha256 = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while piece := file.read(_CHUNK):
             sha256.update(piece)
     return sha256.hexdigest()[:16]

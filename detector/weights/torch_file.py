@@ -412,6 +412,9 @@ def _tensor(path: str, arguments: tuple[Any, ...]) -> Tensor | ForeignTensor:
         return _tensor(inner.path, inner.arguments)
     if function not in ("tensor", "tensor_v2", "tensor_v3"):
         return ForeignTensor(function.replace("_", " "))
+    signs = arguments[7 if function == "tensor_v3" else 6 :]  # {"conj": True} or {"neg": True}, if there are any
+    if any(signs):
+        return ForeignTensor("lazily conjugated or negated tensor")
 
     storage, offset, size, stride = arguments[:4]
     dtype = storage.dtype

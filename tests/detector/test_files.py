@@ -4,10 +4,11 @@ import errno
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
-from detector.files import remove_leftovers, replacing, write_json
+from detector.files import open_regular, remove_leftovers, replacing, write_json
 
 
 @pytest.fixture(params=[False, True], ids=["", "durable"])
@@ -188,3 +189,16 @@ def test_the_leftover_of_a_kill_is_recognized(tmp_path):
     (tmp_path / "kept").rename(tmp_path / name)
     assert remove_leftovers(tmp_path) == 1
     assert os.listdir(tmp_path) == ["step-00000001-0123456789abcdef.pt"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "device"])
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path, kind):
+    path = Path("/dev/zero")
+    if kind != "device":
+        path = tmp_path / "pipe"
+        os.mkfifo(path)
+    if kind == "link to a pipe":
+        path = tmp_path / "link"
+        path.symlink_to("pipe")
+    with pytest.raises(OSError, match=rf"{path}: expected a regular file, got a pipe or a device"):
+        open_regular(path)

@@ -255,6 +255,17 @@ def test_what_was_found_is_written_whatever_happens(
     assert "20 detections in 2 images" in captured.out
 
 
+def test_results_that_cannot_be_written_hide_no_message(weights, photos, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError("cannot write detections.json: No space left on device")
+
+    monkeypatch.setattr("detector.predict.ResultsFolder.write_results", fail)
+    assert run(weights, tmp_path / "out", photos / "absent.png", photos / "b.jpg") == 1
+    assert capsys.readouterr().err == (
+        f"error: no file {photos / 'absent.png'}\nerror: cannot write detections.json: No space left on device\n"
+    )
+
+
 def test_results_of_somebody_else_are_kept(weights, photos, capsys):
     (photos / "detections.json").write_text('{"images": []}')
     assert run(weights, photos, photos / "b.jpg") == 1

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from train.checkpoint import newest_checkpoint
 from train.config import PRESETS
 from train.run_folder import RunFolder, provenance, read_lines
 
@@ -183,3 +184,22 @@ def test_a_configuration_that_cannot_be_read_or_written_is_named(tmp_path, monke
         RunFolder(tmp_path / "new").claim(CONFIG, 1)
     assert str(caught.value).startswith(f"cannot write {tmp_path / 'new' / 'config.json'}: ")
     assert os.listdir(tmp_path / "new") == []
+
+
+def read_all(run):
+    run.claim(CONFIG, 1)
+    run.evaluations()
+    newest_checkpoint(run.checkpoints, print)
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "checkpoints/step-00000008-0123456789abcdef.pt"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, name):
+    run = RunFolder(tmp_path)
+    run.claim(CONFIG, 1)
+    run.checkpoints.mkdir()
+    read_all(run)
+    path = tmp_path / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(OSError, match=rf"{path}: expected a regular file, got a pipe or a device"):
+        read_all(run)

@@ -241,7 +241,7 @@ def test_class_names_may_be_equal_but_not_too_few(tmp_path, tiny):
 def test_pipes_and_devices_are_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.pt")
     for path in (tmp_path / "pipe.pt", "/dev/zero"):
-        with pytest.raises(ValueError, match="expected a regular file, got a pipe or a device"):
+        with pytest.raises(OSError, match="expected a regular file, got a pipe or a device"):
             load(path, "cpu")
 
 

@@ -294,6 +294,8 @@ def quantized():
         ({"a": torch.ones(2).to_sparse()}, "a: expected a dense tensor, got a sparse tensor"),
         ({"a": quantized()}, "a: expected a dense tensor, got a qtensor"),
         ({"a": torch.empty(10**6, 10**6, device="meta")}, "a: expected a dense tensor, got a meta tensor no storage"),
+        ({"a": torch.tensor([1 + 2j]).conj()}, "a: expected a dense tensor, got a lazily conjugated or negated"),
+        ({"a": torch.tensor([1 + 2j]).conj().imag}, "a: expected a dense tensor, got a lazily conjugated or negated"),
         ({"a": torch.ones(2), "b": "text"}, "b: expected a tensor, got 'text'"),
         ({"a": torch.ones(2), "b": None}, "b: expected a tensor, got None"),
         ({"a": torch.ones(2), "b\n": np.ones(2)}, r"b\\n: expected a tensor, got array"),
@@ -301,7 +303,7 @@ def quantized():
         ({"a": torch.ones(2), ("b",): torch.ones(2)}, r"expected names of weights, got \('b',\)"),
         ({}, "expected a state dict, bare or under one of"),
     ],
-    ids=range(9),
+    ids=range(11),
 )
 def test_state_dicts_of_other_values_are_named(tmp_path, state, message):
     torch.save({"model": state}, tmp_path / "a.pt")
