@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from detector.files import open_without_waiting, replacing
-from detector.image_header import jpeg_segments, seen_size, stored_size
+from detector.image_header import jpeg_segments, png_chunks, seen_size, stored_size
 from detector.structures import padded_side
 from detector.text import shorten
 
@@ -222,9 +222,13 @@ def stack_images(images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
 
 
 def _is_cut_off(data: bytes) -> bool:
-    """Tell whether a JPEG or PNG lacks its end marker: decoders fill the missing part with gray and do not complain."""
+    """Tell whether a JPEG or PNG ends before its end marker.
+
+    Decoders fill the missing part of a JPEG with gray and do not complain; OpenCV takes the memory that a chunk of a
+    PNG asks for, up to 4 GiB, before it sees that the file is shorter.
+    """
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return data.rfind(b"IEND") < 0  # the search begins at the end, where the marker is
+        return not any(name == b"IEND" and end <= len(data) for name, _, end in png_chunks(data))
     if data.startswith(b"\xff\xd8\xff"):
         return data.rfind(b"\xff\xd9", _end_of_jpeg_header(data)) < 0
     return False

@@ -81,6 +81,21 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
             position += 2 + length
 
 
+def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield (name, position of its content, position behind it) for the chunks of a PNG, up to the last one, IEND.
+
+    The content of a chunk may end behind `data`, as its length is what the file says.
+    """
+    position = len(_PNG_SIGNATURE)
+    while position + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, position)
+        content = position + 8
+        yield name, content, content + length
+        if name == b"IEND":
+            return
+        position = content + length + 4  # after its check sum
+
+
 def _stored_size(data: bytes) -> tuple[int, int] | None:
     """Do `stored_size`; a header that is cut off raises struct.error or IndexError."""
     size: tuple[int, int] | None = None
@@ -192,9 +207,9 @@ def _exif(data: bytes) -> bytes:
     if data.startswith(b"\xff\xd8"):
         return _jpeg_exif(data)
     if data.startswith(_PNG_SIGNATURE):
-        return _find_chunk(data, b"eXIf", start=8, is_png=True)
+        return _png_exif(data)
     if data[12:16] == b"VP8X" and data[20] & _WEBP_HAS_EXIF:
-        return _find_chunk(data, b"EXIF", start=12, is_png=False).removeprefix(_EXIF_PREFIX)
+        return _webp_exif(data)
     return b""
 
 
@@ -206,19 +221,21 @@ def _jpeg_exif(data: bytes) -> bytes:
     return b""
 
 
-def _find_chunk(data: bytes, name: bytes, start: int, is_png: bool) -> bytes:
-    """Return the content of a chunk of a PNG (length, name, content, sum) or of a WebP (name, length, content)."""
-    position = start
+def _png_exif(data: bytes) -> bytes:
+    for name, content, end in png_chunks(data):
+        if name == b"eXIf":
+            return data[content:end]
+    return b""
+
+
+def _webp_exif(data: bytes) -> bytes:
+    position = 12
     while position + 8 <= len(data):
-        if is_png:
-            length, chunk = struct.unpack_from(">I4s", data, position)
-            size = 12 + length
-        else:
-            chunk, length = struct.unpack_from("<4sI", data, position)
-            size = 8 + length + length % 2
-        if chunk == name:
-            return data[position + 8 : position + 8 + length]
-        position += size
+        name, length = struct.unpack_from("<4sI", data, position)
+        content = position + 8
+        if name == b"EXIF":
+            return data[content : content + length].removeprefix(_EXIF_PREFIX)
+        position = content + length + length % 2
     return b""
 
 

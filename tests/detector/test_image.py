@@ -182,6 +182,19 @@ def test_bomb_is_not_decoded(tmp_path, name, monkeypatch):
         read_image(path)
 
 
+@pytest.mark.parametrize("chunk", [b"IHDR", b"IDAT", b"IEND"])
+@pytest.mark.parametrize("length", [500, 2**28, 2**32 - 1])
+def test_png_whose_chunk_is_longer_than_the_file_is_not_decoded(tmp_path, chunk, length, monkeypatch):
+    """OpenCV takes the memory for the chunk before it looks at the file."""
+    path = tmp_path / "a.png"
+    data = png(8, 8)
+    position = data.index(chunk)
+    path.write_bytes(data[: position - 4] + length.to_bytes(4, "big") + data[position:])
+    monkeypatch.delattr(cv2, "imdecode")
+    with pytest.raises(ValueError, match=r"a\.png: the file is cut off after \d+ bytes"):
+        read_image(path)
+
+
 def test_limit_of_pixels_can_be_moved(tmp_path):
     write_image(tmp_path / "a.png", np.zeros((20, 30, 3), np.uint8))
     assert read_image(tmp_path / "a.png", max_pixels=600).shape == (20, 30, 3)

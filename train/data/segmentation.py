@@ -61,7 +61,7 @@ def read_segmentations(
 
     Raises:
         ValueError: a segmentation is missing, malformed, does not fit its image, or cannot be drawn though required.
-            The message counts such entries and names the first of them.
+            The message counts such entries and names the first of them. Or all polygons are in shares of the image.
 
     Source:
         MMDetection's LoadAnnotations, which ignores objects without a polygon of three corners.
@@ -83,6 +83,9 @@ def read_segmentations(
             collector.add([])
 
     segmentations = collector.finish()
+    coordinates = segmentations.coordinates
+    if len(coordinates) and np.abs(coordinates).max() <= 1:
+        raise ValueError("annotations: 'segmentation': expected polygons in pixels, got all of them between 0 and 1")
     problems |= _find_problems_of_polygons(segmentations, image_indices, image_sizes)
     if problems:
         named = []

@@ -197,6 +197,20 @@ def test_corners_within_the_margin_are_drawn(coco, value):
     np.testing.assert_array_equal(next(dataset.masks(0)), drawn)
 
 
+@pytest.mark.parametrize("sides", [(128, 96), (2**17, 2**17)])
+def test_polygons_in_shares_of_the_image_are_refused(coco, sides):
+    def change(content):
+        for annotation in content["annotations"]:
+            x1, y1, *_, x2, y2 = (value / sides[index % 2] for index, value in enumerate(annotation["segmentation"][0]))
+            annotation["segmentation"] = [[x1, y1, x2, y2, x2, y1]]
+
+    edit(coco, change)
+    with pytest.raises(ValueError, match="'segmentation': expected polygons in pixels, got all of them between 0 and"):
+        open_coco(coco, masks=True)
+    edit(coco, lambda content: content["annotations"][0].update(segmentation=[[0, 0, 9, 0, 9, 9]]))
+    open_coco(coco, masks=True)
+
+
 def test_images_too_large_for_masks_are_named(coco):
     edit(coco, lambda content: [image.update(width=2**20, height=2**20) for image in content["images"]])
     with pytest.raises(ValueError, match=r"annotations\[0\] .*: expected an image of at most 536870912 pixels"):
