@@ -39,11 +39,19 @@ def test_the_holder_is_named_and_its_end_frees_the_folder(tmp_path):
     assert lock(tmp_path) == []
 
 
+def live_on(is_running):
+    is_running.set()
+    signal.pause()
+
+
 def test_a_forked_process_that_lives_on_does_not_keep_the_lock(tmp_path):
+    context = multiprocessing.get_context("fork")
+    is_running = context.Event()
     with locked(tmp_path):
-        child = multiprocessing.get_context("fork").Process(target=signal.pause)
+        child = context.Process(target=live_on, args=(is_running,))
         child.start()
     try:
+        assert is_running.wait(60)
         with locked(tmp_path):
             assert child.is_alive()
     finally:
