@@ -245,6 +245,11 @@ def check_content(path: Path, content: Any, state: TrainState) -> None:
     if content["step"] != step_of_name:
         raise ValueError(f"{path}: 'step': expected {step_of_name}, as in its name, got {content['step']}; {_CURE}")
 
+    if content["epoch"] > content["step"]:  # every epoch has a step
+        raise ValueError(
+            f"{path}: 'epoch': expected at most {content['step']}, the number of steps, got {content['epoch']}; {_CURE}"
+        )
+
     try:
         _check_weights("model", content["model"], state.model)
         if state.average is not None:
@@ -262,7 +267,7 @@ def _check_weights(key: str, weights: Any, model: nn.Module) -> None:
         raise ValueError(f"{key!r}: expected weights by name, got {reprlib.repr(weights)}")
     expected = model.state_dict()
     for name, value in expected.items():
-        _check_tensor(f"{key!r}: {name}", weights.get(name), value.shape)
+        _check_tensor(f"{key!r}: {name}", weights.get(name), value.shape, value.is_floating_point())
     unknown = [name for name in weights if name not in expected]
     if unknown:
         raise ValueError(f"{key!r}: expected the weights of this run's model, got {unknown[0]!r} too")
@@ -292,12 +297,15 @@ def _check_scaler(saved: dict[str, Any], scaler: torch.amp.GradScaler) -> None:
         raise ValueError(f"'scaler': expected numbers for {', '.join(sorted(keys))}, got {reprlib.repr(saved)}")
 
 
-def _check_tensor(name: str, value: Any, shape: torch.Size) -> None:
-    """Raise ValueError if a value is not a tensor of this shape with finite numbers."""
+def _check_tensor(name: str, value: Any, shape: torch.Size, is_floating_point: bool = True) -> None:
+    """Raise ValueError if a value is not a tensor of this shape with finite numbers of this kind."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a tensor of shape {tuple(shape)}, got {reprlib.repr(value)}")
     if value.shape != shape:
         raise ValueError(f"{name}: expected a tensor of shape {tuple(shape)}, got {tuple(value.shape)}")
+    if value.is_floating_point() != is_floating_point or value.is_complex():
+        kind = "floating-point" if is_floating_point else "whole"
+        raise ValueError(f"{name}: expected {kind} numbers, got {value.dtype}")
     if value.layout != torch.strided or not value.isfinite().all():
         raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
 

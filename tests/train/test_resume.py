@@ -165,6 +165,9 @@ FOREIGN = {
     "one weight more": (lambda content: {"model": content["model"] | {"x": torch.ones(1)}}, "got 'x' too"),
     "shape": (lambda content: {"model": content["model"] | {"bias": torch.ones(4)}}, "got (4,)"),
     "nan": (lambda content: {"model": nan_weights(content)}, "expected finite numbers"),
+    "whole numbers": (lambda content: {"model": content["model"] | {"bias": torch.ones(2).long()}}, "got torch.int64"),
+    "complex": (lambda content: {"model": content["model"] | {"bias": torch.ones(2) * 1j}}, "got torch.complex64"),
+    "huge epoch": (lambda content: {"epoch": 2**62}, "'epoch': expected at most 8, the number of steps, got 46116"),
     "optimizer": (lambda content: {"optimizer": {}}, "'optimizer': expected the state of an optimizer"),
     "slots": (lambda content: {"optimizer": other_slot(content, momentum_buffer=1)}, "expected exp_avg, exp_avg_sq"),
     "slot": (
