@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import ExceptionWrapper
+from torch.utils.data import get_worker_info
 
 from detector import Batch, Target
 from detector.image import stack_images
@@ -47,7 +49,34 @@ class LoadedBatch:
             return self
         return replace(self, batch=self.batch.pin_memory())
 
-    def share_memory(self) -> None:
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let workers send small tensors as arrays inside the message: in shared memory each needs an open file.
+
+        A thread of the worker comes here. It would only print that shared memory is full, and the training process
+        would wait for the batch, so the error is sent in its place.
+        """
+        worker = get_worker_info()
+        if worker is not None:
+            try:
+                self._share_memory()
+            except RuntimeError as error:
+                full = RuntimeError(f"no shared memory for a batch: {error}")
+                where = f"in DataLoader worker process {worker.id}"
+                return _itself, (ExceptionWrapper((RuntimeError, full, error.__traceback__), where),)
+
+        batch = self.batch
+        if batch is not None:
+            batch = _convert_small_tensors(batch, Tensor.numpy)
+        return _rebuild, (
+            batch,
+            self.image_ids,
+            self.scale_factors,
+            self.original_sizes,
+            self.unreadable,
+            self.lost_boxes,
+        )
+
+    def _share_memory(self) -> None:
         """Move the large tensors, images and masks, to shared memory.
 
         Raises:
@@ -60,19 +89,10 @@ class LoadedBatch:
             if target.masks is not None:
                 target.masks.share_memory_()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Let workers send small tensors as arrays inside the message: in shared memory each needs an open file."""
-        batch = self.batch
-        if batch is not None:
-            batch = _convert_small_tensors(batch, Tensor.numpy)
-        return _rebuild, (
-            batch,
-            self.image_ids,
-            self.scale_factors,
-            self.original_sizes,
-            self.unreadable,
-            self.lost_boxes,
-        )
+
+def _itself(error: ExceptionWrapper) -> ExceptionWrapper:
+    """Return what was sent in the place of a batch; the loader raises it."""
+    return error
 
 
 def _rebuild(batch: Batch | None, *fields: Any) -> LoadedBatch:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import cv2
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from train.data.coco_dataset import CocoDetection, UnreadableImageError
 from train.data.collate import LoadedBatch, collate
@@ -43,15 +43,7 @@ class BatchReader(Dataset[LoadedBatch]):
                 except UnreadableImageError as error:
                     image_id = int(self.dataset.image_ids[candidate])
                     unreadable[image_id] = str(error)
-        loaded = collate(samples, unreadable)
-        if get_worker_info() is not None:
-            # Moved now, where an error reaches the training process. The thread that sends batches would only print
-            # that /dev/shm is full, and the training process would wait for the batch.
-            try:
-                loaded.share_memory()
-            except RuntimeError as error:
-                raise RuntimeError(f"no shared memory for a batch: {error}") from error
-        return loaded
+        return collate(samples, unreadable)
 
 
 def training_loader(
