@@ -49,14 +49,14 @@ def shorten(text: str, length: int) -> str:
     return f"{text[:head]}...{text[-tail:]}"
 
 
-def short_name(name: object) -> str:
-    """Return a name as tables and pictures show it: `printable`, with at most `NAME_LENGTH` letters."""
-    return shorten(printable(name), NAME_LENGTH)
+def short_name(name: object, length: int = NAME_LENGTH) -> str:
+    """Return a name as tables and pictures show it: `printable`, with at most `length` letters."""
+    return shorten(printable(name), length)
 
 
-def short_list(names: Sequence[object], limit: int = 10) -> str:
-    """Return the first names of a list, each as a `short_name`, and how many more there are."""
-    text = ", ".join(map(short_name, names[:limit]))
+def short_list(names: Sequence[object], limit: int = 10, length: int = NAME_LENGTH) -> str:
+    """Return the first `limit` names of a list, each as a `short_name`, and how many more there are."""
+    text = ", ".join(short_name(name, length) for name in names[:limit])
     if len(names) > limit:
         text += f" and {len(names) - limit} more"
     return text

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from detector.files import open_regular, replacing
 from detector.model.faster_rcnn import FasterRCNN
-from detector.text import printable, short_name, shorten, shown
+from detector.text import printable, short_list, short_name, shown
 from detector.weights.checkpoint_name import file_digest, parse_name
 from detector.weights.torch_file import ForeignTensor, read_torch_file, unreadable
 
@@ -113,12 +113,9 @@ def save_weights(path: str | Path, model: FasterRCNN, classes: Sequence[str]) ->
         save_file(state, partial, metadata)
 
 
-def list_names(names: Sequence[object], limit: int = 6) -> str:
-    """Join names for a message: the first `limit`, then how many more there are."""
-    listed = ", ".join(shorten(printable(name), 200) for name in names[:limit])
-    if len(names) <= limit:
-        return listed
-    return f"{listed} and {len(names) - limit} more"
+def list_names(names: Sequence[object]) -> str:
+    """Join names of weights for a message: the first ones, then how many more there are."""
+    return short_list(names, limit=6, length=200)
 
 
 def _sum(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -25,6 +25,7 @@ from train.data.coco_json import (
 )
 
 MIN_IMAGE_SIDE = 32  # pixels; smaller images are not trained on
+TOLERANCE = 1.0  # pixels that rounding may add to a box
 
 
 @dataclass(frozen=True)
@@ -332,6 +333,15 @@ def _is_of_used_image(annotations: AnnotationColumns, images: ImageColumns, imag
 def _has_negative_side(annotations: AnnotationColumns) -> np.ndarray:
     has_negative_side: np.ndarray = np.minimum(annotations.boxes[:, 2], annotations.boxes[:, 3]) < 0
     return has_negative_side
+
+
+def fits_image(annotations: AnnotationColumns, images: ImageColumns) -> np.ndarray:
+    """Return which boxes (M,) bool do not reach beyond the right and bottom border of their image."""
+    x, y, width, height = annotations.boxes.T
+    fits_in_x = x + width <= images.widths[annotations.image_indices] + TOLERANCE
+    fits_in_y = y + height <= images.heights[annotations.image_indices] + TOLERANCE
+    fits: np.ndarray = fits_in_x & fits_in_y
+    return fits
 
 
 def is_inside_image(annotations: AnnotationColumns, images: ImageColumns) -> np.ndarray:

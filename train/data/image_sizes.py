@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from detector.image import read_image_size
-from train.data.annotations import AnnotationColumns, ImageColumns, is_inside_image
+from train.data.annotations import AnnotationColumns, ImageColumns, fits_image, is_inside_image
+from train.data.samplers import spread_evenly
 
 MAX_SAMPLE = 500  # images whose headers are read; a fixed number, so that every start compares the same ones
 MAX_OTHER_SHARE = 0.1  # of the sample; the 1% that may be unreadable exceed it by no chance worth mentioning
 THREADS = 8  # a network file system answers many at once
-TOLERANCE = 1.0  # pixels that rounding may add to a box
 
 
 def correct_sizes(
@@ -41,7 +41,7 @@ def correct_sizes(
         The images; a note about those that were exchanged, empty without any; and what is wrong if more than a tenth of
         the evenly spaced images have another size than their files, empty otherwise.
     """
-    sample = indices[_spread_evenly(len(indices), MAX_SAMPLE)]
+    sample = indices[spread_evenly(len(indices), MAX_SAMPLE)]
     sizes = np.zeros((len(images.ids), 2), np.int64)  # height and width of the files; 0 where they are not known
     _read_sizes(sizes, images, sample, image_folder)
     other_sizes = _describe_other_sizes(sizes[sample], images, sample, image_folder)
@@ -128,21 +128,7 @@ def _describe_exchanged(
         "rotation in EXIF data were ignored: boxes are taken as the image is seen"
     )
     of_exchanged = annotations.take(np.flatnonzero(annotations.image_listed & is_exchanged[annotations.image_indices]))
-    contradicting = int((_fit(of_exchanged, images) & ~_fit(of_exchanged, corrected)).sum())
+    contradicting = int((fits_image(of_exchanged, images) & ~fits_image(of_exchanged, corrected)).sum())
     if contradicting:
         note += f"; {contradicting} of their boxes fit only the image that is not rotated: look at the pictures"
     return note
-
-
-def _fit(annotations: AnnotationColumns, images: ImageColumns) -> np.ndarray:
-    """Return which boxes (M,) bool do not reach beyond their image."""
-    x, y, width, height = annotations.boxes.T
-    fits_in_x = x + width <= images.widths[annotations.image_indices] + TOLERANCE
-    fits_in_y = y + height <= images.heights[annotations.image_indices] + TOLERANCE
-    fit: np.ndarray = fits_in_x & fits_in_y
-    return fit
-
-
-def _spread_evenly(total: int, count: int) -> np.ndarray:
-    """Return at most `count` of the numbers 0 to total - 1, the first and the last among them."""
-    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from train.data.annotations import AnnotationColumns, ImageColumns
+from train.data.annotations import TOLERANCE, AnnotationColumns, ImageColumns, fits_image
 
 MIN_BOXES = 5  # fewer boxes may look like corners by chance
 MIN_SHARE_BEYOND = 0.2  # of boxes that reach beyond their image
-TOLERANCE = 1.0  # pixels that rounding may add to a box
 
 
 def find_mistakes(annotations: AnnotationColumns, images: ImageColumns) -> list[str]:
@@ -35,6 +34,6 @@ def _look_like_corners(annotations: AnnotationColumns, images: ImageColumns) -> 
     image_widths = images.widths[annotations.image_indices] + TOLERANCE
     image_heights = images.heights[annotations.image_indices] + TOLERANCE
     fit_as_corners = (width > x) & (height > y) & (width <= image_widths) & (height <= image_heights)
-    reach_beyond = (x + width > image_widths) | (y + height > image_heights)
-    is_certain = fit_as_corners.all() and reach_beyond.mean() >= MIN_SHARE_BEYOND
+    reaches_beyond = ~fits_image(annotations, images)
+    is_certain = fit_as_corners.all() and reaches_beyond.mean() >= MIN_SHARE_BEYOND
     return len(annotations.boxes) >= MIN_BOXES and bool(is_certain)

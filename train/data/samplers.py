@@ -73,3 +73,8 @@ class AspectRatioBatchSampler:
 
     def _images_per_rank(self) -> int:
         return math.ceil(len(self.portrait) / self.world_size)
+
+
+def spread_evenly(total: int, count: int) -> np.ndarray:
+    """Return at most `count` of the numbers 0 to total - 1, (n,) int64, the first and the last among them."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))

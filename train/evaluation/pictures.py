@@ -16,6 +16,7 @@ from detector.image import read_image, write_image
 from detector.ops.rle import decode_mask
 from detector.results import CocoRow
 from train.data.coco_dataset import CocoDetection
+from train.data.samplers import spread_evenly
 
 MAX_STEM_BYTES = 240  # of the name of a picture; file systems have room for 255
 MIN_SCORE = 0.3  # detections below it are not drawn
@@ -33,7 +34,7 @@ def draw_pictures(
         count: how many images; all if there are fewer.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    indices = _spread_evenly(len(dataset), count)
+    indices = spread_evenly(len(dataset), count).tolist()
     stems = unique_stems([_stem(str(dataset.file_names[index])) for index in indices])
     for index, stem in zip(indices, stems, strict=True):
         try:
@@ -79,13 +80,6 @@ def unique_stems(stems: Sequence[str]) -> list[str]:
         seen.add(stem.casefold())
         names.append(name)
     return names
-
-
-def _spread_evenly(total: int, count: int) -> list[int]:
-    """Return at most `count` of the numbers 0 to total - 1, the first and the last among them."""
-    positions = np.linspace(0, total - 1, min(count, total)).round().astype(int)
-    indices: list[int] = np.unique(positions).tolist()
-    return indices
 
 
 def _to_detections(rows: Sequence[CocoRow], dataset: CocoDetection) -> Detections:

@@ -13,6 +13,7 @@ from train.build import open_split
 from train.config import PRESETS, Config, DataConfig
 from train.data import image_sizes
 from train.data.coco_dataset import UnreadableImageError
+from train.data.samplers import spread_evenly
 from train.distributed import World
 
 WIDTH = 128
@@ -139,6 +140,6 @@ def test_files_that_cannot_be_read_are_left_to_the_training(tmp_path):
 
 
 def test_sample_is_the_same_at_every_start():
-    np.testing.assert_array_equal(image_sizes._spread_evenly(1001, 5), [0, 250, 500, 750, 1000])
-    np.testing.assert_array_equal(image_sizes._spread_evenly(3, 500), [0, 1, 2])
-    assert len(image_sizes._spread_evenly(0, 500)) == 0
+    np.testing.assert_array_equal(spread_evenly(1001, 5), [0, 250, 500, 750, 1000])
+    np.testing.assert_array_equal(spread_evenly(3, 500), [0, 1, 2])
+    assert len(spread_evenly(0, 500)) == 0
