@@ -28,9 +28,9 @@ if __name__ == "__main__":
 
 import torch
 
-import detector
 from detector.text import lasting_output, show
 from detector.weights.checkpoint import read_checkpoint
+from detector.weights.load_detector import build_detector
 from train import report
 from train.build import build, check_weights_exist, open_split, resume
 from train.checkpoint import (
@@ -202,11 +202,11 @@ def evaluate_only(config: Config, world: World) -> None:
     start = time.monotonic()
     run_folder = RunFolder(config.folder)
     path = _find_weights(config, world, run_folder)
-    model, class_names = detector.load(path, world.device)
+    checkpoint = read_checkpoint(path)
+    model, class_names = build_detector(checkpoint, world.device)
     config = replace(config, model=model.config)
 
-    has_class_names = bool(read_checkpoint(path).classes)
-    dataset = open_split(config, world, "val", class_names if has_class_names else None)
+    dataset = open_split(config, world, "val", class_names if checkpoint.classes else None)
     if len(dataset.classes) != model.config.num_classes:
         raise ValueError(
             f"{path}: expected {len(dataset.classes)} classes, as in {dataset.annotation_file}, "

@@ -13,7 +13,7 @@ from torch import Tensor
 from detector.model.config import FasterRCNNConfig, rename_fields
 from detector.model.faster_rcnn import FasterRCNN
 from detector.text import shown
-from detector.weights.checkpoint import list_names, read_checkpoint
+from detector.weights.checkpoint import Checkpoint, list_names, read_checkpoint
 from detector.weights.load_weights import CLASSIFIER, count_channels, count_classes, match_weights
 
 DEPTHS: dict[tuple[int, int], Literal[18, 50, 101]] = {(2, 2): 18, (6, 3): 50, (23, 3): 101}
@@ -42,8 +42,12 @@ def load(path: str | Path, device: torch.device | str | None = None) -> tuple[Fa
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)  # first, because it takes less time than reading the file
+    return build_detector(read_checkpoint(path), device)
 
-    checkpoint = read_checkpoint(path)
+
+def build_detector(checkpoint: Checkpoint, device: torch.device | str) -> tuple[FasterRCNN, list[str]]:
+    """Do `load` with a file that has been read."""
+    path = checkpoint.path
     if CLASSIFIER not in checkpoint.state:
         raise ValueError(f"{path}: expected the weights of a whole detector, got a file without {CLASSIFIER}")
     try:
