@@ -8,7 +8,7 @@ not fill their mask, or coordinates far outside the image, it writes beyond its 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any
@@ -115,18 +115,6 @@ class Segmentations:
     run_lengths: np.ndarray
     first_polygon: np.ndarray
     first_run: np.ndarray
-
-    @classmethod
-    def parse(cls, segmentations: Iterable[Any]) -> Segmentations:
-        """Take `segmentation` values that fit their images.
-
-        Raises:
-            ValueError: one of them is malformed.
-        """
-        collector = _Collector()
-        for segmentation in segmentations:
-            collector.add(segmentation)
-        return collector.finish()
 
     def __len__(self) -> int:
         return len(self.first_run) - 1

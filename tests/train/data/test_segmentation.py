@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from detector.ops.rle import encode_mask
 from tests.train.data.datasets import edit, open_coco
 from train.data.coco_dataset import UnreadableImageError
-from train.data.segmentation import Segmentations, take_rows
+from train.data.segmentation import read_segmentations, take_rows
 from train.synthetic.annotate import uncompressed_rle
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools.mask")
@@ -23,6 +23,15 @@ def pycocotools_draws(segmentation):
     coco = COCO()
     coco.imgs = {1: {"height": SIZE[0], "width": SIZE[1]}}
     return coco.annToMask({"image_id": 1, "segmentation": segmentation})
+
+
+def parse(values):
+    """Return the segmentations of objects of one image; one more is read, as not all may lie between 0 and 1."""
+    entries = [{"segmentation": value} for value in [*values, [[0, 0, 30, 0, 30, 30]]]]
+    count = len(entries)
+    sizes = np.tile(SIZE, (count, 1))
+    segmentations, _ = read_segmentations(entries, np.arange(count), np.zeros(count, int), sizes, required=False)
+    return segmentations.take(np.arange(len(values)))
 
 
 def flatten(points):
@@ -40,7 +49,7 @@ def random_mask(seed):
 @given(st.lists(st.lists(POLYGON, min_size=1, max_size=3), min_size=1, max_size=4))
 @settings(deadline=None, max_examples=60)
 def test_polygons_are_drawn_as_pycocotools_draws_them(objects):
-    segmentations = Segmentations.parse(objects)
+    segmentations = parse(objects)
     assert len(segmentations) == len(objects)
     for index, value in enumerate(objects):
         mask = segmentations.draw(index, *SIZE)
@@ -56,7 +65,7 @@ def test_all_three_forms_side_by_side():
         [[1, 1, 9, 1, 9, 9], [20, 20, 40, 20, 30, 30, 25, 28]],
         encode_mask(np.zeros(SIZE, bool)),
     ]
-    segmentations = Segmentations.parse(values)
+    segmentations = parse(values)
     order = np.array([4, 1, 1, 2, 0, 3])
     cases = [
         (segmentations, range(5)),
@@ -72,7 +81,7 @@ def test_all_three_forms_side_by_side():
 
 def test_parts_that_are_no_polygons_are_left_out():
     triangle = [3, 4, 30, 5.5, 20, 25]
-    segmentations = Segmentations.parse([[[1, 1, 30, 30], triangle, [5, 5, 9, 9, 5]]])
+    segmentations = parse([[[1, 1, 30, 30], triangle, [5, 5, 9, 9, 5]]])
     np.testing.assert_array_equal(segmentations.draw(0, *SIZE), pycocotools_draws([triangle]))
 
 
