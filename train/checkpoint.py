@@ -13,7 +13,6 @@ import io
 import itertools
 import math
 import os
-import reprlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch import Tensor, nn, optim
 from torch.optim.swa_utils import AveragedModel
 
 from detector.files import describe_space, replacing
+from detector.text import shown
 from detector.weights.checkpoint_name import CheckpointName, digest, file_digest, parse_name
 from train.data.identity import is_identity
 
@@ -239,7 +239,7 @@ def check_content(path: Path, content: Any, state: TrainState) -> None:
         if key not in content and key not in _NEWER_FIELDS:
             raise ValueError(f"{path}: expected a checkpoint of this run, got one without {key!r}; {_CURE}")
         if key in content and not accepts(content[key]):
-            raise ValueError(f"{path}: {key!r}: expected {description}, got {reprlib.repr(content[key])}; {_CURE}")
+            raise ValueError(f"{path}: {key!r}: expected {description}, got {shown(content[key])}; {_CURE}")
 
     step_of_name = _name(path).step
     if content["step"] != step_of_name:
@@ -264,7 +264,7 @@ def check_content(path: Path, content: Any, state: TrainState) -> None:
 def _check_weights(key: str, weights: Any, model: nn.Module) -> None:
     """Raise ValueError if weights have other names or shapes than those of the model, or are not finite."""
     if not isinstance(weights, dict):
-        raise ValueError(f"{key!r}: expected weights by name, got {reprlib.repr(weights)}")
+        raise ValueError(f"{key!r}: expected weights by name, got {shown(weights)}")
     expected = model.state_dict()
     for name, value in expected.items():
         _check_tensor(f"{key!r}: {name}", weights.get(name), value.shape, value.is_floating_point())
@@ -282,7 +282,7 @@ def _check_optimizer(saved: dict[str, Any], optimizer: optim.Optimizer) -> None:
         if not _is_count(index) or index >= len(parameters):
             raise ValueError(f"{name}: expected the number of one of {len(parameters)} parameters")
         if not isinstance(values, dict) or set(values) not in (set(), slots):
-            raise ValueError(f"{name}: expected {', '.join(sorted(slots))}, got {reprlib.repr(values)}")
+            raise ValueError(f"{name}: expected {', '.join(sorted(slots))}, got {shown(values)}")
         for slot, value in values.items():
             shape = torch.Size() if slot == "step" else parameters[index].shape
             if value is not None or slot != "momentum_buffer":  # without momentum SGD keeps None
@@ -294,13 +294,13 @@ def _check_scaler(saved: dict[str, Any], scaler: torch.amp.GradScaler) -> None:
     keys = set(scaler.state_dict())
     is_number = all(type(value) in (int, float) and math.isfinite(value) for value in saved.values())
     if set(saved) != keys or not is_number:
-        raise ValueError(f"'scaler': expected numbers for {', '.join(sorted(keys))}, got {reprlib.repr(saved)}")
+        raise ValueError(f"'scaler': expected numbers for {', '.join(sorted(keys))}, got {shown(saved)}")
 
 
 def _check_tensor(name: str, value: Any, shape: torch.Size, is_floating_point: bool = True) -> None:
     """Raise ValueError if a value is not a tensor of this shape with finite numbers of this kind."""
     if not isinstance(value, Tensor):
-        raise ValueError(f"{name}: expected a tensor of shape {tuple(shape)}, got {reprlib.repr(value)}")
+        raise ValueError(f"{name}: expected a tensor of shape {tuple(shape)}, got {shown(value)}")
     if value.shape != shape:
         raise ValueError(f"{name}: expected a tensor of shape {tuple(shape)}, got {tuple(value.shape)}")
     if value.is_floating_point() != is_floating_point or value.is_complex():

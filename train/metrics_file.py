@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from detector.files import open_regular, replacing, writing_error
+from detector.text import shown
 
 Line = dict[str, Any]
 
@@ -157,11 +157,11 @@ def _what_is_wrong(raw: bytes) -> str:
     try:
         line = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        return f"expected UTF-8, got {reprlib.repr(raw)}"
+        return f"expected UTF-8, got {shown(raw)}"
     except (ValueError, RecursionError):
-        return f"expected JSON, got {reprlib.repr(raw.decode('utf-8-sig'))}"
+        return f"expected JSON, got {shown(raw.decode('utf-8-sig'))}"
     if not isinstance(line, dict):
-        return f"expected an object, got {reprlib.repr(line)}"
+        return f"expected an object, got {shown(line)}"
     return _wrong_value(line) or "expected an object"
 
 
@@ -170,7 +170,7 @@ def _wrong_value(line: Line) -> str | None:
     for key, value in line.items():
         description, fits = KINDS.get(key, ("a finite number", _is_number))
         if not fits(value):
-            return f"{key!r}: expected {description}, got {reprlib.repr(value)}"
+            return f"{key!r}: expected {description}, got {shown(value)}"
     return None
 
 

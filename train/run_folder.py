@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import reprlib
 import shlex
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from detector.files import open_regular, remove_leftovers, write_json
+from detector.text import shown
 from train.config import RENAMED, Config, as_dict
 from train.folder_lock import locked
 from train.metrics_file import append_lines, parse_lines, read_lines, rewind
@@ -214,10 +214,10 @@ class RunFolder:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{problem}, got no JSON ({error}); {cure}") from error
         if not isinstance(record, dict):
-            raise ValueError(f"{problem}, got {reprlib.repr(record)}; {cure}")
+            raise ValueError(f"{problem}, got {shown(record)}; {cure}")
         starts = record.get("starts")
         if not isinstance(starts, list) or not starts or not all(map(_is_start, starts)):
-            raise ValueError(f"{problem}, got {reprlib.repr(starts)} as its 'starts'; {cure}")
+            raise ValueError(f"{problem}, got {shown(starts)} as its 'starts'; {cure}")
         return record
 
     def _compare(self, record: dict[str, Any], config: Config, world_size: int) -> list[str]:
