@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-NOT_SAMPLED = torch.iinfo(torch.int64).max  # larger than every index and every random key
+NOT_SAMPLED = 1 << 62  # larger than every index and every random key; a sum with an index does not overflow
 
 SamplingRule = Literal["random", "first", "spread"]
 
@@ -88,8 +88,7 @@ class BoxSampler:
         negatives = self._choose(is_negative, num_negatives, min(self.num_samples, num_boxes), keys)
 
         # One sort brings the samples into order: with `num_boxes` added, the negatives come after the positives.
-        negatives = torch.where(negatives < NOT_SAMPLED, negatives + num_boxes, NOT_SAMPLED)
-        samples = torch.cat([positives, negatives], 1).sort(1).values[:, : self.num_samples]
+        samples = torch.cat([positives, negatives + num_boxes], 1).sort(1).values[:, : self.num_samples]
 
         valid = samples < NOT_SAMPLED
         positive = valid & (samples < num_boxes)
@@ -123,15 +122,31 @@ class BoxSampler:
 def random_keys(seeds: Tensor, count: int) -> Tensor:
     """Return (B, count) int64 keys in [0, 2^62), which depend only on the seeds (B,), and are the same on every device.
 
+    An operator, which torch.compile calls and does not translate. The products are meant to overflow. In C++, which
+    torch.compile would write on a CPU, an overflow of signed integers is undefined: from `number * constant` GCC
+    concludes that the loop over `number` ends early, drops the test for its end, and the loop writes past its result.
+
     Source:
         Steele et al., Fast splittable pseudorandom number generators (SplitMix64), OOPSLA 2014.
     """
+    keys: Tensor = random_keys_op(seeds, count)
+    return keys
+
+
+@torch.library.custom_op("detector::random_keys", mutates_args=())
+def random_keys_op(seeds: Tensor, count: int) -> Tensor:
+    """Compute `random_keys`."""
     number = torch.arange(1, count + 1, device=seeds.device)
     keys = seeds[:, None] + number * -0x61C8864680B583EB
     keys = _xor_shift(keys, 30) * -0x40A7B892E31B1A47
     keys = _xor_shift(keys, 27) * -0x6B2FB644ECCEEE15
     keys = keys ^ (keys >> 31)
     return keys & ((1 << 62) - 1)
+
+
+@random_keys_op.register_fake
+def _random_keys_fake(seeds: Tensor, count: int) -> Tensor:
+    return seeds.new_empty(seeds.shape[0], count)
 
 
 def _xor_shift(keys: Tensor, shift: int) -> Tensor:

@@ -94,3 +94,11 @@ def test_no_boxes():
     assigned = torch.zeros(1, 0, dtype=torch.int64)
     samples = BoxSampler(16, 0.5)(assigned, torch.zeros(1, dtype=torch.int64))
     assert not samples.valid.any()
+
+
+def test_random_keys_are_equal_when_compiled():
+    """With the default backend: a product that overflows in its C++ code would end the process."""
+    seeds = torch.tensor([0, 3, -9, 2**63 - 1])
+    compiled = torch.compile(random_keys, fullgraph=True)
+    for count in (1, 37, 1000):
+        assert torch.equal(compiled(seeds, count), random_keys(seeds, count))
