@@ -36,6 +36,7 @@ from bench.model_parts import WHOLE, PartTimer
 from bench.report import markdown
 from bench.rows import COLUMNS, ResultRow, environment_columns, timing_row, write_csv
 from detector import Batch, FasterRCNNConfig, fuse_batch_norms
+from detector.graph import CudaRecorder
 from train.config import PRESETS
 
 OPTIONS = ("channels_last", "bf16", "tf32", "fused", "compile", "graph")
@@ -226,20 +227,18 @@ def with_tf32(step: Callable[[], object]) -> Callable[[], object]:
 
 def capture_graph(step: Callable[[], object]) -> tuple[Callable[[], None], float | None]:
     """Record a step on a CUDA device, after warming up; return what replays it, and the MiB it needs at most."""
-    side_stream = torch.cuda.Stream()
-    side_stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side_stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side_stream)
-    graph = torch.cuda.CUDAGraph()
+    device = torch.device("cuda")
+    recorder = CudaRecorder(device)
+    for _ in range(3):
+        recorder.run(step)
+    replays = []
 
     def record() -> None:
-        with torch.cuda.graph(graph):
-            step()
+        _, replay = recorder.record(step)
+        replays.append(replay)
 
-    peak_mib = peak_memory(record, torch.device("cuda"))
-    return graph.replay, peak_mib
+    peak_mib = peak_memory(record, device)
+    return replays[0], peak_mib
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ LAYERS = {
         {"compat", "onnx"},
     ],
     "detector": [
-        {"files", "image", "image_header", "picture", "structures", "text"},
+        {"files", "graph", "image", "image_header", "picture", "structures", "text"},
         {"ops"},
         {"model"},
         {"weights"},

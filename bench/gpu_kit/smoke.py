@@ -27,6 +27,7 @@ from bench.device import DTYPES, allow_tf32, gpu_or_dry_run
 from bench.gpu_kit.pretended_gpu import COMPILING_TRITON
 from bench.measure import first_line, reference_results, relative_errors
 from bench.triton_calls import GRADIENTS, run_backward, run_forward, select_gradients
+from detector.graph import CudaRecorder
 from detector.ops import nms_cpu, roi_align_cpu
 from detector.ops.kernels import nms, roi_align
 from detector.ops.roi_align import roi_levels
@@ -215,15 +216,9 @@ def graph_errors(device: torch.device) -> list[float]:
         return [output, *torch.autograd.grad(output, inputs.leaves, inputs.grad_output)]
 
     expected = [result.detach().double() for result in step()]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-    graph.replay()
+    recorder = CudaRecorder(device)
+    recorder.run(step)
+    results, _ = recorder.record(step)
     torch.cuda.synchronize()
     return relative_errors([result.detach() for result in results], expected)
 
