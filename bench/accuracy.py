@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from bench.cases import Case, select_cases
-from bench.device import DTYPES, allow_tf32
+from bench.device import DTYPES
 from bench.measure import (
     comparison_inputs,
     first_line,
@@ -29,6 +29,7 @@ from bench.measure import (
 from bench.providers import FACTORIES, OURS, Provider, load_providers
 from bench.report import markdown_table
 from bench.rows import ResultRow, environment_columns, write_csv
+from triton_dcn.tf32 import allow_tf32
 
 QUANTITIES = ("output", "grad_input", "grad_offset", "grad_mask", "grad_weight")
 TF32_ROUNDING = 2**-10

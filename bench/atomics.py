@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bench.cases import Case, Inputs, make_inputs, select_cases
 from bench.ceilings import measure_ceilings
-from bench.device import DTYPES, allow_tf32, gpu_or_dry_run
+from bench.device import DTYPES, gpu_or_dry_run
 from bench.measure import (
     TOLERANCE,
     comparison_inputs,
@@ -42,6 +42,7 @@ from triton_dcn.kernels.jit import kernel
 from triton_dcn.kernels.sampling import column_offset, corner_rows, corner_weights
 from triton_dcn.matmul import accumulate
 from triton_dcn.offset_mask import OffsetMask
+from triton_dcn.tf32 import allow_tf32
 from triton_dcn.workspace import column_chunks
 
 GRADIENTS_OF_MODE = {

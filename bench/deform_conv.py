@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from bench.cases import Case, make_inputs, select_cases
-from bench.device import DTYPES, allow_tf32
+from bench.device import DTYPES
 from bench.measure import (
     MODES,
     TOLERANCE,
@@ -34,6 +34,7 @@ from bench.providers import FACTORIES, OURS, Provider, load_providers
 from bench.report import markdown
 from bench.roofline import Machine, measure_machine
 from bench.rows import ResultRow, environment_columns, timing_row, write_csv
+from triton_dcn.tf32 import allow_tf32
 
 MACHINE_SECONDS = 3.0
 """The most that the limits of the machine are measured for."""

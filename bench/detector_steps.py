@@ -30,7 +30,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench import detector_models
 from bench.detector_models import build_detector, build_torchvision, make_batch
-from bench.device import allow_tf32
 from bench.measure import Timing, peak_memory, record_failure, time_interleaved
 from bench.model_parts import WHOLE, PartTimer
 from bench.report import markdown
@@ -38,6 +37,7 @@ from bench.rows import COLUMNS, ResultRow, environment_columns, timing_row, writ
 from detector import Batch, FasterRCNNConfig, fuse_batch_norms
 from detector.graph import CudaRecorder
 from train.config import PRESETS
+from triton_dcn.tf32 import allow_tf32
 
 OPTIONS = ("channels_last", "bf16", "tf32", "fused", "compile", "graph")
 CUDA_ONLY = ("tf32", "graph")

@@ -1,29 +1,13 @@
-"""Where and with which arithmetic a benchmark runs: dtypes by name, TF32 on or off, GPU or dry run."""
+"""Where and with which arithmetic a benchmark runs: dtypes by name, GPU or dry run."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-@contextmanager
-def allow_tf32(allowed: bool) -> Iterator[None]:
-    """Let float32 products use tf32, or not."""
-    matmul = torch.backends.cuda.matmul
-    cudnn = torch.backends.cudnn
-    before = (matmul.allow_tf32, cudnn.allow_tf32)
-    matmul.allow_tf32 = allowed
-    cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def gpu_or_dry_run(dry_run: bool) -> torch.device:

@@ -24,10 +24,11 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.cases import Inputs, make_inputs, select_cases
-from bench.device import DTYPES, allow_tf32, gpu_or_dry_run
+from bench.device import DTYPES, gpu_or_dry_run
 from bench.measure import record_failure, timed_call
 from bench.providers import Provider, load_providers
 from bench.rows import CASE_COLUMNS, ResultRow, environment_columns, write_csv
+from triton_dcn.tf32 import allow_tf32
 
 TOTAL = "all kernels"
 """In place of the name of a kernel: the device's time of a pass."""

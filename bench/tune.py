@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import Case, Inputs, make_inputs, select_cases
-from bench.device import DTYPES, allow_tf32, gpu_or_dry_run
+from bench.device import DTYPES, gpu_or_dry_run
 from bench.measure import (
     TOLERANCE,
     Timing,
@@ -34,6 +34,7 @@ from bench.measure import (
 from bench.rows import ResultRow, environment_columns, timing_row, write_csv
 from bench.triton_calls import run_backward, run_forward, select_gradients
 from bench.tuning_candidates import Candidate, candidates
+from triton_dcn.tf32 import allow_tf32
 from triton_dcn.tile_table import TileRow
 
 GRADIENTS_OF_TASK: dict[str, tuple[str, ...]] = {

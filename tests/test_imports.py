@@ -17,7 +17,7 @@ PEERS = {"torchvision", "mmcv", "mmdet", "mmengine", "detectron2", "deformops", 
 
 LAYERS = {
     "triton_dcn": [
-        {"extras", "forward_mode", "geometry", "matmul", "offset_mask", "kernels"},
+        {"extras", "forward_mode", "geometry", "matmul", "offset_mask", "tf32", "kernels"},
         {"tile_table", "workspace"},
         {"launchers", "torch_samples"},
         {"torch_planes"},
@@ -38,7 +38,6 @@ LAYERS = {
     ],
     "train": [
         {
-            "amp",
             "command_line",
             "config",
             "distributed",
@@ -46,6 +45,7 @@ LAYERS = {
             "events",
             "folder_lock",
             "metrics_file",
+            "precision",
             "progress",
             "run_folder",
             "schedule",

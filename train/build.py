@@ -119,7 +119,7 @@ def build(config: Config, world: World) -> tuple[TrainState, Callable[..., Any]]
     if uses_sync_batch_norm(config, world):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = make_optimizer(model, config.optim)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
+    scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
     average = None
     if config.optim.ema:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema), use_buffers=False)

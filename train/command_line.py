@@ -15,7 +15,7 @@ import tyro
 
 from detector import FasterRCNNConfig
 from detector.text import show_message
-from train.config import PRESETS, REMOVED, RENAMED, Config, complete
+from train.config import PRESETS, REMOVED, RENAMED, RENAMED_VALUES, Config, complete
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,10 @@ def _replace_former_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             notes.append(f"{flag} has no effect any more: {REMOVED[name]}")
             continue
 
+        if name in RENAMED_VALUES:
+            value = value if equals else next(remaining, "")
+            value = RENAMED_VALUES[name].get(value, value)
+            equals = "="
         if name in RENAMED:
             name = RENAMED[name]
             flag = "--" + name.replace("_", "-")

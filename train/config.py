@@ -15,10 +15,13 @@ from detector.model.config import RENAMED_FIELDS
 BASE_BATCH_SIZE = 16  # `optim.lr` is meant for this many images per step
 MAX_UNREADABLE_SHARE = 0.01  # a run stops when a larger share of the images cannot be read
 
-RENAMED = {"data.batch": "data.batch_size"} | {
+RENAMED = {"data.batch": "data.batch_size", "amp": "precision"} | {
     f"model.{old_name}": f"model.{new_name}" for old_name, new_name in RENAMED_FIELDS.items()
 }
 """Former name of a value -> its name in `Config`, for command lines and `config.json` files of earlier versions."""
+
+RENAMED_VALUES = {"amp": {"none": "float32"}}
+"""Former name of a value -> what it was under that name -> what it is now, where this differs."""
 
 REMOVED = {
     "eval_overlap": "an evaluation is counted before the next epoch starts",
@@ -27,6 +30,7 @@ REMOVED = {
 """Name of a value that was removed -> what happens instead. Its flag is accepted, with a note."""
 
 PresetName = Literal["coco-1x", "small", "tiny"]
+PrecisionName = Literal["float32", "tf32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,9 @@ class Config:
     """Validation images drawn with detections beside ground truth."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU where there is one."""
-    amp: Literal["none", "bf16", "fp16"] = "none"
-    """Autocast dtype; fp16 scales the loss."""
+    precision: PrecisionName | None = None
+    """Arithmetic: float32 for parity, tf32 on tensor cores, or autocast to bf16 or fp16; None is tf32 for coco-1x on a
+    GPU that has it, else float32."""
     compile: bool = False
     """Compile the model with torch.compile."""
     deterministic: bool = False

@@ -31,7 +31,7 @@ def explain(error: BaseException) -> str | None:
         return f"lost a process that loads images: {message_line(reason)}. Was memory short? Try fewer --data.workers"
     if isinstance(error, torch.OutOfMemoryError):
         first_sentence = text.split(". ")[0]
-        return f"{first_sentence}. Try a lower --data.batch-size with --optim.accumulate, or --amp bf16"
+        return f"{first_sentence}. Try a lower --data.batch-size with --optim.accumulate, or --precision bf16"
     if isinstance(error, EXPECTED):
         return message_line(error) or type(error).__name__  # a line break can be part of a file's name
     return None

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from train.amp import autocast
 from train.checkpoint import TrainState
+from train.config import PrecisionName
 from train.data.collate import LoadedBatch
 from train.data.prefetch import prefetch_to_device
 from train.log import TrainLog
+from train.precision import autocast
 from train.schedule import Schedule, set_learning_rate
 
 
@@ -31,7 +32,7 @@ def train_one_epoch(
     rank: int = 0,
     accumulate: int = 1,
     clip_grad: float = 0.0,
-    amp: str = "none",
+    precision: PrecisionName = "float32",
 ) -> Iterator[int]:
     """Train on the rest of the current epoch; yield the number of finished steps after every step.
 
@@ -48,7 +49,7 @@ def train_one_epoch(
         rank: number of this process.
         accumulate: batches per step; the last step of an epoch takes what is left.
         clip_grad: largest norm of the gradient; 0 does not clip.
-        amp: key of `train.amp.AMP_DTYPES`.
+        precision: of the forward and backward pass, see `train.precision`.
 
     Raises:
         FloatingPointError: a loss is not finite.
@@ -72,7 +73,7 @@ def train_one_epoch(
         share = 1 / batches_of_step
 
         torch.manual_seed(_combine_seeds(seed, state.step, rank))
-        with _gradient_exchange(network, enabled=is_last_of_step), autocast(device, amp):
+        with _gradient_exchange(network, enabled=is_last_of_step), autocast(device, precision):
             losses = network(loaded.batch)
             total_loss = functools.reduce(torch.add, losses.values())
             state.scaler.scale(total_loss * share).backward()

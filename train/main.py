@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ from train.errors import report_error
 from train.evaluation.evaluate import evaluate
 from train.log import TrainLog
 from train.loop import train_one_epoch
+from train.precision import check_precision, choose_precision, product_settings
 from train.run_folder import RunFolder, provenance
 from train.schedule import Schedule
 from train.signals import Interrupted, StopRequest
@@ -104,11 +105,12 @@ def run(config: Config, world: World | None = None) -> RunFolder:
     if world is None:
         world = join_processes(config.device, config.timeout)
     config = complete(config, gpu=torch.cuda.is_available(), processes=world.size)
-    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
-    if config.eval_only:
-        evaluate_only(config, world)
-    else:
-        train(config, world)
+    check_precision(config.precision, world.device)
+    with _deterministic(config.deterministic):
+        if config.eval_only:
+            evaluate_only(config, world)
+        else:
+            train(config, world)
     leave_processes(world)
     return RunFolder(config.folder)
 
@@ -128,10 +130,17 @@ def train(config: Config, world: World) -> None:
         # The folder of the run.
         run_folder = RunFolder(config.folder)
         notes: list[str] = []
+        recorded = None
         if world.is_main:
             run_folder.check_content()
             notes += stack.enter_context(run_folder.lock())
-            notes += run_folder.claim(config, world.size)
+            recorded = run_folder.recorded_precision()
+        precision, precision_notes = choose_precision(config, world, world.broadcast(recorded))
+        config = replace(config, precision=precision)
+        stack.enter_context(product_settings(precision))
+        if world.is_main:
+            notes += run_folder.claim(config, world.size, forced=["precision"] if precision_notes else [])
+            notes += precision_notes
         notes = world.broadcast(notes)
 
         # Model, optimizer and learning rate; then the newest checkpoint, if there is one.
@@ -176,7 +185,7 @@ def train(config: Config, world: World) -> None:
                 rank=world.rank,
                 accumulate=config.optim.accumulate,
                 clip_grad=config.optim.clip_grad,
-                amp=config.amp,
+                precision=precision,
             ):
                 stop_signal = stop.agreed()
                 if stop_signal or _is_checkpoint_due(state, config):
@@ -214,8 +223,19 @@ def evaluate_only(config: Config, world: World) -> None:
         )
 
     with contextlib.ExitStack() as stack:
+        recorded = None
+        notes: list[str] = []
         if world.is_main:
-            for note in [*stack.enter_context(run_folder.lock()), *report.validation_notes(dataset)]:
+            notes += stack.enter_context(run_folder.lock())
+            if not config.weights:
+                with contextlib.suppress(ValueError):  # a damaged config.json stops no evaluation
+                    recorded = run_folder.recorded_precision()
+        precision, precision_notes = choose_precision(config, world, world.broadcast(recorded))
+        config = replace(config, precision=precision)
+        stack.enter_context(product_settings(precision))
+        if world.is_main:
+            show(f"{report.describe_device(world)}, precision {report.describe_precision(precision)}")
+            for note in [*notes, *precision_notes, *report.validation_notes(dataset)]:
                 show(f"note: {note}")
         metrics = evaluate(model, dataset, config, world, run_folder)
         if metrics is None:
@@ -223,6 +243,18 @@ def evaluate_only(config: Config, world: World) -> None:
         run_folder.append_metrics({"weights": str(path), **metrics})
     show(f"{report.evaluation_tables(metrics)}\n\n{report.output_files(run_folder)}")
     show(f"took {report.format_duration(time.monotonic() - start)}")
+
+
+@contextlib.contextmanager
+def _deterministic(enabled: bool) -> Iterator[None]:
+    """Ask PyTorch for deterministic algorithms in the block, or for none; its setting is that of the process."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(enabled, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned_only)
 
 
 def _find_weights(config: Config, world: World, run_folder: RunFolder) -> Path:

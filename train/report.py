@@ -11,10 +11,11 @@ import numpy as np
 from torch import nn
 
 from detector.text import message_line, printable, short_list, short_name
-from train.config import BASE_BATCH_SIZE, Config, OptimConfig
+from train.config import BASE_BATCH_SIZE, Config, OptimConfig, PrecisionName
 from train.data.coco_dataset import CocoDetection
 from train.distributed import World
 from train.evaluation.coco_metrics import DEFAULT_EVALUATOR, METRIC_NAMES
+from train.precision import DESCRIPTIONS
 from train.run_folder import RunFolder
 from train.schedule import Schedule
 
@@ -52,7 +53,8 @@ def run_table(
         ("classes", f"{len(train_set.classes)} in the data: {short_list(train_set.classes)}"),
         ("model", _describe_model(config)),
         ("parameters", _describe_parameters(model)),
-        ("device", f"{world.size} x {world.device.type}, amp {config.amp}"),
+        ("device", describe_device(world)),
+        ("precision", describe_precision(config.precision or "float32")),
         ("batch", _describe_batch(config, world, schedule)),
         ("learning rate", _describe_learning_rate(config.optim, schedule)),
         ("length", _describe_length(config, batches_per_epoch)),
@@ -194,6 +196,16 @@ def _describe_parameters(model: nn.Module) -> str:
         else:
             frozen += parameter.numel()
     return f"{trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen"
+
+
+def describe_device(world: World) -> str:
+    """Return how many devices of which kind compute."""
+    return f"{world.size} x {world.device.type}"
+
+
+def describe_precision(precision: PrecisionName) -> str:
+    """Return the name of a precision, and what it means."""
+    return f"{precision}: {DESCRIPTIONS[precision]}"
 
 
 def _describe_batch(config: Config, world: World, schedule: Schedule) -> str:

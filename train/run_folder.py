@@ -11,13 +11,13 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from detector.files import open_regular, remove_leftovers, write_json
 from detector.text import shown
-from train.config import RENAMED, Config, as_dict
+from train.config import RENAMED, RENAMED_VALUES, Config, PrecisionName, as_dict
 from train.folder_lock import locked
 from train.metrics_file import append_lines, parse_lines, read_lines, rewind
 
@@ -149,12 +149,25 @@ class RunFolder:
                 "it was deleted, moved or replaced while the run was going on"
             )
 
-    def claim(self, config: Config, world_size: int) -> list[str]:
+    def recorded_precision(self) -> PrecisionName | None:
+        """Return the precision of the run in the folder, None if it has not made a step.
+
+        Raises:
+            OSError, ValueError: see `claim`.
+        """
+        record, has_progress = self._read_earlier()
+        if record is None or not has_progress:
+            return None
+        precision: PrecisionName | None = _present_values(record).get("precision")
+        return precision if precision in get_args(PrecisionName) else "float32"
+
+    def claim(self, config: Config, world_size: int, forced: Sequence[str] = ()) -> list[str]:
         """Take the folder for this run, or check that it already belongs to it; write config.json.
 
         Args:
             config: of this start.
             world_size: number of processes.
+            forced: names of values that differ because this machine leaves no choice.
 
         Returns:
             Notes about what differs from the start before, where this is allowed.
@@ -167,17 +180,11 @@ class RunFolder:
         start = {"world_size": world_size, "time": time.strftime("%Y-%m-%d %H:%M:%S"), **provenance()}
         notes: list[str] = []
         earlier_starts: list[Any] = []
-        if self._config.exists():
-            has_progress = self._has_progress()  # a start that failed before its first step claims nothing
-            try:
-                record = self._read_record()
-            except ValueError:
-                if has_progress:
-                    raise
-            else:
-                earlier_starts = record["starts"]
-                if has_progress:
-                    notes = self._compare(record, config, world_size)
+        record, has_progress = self._read_earlier()
+        if record is not None:
+            earlier_starts = record["starts"]
+            if has_progress:
+                notes = self._compare(record, config, world_size, forced)
         self._create()
         write_json(self._config, {**as_dict(config), "starts": [*earlier_starts, start]}, indent=2, durable=True)
         return notes
@@ -198,6 +205,21 @@ class RunFolder:
         has_checkpoint = any(self.checkpoints.glob("[!.]*.pt"))
         lines, damaged = parse_lines(self.metrics)
         return has_checkpoint or bool(lines or damaged)
+
+    def _read_earlier(self) -> tuple[dict[str, Any] | None, bool]:
+        """Return what the start before wrote into config.json, if it did, and whether its run has made a step.
+
+        A start that failed before its first step claims nothing, so its file need not be readable.
+        """
+        if not self._config.exists():
+            return None, False
+        has_progress = self._has_progress()
+        try:
+            return self._read_record(), has_progress
+        except ValueError:
+            if has_progress:
+                raise
+            return None, False
 
     def _read_record(self) -> dict[str, Any]:
         """Return the content of config.json.
@@ -220,16 +242,17 @@ class RunFolder:
             raise ValueError(f"{problem}, got {shown(starts)} as its 'starts'; {cure}")
         return record
 
-    def _compare(self, record: dict[str, Any], config: Config, world_size: int) -> list[str]:
+    def _compare(self, record: dict[str, Any], config: Config, world_size: int, forced: Sequence[str]) -> list[str]:
         """Return what differs from the start before; raise ValueError where it must not differ."""
         values = _flatten(as_dict(config))
-        values_before = _flatten(as_dict(Config()))  # a field that is newer than the run had its default
-        for name, value in _flatten(record).items():
-            values_before[RENAMED.get(name, name)] = value
+        # a field that is newer than the run had its default
+        values_before = _flatten(as_dict(Config())) | _present_values(record)
+        for precision_of in (values, values_before):
+            precision_of["precision"] = precision_of["precision"] or "float32"
 
-        may_change = MAY_CHANGE
+        may_change = MAY_CHANGE.union(forced)
         if config.optim.schedule == "cosine":
-            may_change = MAY_CHANGE - {"epochs"}  # the learning rate depends on the length of the run
+            may_change -= {"epochs"}  # the learning rate depends on the length of the run
         differences = []
         for name, value in values.items():
             value_before = values_before.get(name)
@@ -267,6 +290,14 @@ class RunFolder:
 def _is_start(value: object) -> bool:
     """Tell whether this is what `RunFolder.claim` notes about a start."""
     return isinstance(value, dict) and type(value.get("world_size")) is int
+
+
+def _present_values(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of config.json with dotted keys, by their present names."""
+    values = {}
+    for name, value in _flatten(record).items():
+        values[RENAMED.get(name, name)] = RENAMED_VALUES.get(name, {}).get(str(value), value)
+    return values
 
 
 def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from triton_dcn.geometry import ConvGeometry
+from triton_dcn.tf32 import tf32_is_allowed
 
 TILE_W = 16
 T_TILE_H = 8
@@ -308,10 +309,7 @@ def arithmetic(tensor: Tensor) -> str:
         return "half"
     if not tensor.is_cuda or torch.version.hip:
         return "float32"
-    matmul = torch.backends.cuda.matmul
-    # renamed in torch 2.9, which raises an error when the old name is read after the new one was set
-    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if allowed else "float32"
+    return "tf32" if tf32_is_allowed() else "float32"
 
 
 def dot_precision(tensor: Tensor) -> str:

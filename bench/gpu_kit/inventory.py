@@ -24,7 +24,7 @@ from torch.utils import deterministic as deterministic_memory
 
 from bench import atomics, ceilings, gpu
 from bench.cases import Case, Inputs, select_cases
-from bench.device import DTYPES, allow_tf32
+from bench.device import DTYPES
 from bench.gpu_kit.pretended_gpu import ARCHITECTURE, Record, pretended_gpu
 from bench.gpu_kit.smoke import LAYERS, LIMITS, cache_key, deterministic
 from bench.measure import first_line
@@ -34,6 +34,7 @@ from detector.ops.kernels import nms, roi_align
 from detector.ops.roi_align_geometry import RoIAlignGeometry
 from triton_dcn import tile_table, triton_backend
 from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
+from triton_dcn.tf32 import allow_tf32
 
 OPERATOR_BENCHMARKS = ("deform_conv", "kernel_times", "accuracy")
 """Modules of the plan that call the operator for cases and dtypes of their command line."""

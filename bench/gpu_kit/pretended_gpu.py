@@ -34,6 +34,7 @@ from triton.runtime import driver
 from triton.runtime.cache import FileCacheManager, get_cache_manager
 
 from triton_dcn import tile_table
+from triton_dcn.tf32 import tf32_is_allowed
 
 COMPILING_TRITON = "3.6."
 """The version whose launch path is known here: that of torch 2.11."""
@@ -136,7 +137,7 @@ def _arithmetic(tensor: torch.Tensor) -> str:
     """Return what the tile table says of a tensor on a GPU."""
     if tensor.dtype in (torch.float16, torch.bfloat16):
         return "half"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "float32"
+    return "tf32" if tf32_is_allowed() else "float32"
 
 
 def _address(tensor: FakeTensor) -> int:

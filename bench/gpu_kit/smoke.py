@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from bench.cases import Case, make_inputs
-from bench.device import DTYPES, allow_tf32, gpu_or_dry_run
+from bench.device import DTYPES, gpu_or_dry_run
 from bench.gpu_kit.pretended_gpu import COMPILING_TRITON
 from bench.measure import first_line, reference_results, relative_errors
 from bench.triton_calls import GRADIENTS, run_backward, run_forward, select_gradients
@@ -33,6 +33,7 @@ from detector.ops.kernels import nms, roi_align
 from detector.ops.roi_align import roi_levels
 from detector.ops.roi_align_geometry import RoIAlignGeometry
 from triton_dcn import deform_conv2d
+from triton_dcn.tf32 import allow_tf32
 
 LIMITS = {"bfloat16": 1.6e-2, "float16": 2e-3, "tf32": 4e-3, "float32": 2e-5}
 """Largest relative l2 error to float64, by dtype, the most used first."""

@@ -8,10 +8,10 @@ import torch
 from bench import detector_steps, inference, train_step
 from bench.detector_models import make_batch
 from bench.detector_steps import OPTIONS, command_line, configure_model
-from bench.device import allow_tf32
 from bench.model_parts import MODEL_PARTS, PartTimer
 from bench.rows import COLUMNS, read_csv
 from detector import FasterRCNN
+from triton_dcn.tf32 import allow_tf32
 
 TINY = ["--preset", "tiny", "--size", "96", "90", "--batch-size", "2", "--seconds", "0", "--no-peer", "--device", "cpu"]
 PARTS = {

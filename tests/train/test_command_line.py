@@ -120,5 +120,6 @@ def test_former_names_are_not_used_again():
     assert not set(RENAMED) & set(RENAMED.values())
     assert not set(REMOVED) & {field.name for field in fields(PRESETS["tiny"])}
     for name in RENAMED.values():
-        section, field = name.split(".")
-        assert hasattr(getattr(PRESETS["tiny"], section), field)
+        value = PRESETS["tiny"]
+        for part in name.split("."):
+            value = getattr(value, part)

@@ -180,7 +180,7 @@ def test_clipping_bounds_the_step(tmp_path):
 
 def test_amp_trains_in_bfloat16(tmp_path):
     _, plain = train_on(toy(), toy_batches(3, 2), tmp_path / "a", OPTIM)
-    _, half = train_on(toy(), toy_batches(3, 2), tmp_path / "b", OPTIM, amp="bf16")
+    _, half = train_on(toy(), toy_batches(3, 2), tmp_path / "b", OPTIM, precision="bf16")
     assert half[-1]["loss"] != plain[-1]["loss"]
     assert half[-1]["loss"] == pytest.approx(plain[-1]["loss"], rel=0.05)
 

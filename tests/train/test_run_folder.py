@@ -65,10 +65,10 @@ def test_field_younger_than_the_run_has_its_default(tmp_path):
     RunFolder(tmp_path).claim(CONFIG, 1)
     RunFolder(tmp_path).append_metrics({"step": 1, "loss": 1.0})
     record = json.loads((tmp_path / "config.json").read_text())
-    del record["amp"], record["model"]["mask"]
+    del record["precision"], record["model"]["mask"]
     (tmp_path / "config.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="amp was none, is bf16"):
-        RunFolder(tmp_path).claim(replace(CONFIG, amp="bf16"), 1)
+    with pytest.raises(ValueError, match="precision was float32, is bf16"):
+        RunFolder(tmp_path).claim(replace(CONFIG, precision="bf16"), 1)
     assert RunFolder(tmp_path).claim(CONFIG, 1) == []
 
 

@@ -17,8 +17,7 @@ from torch import nn
 from detector.files import write_json
 from detector.results import CocoRow, coco_rows, encode_masks, undo_resize
 from detector.structures import Detections
-from train.amp import autocast
-from train.config import MAX_UNREADABLE_SHARE, Config
+from train.config import MAX_UNREADABLE_SHARE, Config, PrecisionName
 from train.data.coco_dataset import CocoDetection
 from train.data.collate import LoadedBatch
 from train.data.loader import evaluation_loader
@@ -26,6 +25,7 @@ from train.data.prefetch import prefetch_to_device
 from train.distributed import World
 from train.evaluation.coco_metrics import coco_metrics
 from train.evaluation.pictures import draw_pictures
+from train.precision import autocast
 from train.progress import evaluation_progress, print_above_progress
 from train.run_folder import RunFolder
 
@@ -71,7 +71,8 @@ def evaluate(
     pin_memory = world.device.type == "cuda"
     loader = evaluation_loader(dataset, config.data.workers, pin_memory, world.rank, world.size, config.timeout)
     batches = evaluation_progress(loader, enabled=world.is_main)
-    rows, unreadable = detect(model, batches, dataset.category_ids, amp=config.amp, check_stop=check_stop)
+    precision = config.precision or "float32"
+    rows, unreadable = detect(model, batches, dataset.category_ids, precision=precision, check_stop=check_stop)
     _check_unreadable_images(unreadable, dataset, world)
 
     rows_of_ranks = world.gather(rows)
@@ -94,7 +95,7 @@ def detect(
     batches: Iterable[LoadedBatch],
     category_ids: np.ndarray,
     *,
-    amp: str = "none",
+    precision: PrecisionName = "float32",
     check_stop: Callable[[], None] = _never_stop,
 ) -> tuple[list[CocoRow], dict[int, str]]:
     """Detect in every image of `batches`.
@@ -103,7 +104,7 @@ def detect(
         model: returns `Detections` per image; is in evaluation mode afterwards.
         batches: images of this process.
         category_ids: (classes,) int64, by label.
-        amp: key of `train.amp.AMP_DTYPES`.
+        precision: of the model, see `train.precision`.
         check_stop: is called before every batch and may raise.
 
     Returns:
@@ -118,7 +119,7 @@ def detect(
         unreadable |= loaded.unreadable
         if loaded.batch is None:
             continue
-        with autocast(device, amp):
+        with autocast(device, precision):
             detections_of_images = model(loaded.batch)
 
         images = zip(
