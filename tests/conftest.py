@@ -1,5 +1,6 @@
 """Shared fixtures: seeds, threads, the golden numbers, and Triton's interpreter where there is no GPU."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,29 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton at import, so before anything imports it
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def patch_language_once_per_launch():
+    """Spare Triton's interpreter from replacing every function of `triton.language` in each call of a device function.
+
+    The launch has replaced them already; to do it again takes longer than what most device functions compute.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_unless_done(function):
+        languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        if not languages or any(tl.core.is_builtin(language.load) for language in languages):
+            return patch(function)
+        return None  # read by launches only, and they begin with builtins
+
+    interpreter._patch_lang = patch_unless_done
+
+
+if "TRITON_INTERPRET" in os.environ and importlib.util.find_spec("triton"):
+    patch_language_once_per_launch()
 
 
 @pytest.fixture(autouse=True)
