@@ -46,6 +46,7 @@ LAYERS = {
             "folder_lock",
             "metrics_file",
             "precision",
+            "pretrained",
             "progress",
             "run_folder",
             "schedule",

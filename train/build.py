@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from detector import FasterRCNN
 from detector.weights.checkpoint import Checkpoint, read_checkpoint
+from detector.weights.checkpoint_name import parse_name
 from detector.weights.load_weights import CLASSIFIER, copy_weights, count_classes
 from train.checkpoint import (
     TrainState,
@@ -28,6 +29,7 @@ from train.data.coco_dataset import CocoDetection
 from train.data.identity import describe_change, identify_images
 from train.data.transforms import Transform
 from train.distributed import World
+from train.pretrained import ensure_imagenet_file, hash_of_name, imagenet_file
 from train.run_folder import ROOT, RunFolder
 from train.schedule import make_optimizer
 from train.synthetic.generate import ensure_generated
@@ -137,30 +139,56 @@ def uses_sync_batch_norm(config: Config, world: World) -> bool:
     return config.model.norm == "syncbn" and world.size > 1 and world.device.type == "cuda"
 
 
+def prepare_initial_weights(config: Config, world: World) -> None:
+    """Check that the file of --weights exists, or fetch that of `imagenet`, before anything else of a run starts.
+
+    A run that goes on from a checkpoint needs neither.
+
+    Raises:
+        FileNotFoundError: --weights is not a file.
+        SharedError: see `ensure_imagenet_file`.
+    """
+    has_checkpoint = world.is_main and bool(list_checkpoints(RunFolder(config.folder).checkpoints))
+    if config.weights == "none" or world.broadcast(has_checkpoint):
+        return
+    if config.weights == "imagenet":
+        ensure_imagenet_file(config.model.depth, world, config.timeout)
+    else:
+        check_weights_exist(config.weights)
+
+
 def check_weights_exist(path: Path) -> None:
     """Raise FileNotFoundError, which names the flag, if --weights is not a file."""
     if not path.is_file():
         raise FileNotFoundError(f"--weights: expected a file, got {path}")
 
 
-def load_initial_weights(state: TrainState, config: Config, classes: Sequence[str]) -> list[str]:
-    """Load --weights into a new run; return notes about it.
+def load_initial_weights(state: TrainState, config: Config, classes: Sequence[str]) -> tuple[str, list[str]]:
+    """Load --weights into a new run; return where the weights come from, and notes about them.
 
     The last layers are left out where the file was made for other classes.
     """
-    if config.weights is None:
+    if config.weights == "none":
         model = config.model
         keeps_statistics = model.norm == "bn" and model.norm_eval
         if model.frozen_stages >= 0 or keeps_statistics:
-            return ["no --weights: the frozen layers stay random; the recipe starts from resnet50-0676ba61.pth"]
-        return ["weights: random"]
+            return "random", ["--weights none: the frozen layers stay random"]
+        return "random", []
 
-    check_weights_exist(config.weights)
-    checkpoint = read_checkpoint(config.weights)
+    if config.weights == "imagenet":
+        path = imagenet_file(config.model.depth)
+        origin = f"ImageNet, by torchvision: {path} (its SHA-256 begins with {hash_of_name(path)}, as it must)"
+    else:
+        path = config.weights
+        is_checked = parse_name(path) is not None
+        origin = f"{path} ({'its SHA-256 is that of its name' if is_checked else 'its SHA-256 is not checked'})"
+    checkpoint = read_checkpoint(path)
     summary = copy_weights(state.model, checkpoint, skip_heads=_has_other_classes(checkpoint, classes))
     if state.average is not None:
         state.average.module.load_state_dict(state.model.state_dict())
-    return [f"weights: {line.strip()}" for line in str(summary).splitlines()]
+    tensors, *notes = str(summary).splitlines()
+    count = tensors.removeprefix(f"{path}: ")
+    return f"{origin}, {count}", [f"weights: {note.strip()}" for note in notes]
 
 
 def _has_other_classes(checkpoint: Checkpoint, classes: Sequence[str]) -> bool:
@@ -179,10 +207,12 @@ class Resumption:
     """How a run goes on.
 
     Attributes:
+        weights: where they come from.
         notes: for people.
         is_epoch_repeated: whether an epoch that had begun starts again from its first batch.
     """
 
+    weights: str
     notes: list[str]
     is_epoch_repeated: bool = False
 
@@ -219,12 +249,14 @@ def resume(
     if content is None:
         if world.is_main:
             notes += run_folder.drop_metrics_after(0)
-        return Resumption([*notes, *load_initial_weights(state, config, train_set.classes)])
+        weights, weight_notes = load_initial_weights(state, config, train_set.classes)
+        return Resumption(weights, [*notes, *weight_notes])
 
     if content["classes"] != list(train_set.classes):
         names = ", ".join(content["classes"])
         raise ValueError(f"--out {run_folder.path}: expected a run with the classes of the data, got one with {names}")
     from_checkpoint(state, content)
+    weights = f"of the run's checkpoint after step {state.step}"
     if world.is_main:
         notes += run_folder.drop_metrics_after(state.step)
         aps = [float(line["AP"]) for line in run_folder.evaluations() if "AP" in line]
@@ -254,9 +286,9 @@ def resume(
         notes.append(f"other training images than at step {state.step}: {change}; {what_follows}")
     if starts_again:
         state.batch = 0
-        return Resumption(notes, is_epoch_repeated=True)
+        return Resumption(weights, notes, is_epoch_repeated=True)
 
     position = f"going on after step {state.step}, epoch {state.epoch_number}"
     if state.batch:
         position += f", batch {state.batch} of {batches}"
-    return Resumption([*notes, position])
+    return Resumption(weights, [*notes, position])

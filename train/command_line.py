@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -69,7 +70,8 @@ def parse(argv: Sequence[str], *, gpu: bool, processes: int = 1, quiet: bool = F
 
     Raises:
         SystemExit: help was asked for, or the command line is wrong.
-        ValueError: a value is out of its range, or can only be set in Python; the message names the flag.
+        ValueError: a value is out of its range, contradicts another, or can only be set in Python; the message names
+            the flag.
     """
     arguments, notes = _replace_former_flags(argv)
     if not quiet:
@@ -94,7 +96,30 @@ def parse(argv: Sequence[str], *, gpu: bool, processes: int = 1, quiet: bool = F
         return replace(config, model=replace(config.model, **vars(model)))
 
     config = tyro.cli(build_config, args=arguments, prog="train/main.py", console_outputs=not quiet)
+    config = _choose_weights(config, arguments)
     return complete(config, gpu=gpu, processes=processes)
+
+
+def _choose_weights(config: Config, arguments: Sequence[str]) -> Config:
+    """Return the configuration with the weights that suit its layers, where no flag names weights.
+
+    Raises:
+        ValueError: layers would be frozen with random weights, and no flag asks for that.
+    """
+    names = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    if config.weights == Path("None"):  # as earlier versions wrote "none"
+        config = replace(config, weights="none")
+    if "--weights" not in names and config.model.norm == "gn" and config.model.frozen_stages < 0:
+        config = replace(config, weights="none")  # from scratch: ImageNet weights have batch norm
+
+    is_frozen = config.model.frozen_stages >= 0
+    if config.weights == "none" and is_frozen and not config.eval_only and "--model.frozen-stages" not in names:
+        raise ValueError(
+            "--weights none: expected --model.frozen-stages -1, which trains all layers, got none: the stem and "
+            f"{config.model.frozen_stages} stages would be frozen with random weights, unless "
+            f"--model.frozen-stages {config.model.frozen_stages} asks for that"
+        )
+    return config
 
 
 def _replace_former_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -15,6 +15,8 @@ from detector.model.config import RENAMED_FIELDS
 BASE_BATCH_SIZE = 16  # `optim.lr` is meant for this many images per step
 MAX_UNREADABLE_SHARE = 0.01  # a run stops when a larger share of the images cannot be read
 
+IMAGENET_CHANNELS = 64  # `base_channels` of torchvision's ResNets
+
 RENAMED = {"data.batch": "data.batch_size", "amp": "precision"} | {
     f"model.{old_name}": f"model.{new_name}" for old_name, new_name in RENAMED_FIELDS.items()
 }
@@ -31,6 +33,7 @@ REMOVED = {
 
 PresetName = Literal["coco-1x", "small", "tiny"]
 PrecisionName = Literal["float32", "tf32", "bf16", "fp16"]
+InitialWeights = Literal["imagenet", "none"] | Path
 
 
 @dataclass(frozen=True)
@@ -110,15 +113,16 @@ class Config:
     preset: PresetName = "coco-1x"
     """Values that the other flags start from: the published recipe, a run for a CPU, a smoke test."""
     out: Path | None = None
-    """Folder of the run; runs/PRESET without it. --eval-only of --weights needs one for its results."""
+    """Folder of the run; runs/PRESET without it. --eval-only of a file needs one for its results."""
     epochs: int = 12
     """Passes over the training images."""
     max_steps: int = 0
     """Stop after so many steps; 0 runs all epochs."""
     seed: int = 0
     """Seed of everything random."""
-    weights: Path | None = None
-    """Checkpoint to start from: ours, MMDetection's, or torchvision's ImageNet file for the backbone."""
+    weights: Annotated[InitialWeights, arg(metavar="imagenet|none|FILE")] = "imagenet"
+    """What to start from: torchvision's ImageNet file for the depth, which is fetched once; random weights (none); or
+    a checkpoint: ours, MMDetection's or torchvision's."""
     eval_only: bool = False
     """Evaluate --weights, or the newest checkpoint of --out, and stop; the results go to --out."""
     eval_every: int = 1
@@ -170,6 +174,7 @@ PRESETS: dict[PresetName, Config] = {
     "coco-1x": Config(),
     "small": Config(
         preset="small",
+        weights="none",
         epochs=8,
         eval_every=2,
         log_every=1,
@@ -188,6 +193,7 @@ PRESETS: dict[PresetName, Config] = {
     ),
     "tiny": Config(
         preset="tiny",
+        weights="none",
         epochs=1,
         log_every=1,
         pictures=2,
@@ -208,13 +214,14 @@ def complete(config: Config, *, gpu: bool, processes: int = 1) -> Config:
         processes: of the run.
 
     Returns:
-        The same configuration with `out`.
+        The same configuration with `out`, and with `weights` as they are written now.
 
     Raises:
         ValueError: a value is out of its range, or values contradict each other; the message names the flag.
     """
+    config = replace(config, weights=read_weights(config.weights))
     if config.out is None:
-        if config.eval_only and config.weights:
+        if config.eval_only and isinstance(config.weights, Path):
             raise ValueError("--eval-only with --weights: expected --out, a folder for the results, got none")
         config = replace(config, out=config.folder)
     if any("\udc80" <= letter <= "\udcff" for letter in str(config.out)):
@@ -222,7 +229,19 @@ def complete(config: Config, *, gpu: bool, processes: int = 1) -> Config:
 
     _check_ranges(config)
     _check_norm(config, gpu, processes)
+    _check_imagenet(config)
     return config
+
+
+def read_weights(value: Path | str | None) -> InitialWeights:
+    """Return `Config.weights` from a value of a `config.json` file; earlier versions had None for "none"."""
+    if value is None:
+        return "none"
+    if value == "imagenet":
+        return "imagenet"
+    if value == "none":
+        return "none"
+    return Path(value)
 
 
 def as_dict(config: Config | FasterRCNNConfig) -> dict[str, Any]:
@@ -314,4 +333,17 @@ def _check_norm(config: Config, gpu: bool, processes: int) -> None:
         raise ValueError(
             f"--model.norm syncbn: expected GPUs for {processes} processes, got CPUs: "
             "--model.norm gn trains from scratch without a GPU"
+        )
+
+
+def _check_imagenet(config: Config) -> None:
+    """Raise ValueError where the model is not one for which torchvision has ImageNet weights."""
+    model = config.model
+    if config.eval_only or config.weights != "imagenet":
+        return
+    if model.norm == "gn" or model.base_channels != IMAGENET_CHANNELS:
+        raise ValueError(
+            f"--weights imagenet: expected a model with batch norm and base_channels {IMAGENET_CHANNELS}, as in "
+            f"torchvision's file, got norm {model.norm} and base_channels {model.base_channels}; "
+            "--weights none starts from random weights"
         )

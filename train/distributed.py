@@ -30,6 +30,10 @@ END_REASON_SECONDS = 5.0  # how long a process waits for the others to tell why 
 CONNECTION_LOST = "lost the connection to the other processes"
 
 
+class SharedError(ValueError):
+    """An error of the whole run, which all processes raise with the same text; rank 0 alone prints it."""
+
+
 @dataclass
 class World:
     """This process among all processes of the run.
@@ -273,6 +277,28 @@ def leave_processes(world: World) -> None:
     if world.size > 1:
         world.barrier()
         dist.destroy_process_group()
+
+
+def raise_together(world: World, problem: str) -> None:
+    """Raise an error on all processes if one of them has a problem; all of them call this.
+
+    Args:
+        world: the processes.
+        problem: what this one has; "" if nothing.
+
+    Raises:
+        SharedError: the problems, each with the ranks that have it.
+    """
+    ranks: dict[str, list[str]] = {}
+    for rank, problem_of_rank in enumerate(world.gather(problem)):
+        if problem_of_rank:
+            ranks.setdefault(problem_of_rank, []).append(str(rank))
+    text = "; ".join(f"rank {', '.join(ranks[problem])}: {problem}" for problem in ranks)
+    if world.size == 1:
+        text = problem
+    text = world.broadcast(text)
+    if text:
+        raise SharedError(text)
 
 
 def tell_end_reason(world: World, reason: str) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from detector.files import replacing
 from detector.text import message_line, printable_lines, show, show_message
-from train.distributed import CONNECTION_LOST, World, end_reasons_of_others, tell_end_reason
+from train.distributed import CONNECTION_LOST, SharedError, World, end_reasons_of_others, tell_end_reason
 from train.signals import Interrupted
 
 # Errors that users cause or can fix, and those of the machine, get one line. All others are bugs and show their trace.
@@ -54,6 +54,8 @@ def report_error(error: BaseException, world: World | None, folder: Path | None)
         return 128 + signal.SIGINT
     if isinstance(error, Interrupted):
         return _report_interruption(error, world)
+    if isinstance(error, SharedError):
+        return _report_shared_error(error, world)
 
     rank = world.rank if world else 0
     trace = "".join(traceback.format_exception(error))
@@ -73,6 +75,15 @@ def report_error(error: BaseException, world: World | None, folder: Path | None)
     if folder and folder.is_dir():
         with contextlib.suppress(OSError), replacing(folder / f"error-rank{rank}.txt") as partial:
             partial.write_text(printable_lines(trace), encoding="utf-8")
+    return 1
+
+
+def _report_shared_error(error: SharedError, world: World | None) -> int:
+    if world is None or world.is_main:
+        show_message(f"error: {message_line(error)}")
+    if world is not None:
+        with contextlib.suppress(RuntimeError):  # a process is gone
+            world.barrier()  # a launcher ends all processes with the first one, and the line has to be out before
     return 1
 
 

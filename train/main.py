@@ -32,7 +32,7 @@ from detector.text import lasting_output, show
 from detector.weights.checkpoint import read_checkpoint
 from detector.weights.load_detector import build_detector
 from train import report
-from train.build import build, check_weights_exist, open_split, resume
+from train.build import build, check_weights_exist, open_split, prepare_initial_weights, resume
 from train.checkpoint import (
     TrainState,
     checkpoint_of_step,
@@ -118,6 +118,7 @@ def run(config: Config, world: World | None = None) -> RunFolder:
 def train(config: Config, world: World) -> None:
     """Train until the run has its epochs or steps; save and evaluate on the way."""
     start = time.monotonic()
+    prepare_initial_weights(config, world)
     with StopRequest(world, config.timeout) as stop, contextlib.ExitStack() as stack:
         # Data. The training split decides how many classes the model has.
         train_set = open_split(config, world, "train")
@@ -150,7 +151,9 @@ def train(config: Config, world: World) -> None:
         resumption = resume(state, run_folder, config, world, train_set, len(sampler))
         notes += resumption.notes
         if world.is_main:
-            table = report.run_table(config, world, state.model, train_set, val_set, schedule, len(sampler), notes)
+            table = report.run_table(
+                config, world, state.model, resumption.weights, train_set, val_set, schedule, len(sampler), notes
+            )
             show(table)
 
         metadata = _checkpoint_metadata(config, world, train_set)
@@ -207,7 +210,7 @@ def train(config: Config, world: World) -> None:
 
 
 def evaluate_only(config: Config, world: World) -> None:
-    """Evaluate --weights, or the newest checkpoint of --out."""
+    """Evaluate the file of --weights, or the newest checkpoint of --out."""
     start = time.monotonic()
     run_folder = RunFolder(config.folder)
     path = _find_weights(config, world, run_folder)
@@ -259,7 +262,7 @@ def _deterministic(enabled: bool) -> Iterator[None]:
 
 def _find_weights(config: Config, world: World, run_folder: RunFolder) -> Path:
     """Return the checkpoint that `evaluate_only` evaluates."""
-    if config.weights:
+    if isinstance(config.weights, Path):
         check_weights_exist(config.weights)
         return config.weights
     path = world.broadcast(newest_checkpoint(run_folder.checkpoints, show) if world.is_main else None)

@@ -40,6 +40,20 @@ def evaluation_progress(batches: Iterable[T], enabled: bool) -> Iterable[T]:
     return progress
 
 
+def download_progress(name: str, size: int | None, enabled: bool) -> tqdm[None]:
+    """Return the progress line of a download, in bytes; one that takes less than a second shows none."""
+    return tqdm(
+        desc=f"fetching {name}",
+        total=size,
+        disable=not enabled,
+        delay=1.0,
+        mininterval=_refresh_seconds(),
+        unit="B",
+        unit_scale=True,
+        dynamic_ncols=True,
+    )
+
+
 def print_above_progress(text: str) -> None:
     """Print a line to stderr without disturbing a progress line."""
     tqdm.write(message_line(text), file=sys.stderr)

@@ -27,6 +27,7 @@ def run_table(
     config: Config,
     world: World,
     model: nn.Module,
+    weights: str,
     train_set: CocoDetection,
     val_set: CocoDetection,
     schedule: Schedule,
@@ -39,11 +40,12 @@ def run_table(
         config: of the run.
         world: its processes.
         model: to count its parameters.
+        weights: where they come from.
         train_set: images to train on.
         val_set: images to evaluate on.
         schedule: learning rate.
         batches_per_epoch: per process.
-        notes: further lines: where the weights come from, what has changed since the last start.
+        notes: further lines: what has changed since the last start.
     """
     entries = [
         ("run", f"{config.out} (preset {config.preset}, seed {config.seed})"),
@@ -52,6 +54,7 @@ def run_table(
         ("evaluation", f"with {DEFAULT_EVALUATOR}"),
         ("classes", f"{len(train_set.classes)} in the data: {short_list(train_set.classes)}"),
         ("model", _describe_model(config)),
+        ("weights", weights),
         ("parameters", _describe_parameters(model)),
         ("device", describe_device(world)),
         ("precision", describe_precision(config.precision or "float32")),

@@ -180,13 +180,18 @@ class RunFolder:
         start = {"world_size": world_size, "time": time.strftime("%Y-%m-%d %H:%M:%S"), **provenance()}
         notes: list[str] = []
         earlier_starts: list[Any] = []
+        is_without_weights = False  # as earlier versions began a run without a flag
         record, has_progress = self._read_earlier()
         if record is not None:
             earlier_starts = record["starts"]
             if has_progress:
                 notes = self._compare(record, config, world_size, forced)
+                is_without_weights = record.get("weights", "none") is None
         self._create()
-        write_json(self._config, {**as_dict(config), "starts": [*earlier_starts, start]}, indent=2, durable=True)
+        values = as_dict(config)
+        if is_without_weights:
+            values["weights"] = None
+        write_json(self._config, {**values, "starts": [*earlier_starts, start]}, indent=2, durable=True)
         return notes
 
     def check_content(self) -> None:
@@ -249,6 +254,8 @@ class RunFolder:
         values_before = _flatten(as_dict(Config())) | _present_values(record)
         for precision_of in (values, values_before):
             precision_of["precision"] = precision_of["precision"] or "float32"
+        if values_before["weights"] is None and config.weights in ("imagenet", "none"):
+            values_before["weights"] = config.weights  # before there was a default, None said what both say now
 
         may_change = MAY_CHANGE.union(forced)
         if config.optim.schedule == "cosine":

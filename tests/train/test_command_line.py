@@ -30,6 +30,71 @@ def test_flags_override_the_preset():
     assert config.model.fpn_channels == PRESETS["tiny"].model.fpn_channels
 
 
+FROM_SCRATCH = "--model.norm gn --model.no-norm-eval --model.frozen-stages -1"
+
+
+@pytest.mark.parametrize(
+    ("flags", "weights"),
+    [
+        pytest.param("--preset coco-1x", "imagenet", id="recipe"),
+        pytest.param("--preset small", "none", id="small"),
+        pytest.param("--preset tiny", "none", id="tiny"),
+        pytest.param("--preset coco-1x --weights imagenet", "imagenet", id="named"),
+        pytest.param("--preset coco-1x --weights=w.pt", Path("w.pt"), id="file"),
+        pytest.param("--preset coco-1x --weights ./none", Path("none"), id="file of that name"),
+        pytest.param("--preset coco-1x --weights none --model.frozen-stages -1", "none", id="nothing frozen"),
+        pytest.param("--preset coco-1x --weights none --model.frozen-stages 1", "none", id="frozen on demand"),
+        pytest.param("--preset coco-1x --weights none --model.frozen_stages=2", "none", id="another spelling"),
+        pytest.param("--preset coco-1x --weights None --model.frozen-stages 1", "none", id="of earlier versions"),
+        pytest.param(f"--preset coco-1x {FROM_SCRATCH}", "none", id="from scratch"),
+        pytest.param(f"{FROM_SCRATCH} --preset coco-1x --weights w.pt", Path("w.pt"), id="group norm of a file"),
+        pytest.param("--preset coco-1x --eval-only --weights none", "none", id="evaluation"),
+        pytest.param("--preset small --model.frozen-stages 1", "none", id="small, frozen on demand"),
+    ],
+)
+def test_initial_weights(flags, weights):
+    config = parse(flags.split(), gpu=False)
+    assert config.weights == weights
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        pytest.param(
+            "--preset coco-1x --weights none",
+            "--weights none: expected --model.frozen-stages -1, .* the stem and 1 stages would be frozen with random",
+            id="frozen",
+        ),
+        pytest.param(
+            "--preset coco-1x --weights none --model.norm gn --model.no-norm-eval",
+            "--weights none: expected --model.frozen-stages -1",
+            id="frozen group norm",
+        ),
+        pytest.param(
+            "--preset coco-1x --weights None", "--weights none: expected --model.frozen", id="former spelling"
+        ),
+        pytest.param(
+            "--preset coco-1x --model.norm gn --model.no-norm-eval",
+            "--weights imagenet: expected a model with batch norm and base_channels 64, .* got norm gn and",
+            id="group norm",
+        ),
+        pytest.param(
+            f"--preset coco-1x {FROM_SCRATCH} --weights imagenet",
+            "--weights imagenet: expected a model with batch norm",
+            id="from scratch with weights",
+        ),
+        pytest.param(
+            "--preset small --weights imagenet",
+            "--weights imagenet: .* got norm gn and base_channels 32",
+            id="narrow model",
+        ),
+    ],
+)
+def test_initial_weights_that_do_not_suit_the_layers(flags, message):
+    with pytest.raises(ValueError, match=message):
+        parse(flags.split(), gpu=False)
+
+
 def test_typo_names_the_nearest_flag(capsys):
     with pytest.raises(SystemExit) as caught:
         parse(["--data.wrokers", "3"], gpu=False)

@@ -1,0 +1,342 @@
+"""Torchvision's files are fetched once, whole, by one process; whatever goes wrong is one line with a way out."""
+
+import errno
+import hashlib
+import http.server
+import multiprocessing
+import os
+import resource
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train.pretrained
+from train.distributed import SharedError, World
+from train.pretrained import FILES, ensure_imagenet_file, imagenet_file
+
+CONTENT = bytes(range(256)) * 1200  # 300 KB
+NAME = f"resnet50-{hashlib.sha256(CONTENT).hexdigest()[:8]}.pth"
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers with `CONTENT`, or as `misbehave` does; counts the requests."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.paths = []
+        self.misbehave = None
+        self.is_closing = threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/models"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.paths.append(self.path)
+        if self.server.misbehave:
+            self.server.misbehave(self)
+        else:
+            self.send_content(CONTENT)
+
+    def send_content(self, content, size=None):
+        self.send_response(200)
+        if size != "unknown":
+            self.send_header("Content-Length", str(size or len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server that has the file, and is where the file is looked for; torch.hub's cache is empty."""
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    monkeypatch.setattr(train.pretrained, "BASE_URL", server.url)
+    monkeypatch.setitem(FILES, 50, NAME)
+    yield server
+    server.is_closing.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path) -> Path:
+    """The folder of the file in torch.hub's cache, which does not exist yet."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "home" / "hub" / "checkpoints"
+
+
+def fetch(timeout: float = 30.0) -> None:
+    ensure_imagenet_file(50, ALONE, timeout)
+
+
+def names(folder: Path) -> list[str]:
+    """Return what is in a folder besides the lock."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock") if folder.is_dir() else []
+
+
+def test_files_are_those_of_torchvision():
+    assert FILES == {18: "resnet18-f37072fd.pth", 50: "resnet50-0676ba61.pth", 101: "resnet101-63fe2227.pth"}
+    assert train.pretrained.BASE_URL == "https://download.pytorch.org/models"
+
+
+def test_fetched_once_into_the_cache_of_torch_hub(server, cache, capsys):
+    fetch()
+    fetch()
+    assert imagenet_file(50) == cache / NAME
+    assert (cache / NAME).read_bytes() == CONTENT
+    assert names(cache) == [NAME]
+    assert server.paths == [f"/models/{NAME}"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_file_that_is_there_needs_no_network_and_no_lock(cache, monkeypatch):
+    monkeypatch.setattr(train.pretrained, "BASE_URL", "http://127.0.0.1:9/")
+    monkeypatch.setitem(FILES, 50, NAME)
+    cache.mkdir(parents=True)
+    (cache / NAME).write_bytes(CONTENT)
+    fetch()
+    assert [path.name for path in cache.iterdir()] == [NAME]
+
+
+@pytest.mark.parametrize("damaged", [CONTENT[:1000], CONTENT[:-1] + b"x", b""])
+def test_damaged_file_of_the_cache_is_fetched_again(server, cache, capsys, damaged):
+    cache.mkdir(parents=True)
+    (cache / NAME).write_bytes(damaged)
+    fetch()
+    assert (cache / NAME).read_bytes() == CONTENT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{cache / NAME}: damaged: expected a SHA-256 that begins with ")
+    assert line.endswith(f"({len(damaged):,} bytes); it was fetched again")
+
+
+def test_redirects_are_followed(server, cache):
+    def redirect(handler):
+        if "mirror" in handler.path:
+            handler.send_content(CONTENT)
+            return
+        handler.send_response(302)
+        handler.send_header("Location", f"/mirror/{NAME}")
+        handler.end_headers()
+
+    server.misbehave = redirect
+    fetch()
+    assert (cache / NAME).read_bytes() == CONTENT
+
+
+def test_size_that_is_not_told(server, cache):
+    server.misbehave = lambda handler: handler.send_content(CONTENT, "unknown")
+    fetch()
+    assert (cache / NAME).read_bytes() == CONTENT
+
+
+def wait_silently(handler):
+    handler.server.is_closing.wait(10)
+
+
+def stop_in_the_middle(handler):
+    handler.send_content(CONTENT[:100_000], len(CONTENT))
+    handler.server.is_closing.wait(10)
+
+
+def drip(handler):
+    handler.send_content(CONTENT[:10], len(CONTENT))
+    while not handler.server.is_closing.wait(0.02):
+        handler.wfile.write(b"x")
+
+
+def redirect_in_a_circle(handler):
+    handler.send_response(302)
+    handler.send_header("Location", handler.path)
+    handler.end_headers()
+
+
+def talk_nonsense(handler):
+    handler.wfile.write(b"hello\r\n\r\n")
+
+
+MISBEHAVIOR = {
+    "404": (lambda handler: handler.send_error(404), "the server answered HTTP Error 404: Not Found"),
+    "500": (lambda handler: handler.send_error(500), "the server answered HTTP Error 500: Internal Server Error"),
+    "circle": (redirect_in_a_circle, "the server answered HTTP Error 302: .* infinite loop"),
+    "cut off": (
+        lambda handler: handler.send_content(CONTENT[:100_000], len(CONTENT)),
+        "the connection ended after 100,000 of 307,200 bytes",
+    ),
+    "cut off, size unknown": (
+        lambda handler: handler.send_content(CONTENT[:100_000], "unknown"),
+        "expected a file whose SHA-256 begins with .*, got 100,000 bytes with",
+    ),
+    "another file": (
+        lambda handler: handler.send_content(b"<html>please log in</html>"),
+        "expected a file whose SHA-256 begins with .*, got 26 bytes with",
+    ),
+    "empty": (lambda handler: handler.send_content(b""), "got 0 bytes with"),
+    "hang": (wait_silently, "the server was silent for 0.3 s"),
+    "hang in the middle": (stop_in_the_middle, "the server was silent for 0.3 s"),
+    "drip": (drip, "bytes came before --timeout"),
+    "hang up": (lambda handler: handler.connection.shutdown(socket.SHUT_RDWR), "Remote end closed connection"),
+    "no HTTP": (talk_nonsense, "hello"),
+}
+
+
+@pytest.mark.parametrize("case", MISBEHAVIOR)
+def test_server_that_misbehaves(server, cache, capsys, case):
+    server.misbehave, reason = MISBEHAVIOR[case]
+    start = time.monotonic()
+    with pytest.raises(SharedError, match=reason) as caught:
+        fetch(timeout=1.5)
+    assert time.monotonic() - start < 1.5
+    check_message(str(caught.value), server.url, cache)
+    assert names(cache) == []
+    assert capsys.readouterr() == ("", "")
+
+    server.misbehave = None
+    fetch()
+    assert (cache / NAME).read_bytes() == CONTENT
+
+
+def check_message(message, url, cache):
+    """Check that a message is one line that says what to do."""
+    assert message.startswith("--weights imagenet: ")
+    assert "\n" not in message
+    for text in (f"Put {url}/{NAME} at {cache / NAME}", "TORCH_HOME", "--weights FILE", "--weights none"):
+        assert text in message
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [
+        pytest.param("no-such-machine.invalid", "not known|name resolution|No address", id="name"),
+        pytest.param("127.0.0.1:9", "Connection refused", id="refused"),
+    ],
+)
+def test_without_network(monkeypatch, cache, host, reason):
+    monkeypatch.setattr(train.pretrained, "BASE_URL", f"http://{host}/models")
+    monkeypatch.setitem(FILES, 50, NAME)
+    with pytest.raises(SharedError, match=reason) as caught:
+        fetch()
+    check_message(str(caught.value), f"http://{host}/models", cache)
+    assert f"cannot fetch http://{host}/models/{NAME}: " in str(caught.value)
+
+
+def test_damaged_file_without_network_is_named(monkeypatch, cache):
+    monkeypatch.setattr(train.pretrained, "BASE_URL", "http://127.0.0.1:9")
+    cache.mkdir(parents=True)
+    (cache / FILES[50]).write_bytes(b"cut")
+    with pytest.raises(SharedError, match="Connection refused; .*: damaged: expected a SHA-256 that begins with 0676"):
+        fetch()
+    assert (cache / FILES[50]).read_bytes() == b"cut"
+
+
+def make_file_of_home(cache):
+    cache.parents[1].write_text("")
+
+
+def make_file_of_folder(cache):
+    cache.parent.mkdir(parents=True)
+    cache.write_text("")
+
+
+def make_folder_of_file(cache):
+    (cache / NAME).mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "reason"),
+    [
+        pytest.param(make_file_of_home, "cannot write .*: Not a directory", id="no folder"),
+        pytest.param(make_file_of_folder, "expected a folder, got something else under its name", id="no folder, last"),
+        pytest.param(make_folder_of_file, "Is a directory", id="no file"),
+    ],
+)
+def test_cache_that_cannot_be_written(server, cache, prepare, reason):
+    prepare(cache)
+    with pytest.raises(SharedError, match=reason) as caught:
+        fetch()
+    check_message(str(caught.value), server.url, cache)
+    assert server.paths == []
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux")
+def test_read_only_cache(server, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", "/proc/nowhere")
+    with pytest.raises(SharedError, match=f"cannot write /proc/nowhere/hub/checkpoints/{NAME}: "):
+        fetch()
+    assert server.paths == []
+
+
+def test_cache_of_somebody_else(server, cache, monkeypatch):
+    def refuse(path, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    cache.mkdir(parents=True)
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(SharedError, match=f"cannot write {cache / NAME}: Permission denied"):
+        fetch()
+
+
+def test_full_disk(server, cache):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(SharedError, match="File too large; 307,200 bytes needed, .* bytes free") as caught:
+            fetch()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    check_message(str(caught.value), server.url, cache)
+    assert names(cache) == []
+
+
+def test_leftovers_of_a_killed_process_are_removed(server, cache):
+    cache.mkdir(parents=True)
+    (cache / f".partial-{'0' * 16}.pth").write_bytes(b"half")
+    (cache / "resnet18-5c106cde.pth").write_bytes(b"of somebody else")
+    fetch()
+    assert names(cache) == sorted([NAME, "resnet18-5c106cde.pth"])
+
+
+def fetch_in_process(url: str, barrier, results) -> None:
+    train.pretrained.BASE_URL = url
+    FILES[50] = NAME
+    barrier.wait(60)
+    try:
+        fetch()
+        results.put(imagenet_file(50).read_bytes() == CONTENT)
+    except Exception as error:
+        results.put(str(error))
+
+
+def test_eight_runs_at_once_fetch_one_file(server, cache):
+    """They know nothing of each other but the cache."""
+
+    def take_time(handler):
+        time.sleep(0.3)
+        handler.send_content(CONTENT)
+
+    server.misbehave = take_time
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(8)
+    results = context.Queue()
+    processes = [context.Process(target=fetch_in_process, args=(server.url, barrier, results)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    outcomes = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert outcomes == [True] * 8
+    assert server.paths == [f"/models/{NAME}"]
+    assert names(cache) == [NAME]
