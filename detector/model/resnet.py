@@ -64,10 +64,7 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         _check_choices(depth, dcn, frozen_stages, norm)
-        if len(dcn_stages) != 4:
-            raise ValueError(f"dcn_stages: expected four flags, one per stage, got {tuple(dcn_stages)}")
-        if base_channels < 16 or base_channels % 16:
-            raise ValueError(f"base_channels: expected a multiple of 16, got {base_channels}")
+        _check_sizes(dcn_stages, base_channels)
         block, num_blocks = _LAYOUTS[depth]
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
@@ -273,3 +270,11 @@ def _check_choices(depth: int, dcn: str | None, frozen_stages: int, norm: str) -
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
+
+
+def _check_sizes(dcn_stages: Sequence[bool], base_channels: int) -> None:
+    """Raise ValueError if there is not a flag for every stage, or the width does not divide into groups."""
+    if len(dcn_stages) != 4:
+        raise ValueError(f"dcn_stages: expected four flags, one per stage, got {tuple(dcn_stages)}")
+    if base_channels < GROUP_CHANNELS or base_channels % GROUP_CHANNELS:
+        raise ValueError(f"base_channels: expected a multiple of {GROUP_CHANNELS}, got {base_channels}")
