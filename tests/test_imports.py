@@ -43,6 +43,7 @@ LAYERS = {
             "distributed",
             "errors",
             "events",
+            "fine_tuning",
             "folder_lock",
             "metrics_file",
             "precision",

@@ -16,7 +16,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from detector import FasterRCNN
 from detector.weights.checkpoint import Checkpoint, read_checkpoint
 from detector.weights.checkpoint_name import parse_name
-from detector.weights.load_weights import CLASSIFIER, copy_weights, count_classes
+from detector.weights.load_detector import find_config, is_detector
+from detector.weights.load_weights import copy_weights, count_classes
 from train.checkpoint import (
     TrainState,
     check_content,
@@ -29,6 +30,7 @@ from train.data.coco_dataset import CocoDetection
 from train.data.identity import describe_change, identify_images
 from train.data.transforms import Transform
 from train.distributed import World
+from train.fine_tuning import find_new_layers
 from train.pretrained import ensure_imagenet_file, hash_of_name, imagenet_file
 from train.run_folder import ROOT, RunFolder
 from train.schedule import make_optimizer
@@ -183,7 +185,12 @@ def load_initial_weights(state: TrainState, config: Config, classes: Sequence[st
         is_checked = parse_name(path) is not None
         origin = f"{path} ({'its SHA-256 is that of its name' if is_checked else 'its SHA-256 is not checked'})"
     checkpoint = read_checkpoint(path)
-    summary = copy_weights(state.model, checkpoint, skip_heads=_has_other_classes(checkpoint, classes))
+    skip_heads = False
+    new_layers: tuple[str, ...] = ()
+    if is_detector(checkpoint):
+        skip_heads = _has_other_classes(checkpoint, classes)
+        new_layers = find_new_layers(find_config(checkpoint), config.model)
+    summary = copy_weights(state.model, checkpoint, skip_heads=skip_heads, new_layers=new_layers)
     if state.average is not None:
         state.average.module.load_state_dict(state.model.state_dict())
     tensors, *notes = str(summary).splitlines()
@@ -192,9 +199,7 @@ def load_initial_weights(state: TrainState, config: Config, classes: Sequence[st
 
 
 def _has_other_classes(checkpoint: Checkpoint, classes: Sequence[str]) -> bool:
-    """Tell whether a checkpoint is of a detector whose classes differ in number or name."""
-    if CLASSIFIER not in checkpoint.state:
-        return False  # no detector: weights of a backbone
+    """Tell whether the classes of a detector differ in number or name."""
     if count_classes(checkpoint.state) != len(classes):
         return True
     if not checkpoint.classes:

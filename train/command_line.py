@@ -48,7 +48,7 @@ class ModelFlags:
         return cls(**{flag.name: getattr(model, flag.name) for flag in fields(cls)})
 
 
-PYTHON_ONLY = {"data.flip", "optim.offset_lr", "optim.warmup_factor"} | {
+PYTHON_ONLY = {"given", "data.flip", "optim.offset_lr", "optim.warmup_factor"} | {
     f"model.{field.name}"
     for field in fields(FasterRCNNConfig)
     if field.name not in {flag.name for flag in fields(ModelFlags)}
@@ -78,6 +78,7 @@ def parse(argv: Sequence[str], *, gpu: bool, processes: int = 1, quiet: bool = F
         for note in notes:
             show_message(note)
 
+    given = _find_given(arguments)
     default_preset = "coco-1x" if gpu else "small"
     preset_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     preset_parser.add_argument("--preset", default=default_preset, nargs="?")
@@ -93,33 +94,43 @@ def parse(argv: Sequence[str], *, gpu: bool, processes: int = 1, quiet: bool = F
 
         The same command with the same --out goes on where the run stopped.
         """
-        return replace(config, model=replace(config.model, **vars(model)))
+        return replace(config, given=given, model=replace(config.model, **vars(model)))
 
     config = tyro.cli(build_config, args=arguments, prog="train/main.py", console_outputs=not quiet)
-    config = _choose_weights(config, arguments)
+    config = _choose_weights(config)
     return complete(config, gpu=gpu, processes=processes)
 
 
-def _choose_weights(config: Config, arguments: Sequence[str]) -> Config:
+def _choose_weights(config: Config) -> Config:
     """Return the configuration with the weights that suit its layers, where no flag names weights.
 
     Raises:
         ValueError: layers would be frozen with random weights, and no flag asks for that.
     """
-    names = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
     if config.weights == Path("None"):  # as earlier versions wrote "none"
         config = replace(config, weights="none")
-    if "--weights" not in names and config.model.norm == "gn" and config.model.frozen_stages < 0:
+    if "weights" not in config.given and config.model.norm == "gn" and config.model.frozen_stages < 0:
         config = replace(config, weights="none")  # from scratch: ImageNet weights have batch norm
 
     is_frozen = config.model.frozen_stages >= 0
-    if config.weights == "none" and is_frozen and not config.eval_only and "--model.frozen-stages" not in names:
+    if config.weights == "none" and is_frozen and not config.eval_only and "model.frozen_stages" not in config.given:
         raise ValueError(
             "--weights none: expected --model.frozen-stages -1, which trains all layers, got none: the stem and "
             f"{config.model.frozen_stages} stages would be frozen with random weights, unless "
             f"--model.frozen-stages {config.model.frozen_stages} asks for that"
         )
     return config
+
+
+def _find_given(arguments: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the values that a command line sets, as "model.mask" for --model.no-mask."""
+    names = set()
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument[2:].partition("=")[0].replace("-", "_")
+            section, dot, field = name.rpartition(".")
+            names.add(section + dot + field.removeprefix("no_"))
+    return tuple(sorted(names))
 
 
 def _replace_former_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -155,10 +166,11 @@ def _replace_former_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             name = RENAMED[name]
             flag = "--" + name.replace("_", "-")
         if name in PYTHON_ONLY:
-            section, field = name.split(".")
+            section, dot, field = name.partition(".")
+            value = f"replace(config.{section}, {field}=...)" if dot else "..."
             raise ValueError(
                 f"{argument.partition('=')[0]}: expected a flag of train/main.py, got a value that is set in Python: "
-                f"train.main.run(replace(config, {section}=replace(config.{section}, {field}=...)))"
+                f"train.main.run(replace(config, {section}={value}))"
             )
         arguments.append(flag + equals + value)
     return arguments, notes

@@ -122,7 +122,9 @@ class Config:
     """Seed of everything random."""
     weights: Annotated[InitialWeights, arg(metavar="imagenet|none|FILE")] = "imagenet"
     """What to start from: torchvision's ImageNet file for the depth, which is fetched once; random weights (none); or
-    a checkpoint: ours, MMDetection's or torchvision's."""
+    a checkpoint: ours or MMDetection's, which decides the model, or torchvision's."""
+    given: Suppress[tuple[str, ...]] = field(default=(), compare=False)
+    """Values like "model.mask" that were asked for: where a detector in --weights has others, these count."""
     eval_only: bool = False
     """Evaluate --weights, or the newest checkpoint of --out, and stop; the results go to --out."""
     eval_every: int = 1

@@ -50,6 +50,7 @@ from train.data.samplers import AspectRatioBatchSampler
 from train.distributed import World, join_processes, leave_processes, world_size_from_environment
 from train.errors import report_error
 from train.evaluation.evaluate import evaluate
+from train.fine_tuning import adapt_to_weights
 from train.log import TrainLog
 from train.loop import train_one_epoch
 from train.precision import check_precision, choose_precision, product_settings
@@ -120,6 +121,11 @@ def train(config: Config, world: World) -> None:
     start = time.monotonic()
     prepare_initial_weights(config, world)
     with StopRequest(world, config.timeout) as stop, contextlib.ExitStack() as stack:
+        # A detector in --weights decides what model it is.
+        run_folder = RunFolder(config.folder)
+        config, notes = world.broadcast(adapt_to_weights(config, run_folder) if world.is_main else (config, []))
+        config = complete(config, gpu=torch.cuda.is_available(), processes=world.size)
+
         # Data. The training split decides how many classes the model has.
         train_set = open_split(config, world, "train")
         val_set = open_split(config, world, "val", train_set.classes)
@@ -129,8 +135,6 @@ def train(config: Config, world: World) -> None:
         loader = training_loader(train_set, sampler, config.data.workers, world.device.type == "cuda", config.timeout)
 
         # The folder of the run.
-        run_folder = RunFolder(config.folder)
-        notes: list[str] = []
         recorded = None
         if world.is_main:
             run_folder.check_content()

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Values that may differ between two starts of one run. All others decide what is trained.
 MAY_CHANGE = {
     "out",
+    "given",
     "epochs",
     "max_steps",
     "eval_only",
@@ -205,6 +206,15 @@ class RunFolder:
         for folder in (self.checkpoints, self.pictures):
             if os.path.lexists(folder) and not folder.is_dir():
                 raise ValueError(f"{folder}: expected a folder, got something else under its name; move it away")
+
+    def recorded(self) -> dict[str, Any] | None:
+        """Return what config.json holds of a run with at least one step, or None if there is no such run here.
+
+        Raises:
+            OSError, ValueError: see `claim`.
+        """
+        record, has_progress = self._read_earlier()
+        return record if has_progress else None
 
     def _has_progress(self) -> bool:
         has_checkpoint = any(self.checkpoints.glob("[!.]*.pt"))

@@ -48,31 +48,58 @@ def load(path: str | Path, device: torch.device | str | None = None) -> tuple[Fa
 def build_detector(checkpoint: Checkpoint, device: torch.device | str) -> tuple[FasterRCNN, list[str]]:
     """Do `load` with a file that has been read."""
     path = checkpoint.path
-    if CLASSIFIER not in checkpoint.state:
+    if not is_detector(checkpoint):
         raise ValueError(f"{path}: expected the weights of a whole detector, got a file without {CLASSIFIER}")
+    config = find_config(checkpoint)
+    class_names = checkpoint.classes
+    if class_names is None:
+        class_names = tuple(f"class {label}" for label in range(config.num_classes))
+    if len(class_names) != config.num_classes:
+        raise ValueError(
+            f"{path}: expected {config.num_classes} class names, one per class of its weights, got {len(class_names)}"
+        )
+
+    state, _ = match_weights(make_skeleton(config, path), checkpoint)
+    model = FasterRCNN(config)
+    model.load_state_dict(state, strict=False)
+    return model.to(device).eval(), list(class_names)
+
+
+def is_detector(checkpoint: Checkpoint) -> bool:
+    """Tell whether a file has the weights of a whole detector, and not those of a backbone alone."""
+    return CLASSIFIER in checkpoint.state
+
+
+def find_config(checkpoint: Checkpoint) -> FasterRCNNConfig:
+    """Return the configuration of the detector in a file: the one it holds, or the one that its weights show.
+
+    Raises:
+        ValueError: the configuration is not one of this version, or has another number of classes than the weights, or
+            the weights are those of another architecture; the message names the file.
+    """
     try:
-        config = infer_config(checkpoint.state) if checkpoint.config is None else _stored_config(checkpoint.config)
+        config = infer_config(checkpoint.state) if checkpoint.config is None else stored_config(checkpoint.config)
         num_classes = count_classes(checkpoint.state)
         if num_classes != config.num_classes:
             raise ValueError(
                 f"expected weights of {config.num_classes} classes, as its configuration says, got {num_classes}"
             )
-        class_names = checkpoint.classes
-        if class_names is None:
-            class_names = tuple(f"class {label}" for label in range(num_classes))
-        if len(class_names) != num_classes:
-            raise ValueError(
-                f"expected {num_classes} class names, one per class of its weights, got {len(class_names)}"
-            )
-        with torch.device("meta"):  # no memory is taken for what a configuration claims
-            skeleton = FasterRCNN(config)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from error
+    return config
+
+
+def make_skeleton(config: FasterRCNNConfig, path: Path) -> FasterRCNN:
+    """Build a model without memory for its weights, to see whether those of a file fit what the file claims.
+
+    Raises:
+        ValueError: there is no such network; the message names the file.
+    """
+    try:
+        with torch.device("meta"):
+            return FasterRCNN(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-    state, _ = match_weights(skeleton, checkpoint)
-    model = FasterRCNN(config)
-    model.load_state_dict(state, strict=False)
-    return model.to(device).eval(), list(class_names)
 
 
 def infer_config(state: Mapping[str, Tensor]) -> FasterRCNNConfig:
@@ -130,8 +157,15 @@ def _check_device(device: torch.device | str) -> None:
         raise ValueError(f"device: cannot compute on {str(device)!r}: {first_line}") from error
 
 
-def _stored_config(stored: Mapping[str, Any]) -> FasterRCNNConfig:
-    """Rebuild the model's configuration; in a checkpoint of training it is the field "model" of the run's."""
+def stored_config(stored: Mapping[str, Any]) -> FasterRCNNConfig:
+    """Rebuild a model's configuration from plain values, as checkpoints and `config.json` files hold them.
+
+    Args:
+        stored: its fields, with present or former names; or those of a run, of which it is the field "model".
+
+    Raises:
+        ValueError: a field is unknown, of another type or out of its range.
+    """
     model = stored.get("model", stored)
     if not isinstance(model, Mapping):
         raise ValueError(f"expected `model` in its configuration to be a dict, got {shown(model)}")

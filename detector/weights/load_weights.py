@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,9 +93,10 @@ def copy_weights(
     *,
     strict: bool = True,
     skip_heads: bool = False,
+    new_layers: Sequence[str] = (),
 ) -> LoadSummary:
-    """Copy a checkpoint that has been read into a model; as `load_weights`."""
-    state, summary = match_weights(model, checkpoint, strict=strict, skip_heads=skip_heads)
+    """Copy a checkpoint that has been read into a model; arguments and errors as of `match_weights`."""
+    state, summary = match_weights(model, checkpoint, strict=strict, skip_heads=skip_heads, new_layers=new_layers)
     model.load_state_dict(state, strict=False)
     return summary
 
@@ -106,11 +107,14 @@ def match_weights(
     *,
     strict: bool = True,
     skip_heads: bool = False,
+    new_layers: Sequence[str] = (),
 ) -> tuple[dict[str, Tensor], LoadSummary]:
-    """Find the weights of a model in a checkpoint; arguments and errors as of `load_weights`.
+    """Find the weights of a model in a checkpoint; other arguments and errors as of `load_weights`.
 
     Args:
         model: only its names, shapes and dtypes are used, so it may be on the meta device, where it takes no memory.
+        new_layers: parts of names. Such layers take from the file what has their shape, and keep their values where it
+            has nothing that fits; what the model has no place for is left out.
 
     Returns:
         The state dict to load, and what is in it.
@@ -132,13 +136,15 @@ def match_weights(
     if skip_heads:
         state, heads = _split(state, HEADS)
         skipped += heads
+    state, without_place = _drop_misfits(state, model_state, new_layers)
+    skipped += without_place
 
     _check_shapes(checkpoint.path, model_state, state)
     loaded = [name for name in model_state if name in state]
     missing = [name for name in model_state if name not in state]
     unexpected = [name for name in state if name not in model_state]
     if strict:
-        not_optional = [name for name in missing if not _is_optional(name, from_imagenet, skip_heads)]
+        not_optional = [name for name in missing if not _is_optional(name, from_imagenet, skip_heads, new_layers)]
         if not_optional or unexpected:
             raise ValueError(
                 f"{checkpoint.path} does not fit the model: "
@@ -165,11 +171,29 @@ def _split(state: dict[str, Tensor], prefixes: tuple[str, ...]) -> tuple[dict[st
     return kept, left_out
 
 
-def _is_optional(name: str, from_imagenet: bool, skip_heads: bool) -> bool:
+def _drop_misfits(
+    state: dict[str, Tensor], model_state: dict[str, Tensor], new_layers: Sequence[str]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the weights without those of new layers that the model has no place for, and the names of these."""
+    misfits = []
+    for name, value in state.items():
+        if _is_part_of(name, new_layers) and (name not in model_state or model_state[name].shape != value.shape):
+            misfits.append(name)
+    kept = {name: value for name, value in state.items() if name not in misfits}
+    return kept, misfits
+
+
+def _is_part_of(name: str, layers: Sequence[str]) -> bool:
+    return any(part in name for part in layers)
+
+
+def _is_optional(name: str, from_imagenet: bool, skip_heads: bool, new_layers: Sequence[str]) -> bool:
     """Tell whether the model can keep its own value of a weight that the file does not have."""
     if name.endswith(".num_batches_tracked"):
         return True  # old files lack this counter, and no batch norm of the model reads it
     if skip_heads and name.startswith(HEADS):
+        return True
+    if _is_part_of(name, new_layers):
         return True
     if from_imagenet:
         return ".conv_offset." in name or name.startswith(("neck.", "rpn_head.", "roi_head."))

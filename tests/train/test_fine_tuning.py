@@ -1,0 +1,213 @@
+"""A run that starts from a detector: which model it has, how fast it learns, and what starts anew."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from detector import FasterRCNN
+from detector.weights.checkpoint import read_checkpoint, save_weights
+from train.build import build, load_initial_weights
+from train.command_line import parse
+from train.config import PRESETS, Config, as_dict
+from train.distributed import World
+from train.fine_tuning import adapt_to_weights
+from train.run_folder import RunFolder
+
+CPU = World(0, 1, 0, torch.device("cpu"))
+CLASSES = ("disc", "ring")
+STORED = replace(
+    PRESETS["tiny"].model,
+    num_classes=len(CLASSES),
+    base_channels=16,
+    fpn_channels=16,
+    fc_channels=24,
+    frozen_stages=0,
+    anchor_scale=4.0,
+    roi_batch_size=32,
+    image_scale=(128, 96),
+)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Function: fields of the model in which it differs from `STORED` -> a file with such a detector."""
+    folder = tmp_path_factory.mktemp("files")
+
+    def save(**changes):
+        path = folder / f"{abs(hash(str(changes)))}.safetensors"
+        if not path.exists():
+            save_weights(path, FasterRCNN(replace(STORED, **changes)), CLASSES)
+        return path
+
+    return save
+
+
+def adapt(config, out):
+    return adapt_to_weights(config, RunFolder(out))
+
+
+def command(*flags):
+    return parse(list(map(str, flags)), gpu=False)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_model_is_the_one_of_the_file_whatever_the_preset(files, tmp_path, preset):
+    config, notes = adapt(command("--preset", preset, "--weights", files()), tmp_path / "run")
+    assert config.model == STORED
+    assert config.optim == replace(PRESETS[preset].optim, lr=PRESETS[preset].optim.lr / 10)
+    assert config.data == PRESETS[preset].data
+    assert str(files()) in notes[0]
+    assert "0.1 of the preset's learning rate" in notes[1]
+
+
+@pytest.mark.parametrize("preset", ["coco-1x", "small"])
+def test_model_of_a_file_of_mmdetection_is_inferred(tmp_path, preset):
+    model = replace(STORED, norm="bn", dcn="v1")
+    torch.save({"state_dict": FasterRCNN(model).state_dict()}, tmp_path / "other.pth")
+    config, _ = adapt(command("--preset", preset, "--weights", tmp_path / "other.pth"), tmp_path / "run")
+    names = ("depth", "dcn", "dcn_stages", "deform_groups", "mask", "base_channels", "fpn_channels", "fc_channels")
+    assert [getattr(config.model, name) for name in names] == [getattr(model, name) for name in names]
+    recipe = Config().model  # what weights do not show
+    assert (config.model.norm_eval, config.model.image_scale) == (recipe.norm_eval, recipe.image_scale)
+
+
+@pytest.mark.parametrize(
+    ("stored", "flags", "expected"),
+    [
+        pytest.param({}, "--model.mask", {"mask": True}, id="mask"),
+        pytest.param({"mask": True}, "--model.no-mask", {"mask": False}, id="no-mask"),
+        pytest.param({}, "--model.dcn None", {"dcn": None}, id="plain"),
+        pytest.param({}, "--model.dcn v1", {"dcn": "v1"}, id="v1"),
+        pytest.param({"dcn": None}, "--model.dcn v2", {"dcn": "v2"}, id="value-of-the-preset"),
+        pytest.param({}, "--model.deform-groups=2", {"deform_groups": 2}, id="groups"),
+        pytest.param({}, "--model.dcn-stages F F F T", {"dcn_stages": (False, False, False, True)}, id="stages"),
+        pytest.param({}, "--model.image-scale 64 64", {"image_scale": (64, 64)}, id="scale"),
+        pytest.param({}, "--model.frozen_stages 2", {"frozen_stages": 2}, id="frozen"),
+        pytest.param({"norm": "syncbn"}, "--model.norm bn", {"norm": "bn"}, id="norm"),
+    ],
+)
+def test_flag_of_the_model_overrides_the_file_and_the_rest_is_loaded(files, tmp_path, stored, flags, expected):
+    path = files(**stored)
+    flags = flags.replace(" F", " False").replace(" T", " True")
+    config, notes = adapt(command("--preset", "small", *flags.split(), "--weights", path), tmp_path / "run")
+    assert config.model == replace(STORED, **{**stored, **expected})
+    flag = flags.split()[0].split("=")[0].replace("no-", "").replace("_", "-")
+    assert f"but for {flag} " in notes[0]
+
+    state, _ = build(config, CPU)
+    before = {name: value.clone() for name, value in state.model.state_dict().items()}
+    load_initial_weights(state, config, CLASSES)
+    from_file = read_checkpoint(path).state
+    for name, value in state.model.state_dict().items():
+        is_in_file = name in from_file and from_file[name].shape == value.shape
+        assert torch.equal(value, from_file[name] if is_in_file else before[name]), name
+        assert is_in_file or "conv_offset" in name or "mask_head" in name
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--model.depth 50", "--model.depth: expected 18, as in FILE, got 50"),
+        ("--model.norm bn", "--model.norm: expected gn, as in FILE, got bn"),
+    ],
+)
+def test_flag_that_does_not_fit_the_weights_is_named(files, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message.replace("FILE", str(files()))):
+        adapt(command(*flags.split(), "--weights", files()), tmp_path / "run")
+
+
+def test_values_that_differ_from_the_preset_were_asked_for_in_python(files, tmp_path):
+    small = replace(PRESETS["small"], weights=files())
+    asked = replace(
+        small, model=replace(small.model, max_detections=7), optim=replace(small.optim, lr=0.5, weight_decay=0.25)
+    )
+    config, notes = adapt(asked, tmp_path / "run")
+    assert config.model == replace(STORED, max_detections=7)
+    assert (config.optim.lr, config.optim.weight_decay) == (0.5, 0.25)
+    assert "but for model.max_detections 7 (100 in the file)" in notes[0]
+    assert len(notes) == 1
+
+    wide = replace(small, model=replace(small.model, fc_channels=48))
+    with pytest.raises(ValueError, match=r"^model\.fc_channels: expected 24, as in .*, got 48"):
+        adapt(wide, tmp_path / "run")
+
+
+def test_learning_rate_that_was_asked_for_stays(files, tmp_path):
+    lr = PRESETS["small"].optim.lr
+    config, notes = adapt(command("--preset", "small", "--optim.lr", lr, "--weights", files()), tmp_path / "run")
+    assert config.optim.lr == lr
+    assert len(notes) == 1
+
+
+def test_weights_of_a_backbone_keep_the_model_of_the_preset(files, tmp_path):
+    state = {
+        name.removeprefix("backbone."): value
+        for name, value in read_checkpoint(files()).state.items()
+        if name.startswith("backbone.")
+    }
+    torch.save(state, tmp_path / "backbone.pth")
+    config = command("--preset", "coco-1x", "--weights", tmp_path / "backbone.pth")
+    assert adapt(config, tmp_path / "run") == (config, [])
+    assert adapt(command("--preset", "tiny"), tmp_path / "run") == (command("--preset", "tiny"), [])
+
+
+def test_file_must_be_whole(files, tmp_path):
+    state = dict(read_checkpoint(files()).state)
+    del state["rpn_head.rpn_conv.weight"]
+    torch.save({"model": state, "config": asdict(STORED)}, tmp_path / "part.pt")
+    with pytest.raises(ValueError, match="1 names missing in the file .rpn_head.rpn_conv.weight"):
+        adapt(command("--weights", tmp_path / "part.pt"), tmp_path / "run")
+
+
+def write_record(out: Path, config: Config, **changes) -> None:
+    """Leave what a run with one step leaves in its folder."""
+    record = {**as_dict(config), "starts": [{"world_size": 1}], **changes}
+    (out / "checkpoints").mkdir(parents=True)
+    (out / "checkpoints" / "step-1.pt").touch()
+    (out / "config.json").write_text(json.dumps(record))
+
+
+def test_run_goes_on_as_it_was_started_without_its_file(tmp_path):
+    flags = ("--preset", "small", "--weights", tmp_path / "gone.pt")
+    started = replace(command(*flags, "--model.mask"), model=replace(STORED, mask=True))
+    started = replace(started, optim=replace(started.optim, lr=3e-4))
+    out = tmp_path / "run"
+    write_record(out, started)
+    config, notes = adapt(command(*flags, "--model.mask"), out)
+    assert config == started
+    assert notes == []
+    without_flag, _ = adapt(command(*flags), out)
+    assert not without_flag.model.mask  # another command: the folder refuses it
+    with pytest.raises(ValueError, match="model.mask was True, is False"):
+        RunFolder(out).claim(without_flag, 1)
+
+
+def test_run_of_an_earlier_version_goes_on_with_the_values_it_recorded(tmp_path):
+    started = command("--preset", "small", "--model.dcn", "None", "--weights", "full.pt")
+    record = as_dict(started)
+    del record["given"]
+    write_record(tmp_path / "run", started)
+    record["starts"] = [{"world_size": 1}]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record))
+    for flags in ((), ("--model.dcn", "None")):
+        config, _ = adapt(command("--preset", "small", "--weights", "full.pt", *flags), tmp_path / "run")
+        assert config == started
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"depth": 19}}, "config field 'depth'"),
+        ({"model": {"new": 1}}, "unknown fields"),
+        ({"model": 3}, "expected `model`"),
+        ({"optim": {"lr": "fast"}}, "expected a number as 'optim.lr', got 'fast'"),
+    ],
+)
+def test_damaged_record_is_named(tmp_path, changes, message):
+    config = command("--preset", "small", "--weights", "full.pt")
+    write_record(tmp_path / "run", config, **changes)
+    with pytest.raises(ValueError, match=f"config.json in --out .*{message}"):
+        adapt(replace(config, out=tmp_path / "run"), tmp_path / "run")
