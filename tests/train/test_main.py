@@ -149,17 +149,29 @@ def test_table_says_what_is_left_out(start, coco, tmp_path):
     assert r"note classes without annotations: cells\x1b[2J (1 of 3); the one with the id 0" in table
 
 
-def test_starts_from_weights_of_other_classes(start, coco, tmp_path):
+def test_starts_from_weights_of_another_model_and_other_classes(start, coco, tmp_path):
     common = ("--data.root", coco, "--max-steps", 1, "--pictures", 0)
-    assert start(*common, "--out", tmp_path / "a")[0] == 0
+    assert start(*common, "--out", tmp_path / "a", "--model.dcn", "None", "--model.image-scale", 64, 64)[0] == 0
     best = tmp_path / "a" / "checkpoints" / "best.pt"
     for split in ("train2017", "val2017"):
         edit(coco, lambda content: content["categories"].append({"id": 1, "name": "green"}), split)
     status, stdout, _ = start(*common, "--out", tmp_path / "b", "--weights", best)
     assert status == 0
     assert "4 skipped" in stdout
+    table = " ".join(stdout.split())
+    assert "model Faster R-CNN R18-FPN, plain convolutions, norm gn, images within 64 x 64" in table
+    assert "note the model is the one in" in table
+    assert "0.00025 = 0.002 x 2 / 16" in table  # a tenth of the preset's
+    recorded = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert recorded["model"]["num_classes"] == 3
+    assert (recorded["model"]["dcn"], recorded["optim"]["lr"]) == (None, 0.002)
+
     status, _, _ = start(*common, "--out", tmp_path / "c", "--weights", best, "--eval-only")
     assert status == 0  # it looks for the two classes that it knows
+    best.rename(best.with_name("moved.pt"))
+    status, stdout, stderr = start(*common, "--out", tmp_path / "b", "--weights", best, "--max-steps", 2)
+    assert status == 0, stderr  # a run that goes on needs the file no more
+    assert "going on after step 1" in stdout
 
 
 def test_test_set_without_annotations_gives_detections(start, coco, tmp_path):
