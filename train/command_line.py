@@ -115,9 +115,8 @@ def _choose_weights(config: Config) -> Config:
     is_frozen = config.model.frozen_stages >= 0
     if config.weights == "none" and is_frozen and not config.eval_only and "model.frozen_stages" not in config.given:
         raise ValueError(
-            "--weights none: expected --model.frozen-stages -1, which trains all layers, got none: the stem and "
-            f"{config.model.frozen_stages} stages would be frozen with random weights, unless "
-            f"--model.frozen-stages {config.model.frozen_stages} asks for that"
+            "--weights none: expected --model.frozen-stages too, got none: layers would be frozen with random weights. "
+            f"-1 trains all layers, {config.model.frozen_stages} freezes random ones all the same"
         )
     return config
 

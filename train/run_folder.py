@@ -187,7 +187,7 @@ class RunFolder:
             earlier_starts = record["starts"]
             if has_progress:
                 notes = self._compare(record, config, world_size, forced)
-                is_without_weights = record.get("weights", "none") is None
+                is_without_weights = record.get("weights", "none") is None and self._has_checkpoint()
         self._create()
         values = as_dict(config)
         if is_without_weights:
@@ -217,9 +217,11 @@ class RunFolder:
         return record if has_progress else None
 
     def _has_progress(self) -> bool:
-        has_checkpoint = any(self.checkpoints.glob("[!.]*.pt"))
         lines, damaged = parse_lines(self.metrics)
-        return has_checkpoint or bool(lines or damaged)
+        return self._has_checkpoint() or bool(lines or damaged)
+
+    def _has_checkpoint(self) -> bool:
+        return any(self.checkpoints.glob("[!.]*.pt"))
 
     def _read_earlier(self) -> tuple[dict[str, Any] | None, bool]:
         """Return what the start before wrote into config.json, if it did, and whether its run has made a step.

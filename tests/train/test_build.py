@@ -1,14 +1,19 @@
+import hashlib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import train.build
-from detector import Batch
-from train.build import build, uses_sync_batch_norm
+import train.pretrained
+from detector import Batch, FasterRCNNConfig
+from train.build import build, load_initial_weights, prepare_initial_weights, uses_sync_batch_norm
+from train.checkpoint import save_checkpoint
 from train.config import PRESETS
-from train.distributed import World
+from train.distributed import SharedError, World
+from train.pretrained import FILES, imagenet_file
 
 CPU = World(0, 1, 0, torch.device("cpu"))
 CONFIG = PRESETS["tiny"]
@@ -54,3 +59,53 @@ def test_synchronized_model_has_the_names_and_values_of_bn(monkeypatch):
     assert all(id(part) in trained for part in state.model.parameters())
     batch = Batch(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.tensor([[64, 64]]), None)
     assert len(state.model.eval()(batch)) == 1  # evaluation needs no GPU
+
+
+IMAGENET = replace(
+    PRESETS["coco-1x"],
+    model=FasterRCNNConfig(depth=18, num_classes=2, base_channels=8, fpn_channels=16, fc_channels=16),
+    optim=replace(CONFIG.optim, ema=0.9),
+)
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path) -> Path:
+    """The folder of torch.hub's cache; nobody answers where files are fetched."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(train.pretrained, "BASE_URL", "http://127.0.0.1:9")
+    folder = tmp_path / "home" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_imagenet_weights_of_the_cache_are_loaded(cache, monkeypatch):
+    backbone = build(replace(IMAGENET, seed=7), CPU)[0].model.backbone.state_dict()
+    file = {name: value for name, value in backbone.items() if ".conv_offset." not in name}
+    torch.save({**file, "fc.weight": torch.zeros(1000, 64), "fc.bias": torch.zeros(1000)}, cache / "new.pth")
+    digest = hashlib.sha256((cache / "new.pth").read_bytes()).hexdigest()
+    monkeypatch.setitem(FILES, 18, f"resnet18-{digest[:8]}.pth")
+    (cache / "new.pth").rename(imagenet_file(18))
+
+    prepare_initial_weights(IMAGENET, CPU)
+    state, _ = build(IMAGENET, CPU)
+    origin, notes = load_initial_weights(state, IMAGENET, ["a", "b"])
+    assert origin.startswith(f"ImageNet, by torchvision: {imagenet_file(18)} (its SHA-256 begins with {digest[:8]}")
+    assert f"{len(file)} tensors loaded" in origin
+    assert any("fc.weight" in note for note in notes)
+    for model in (state.model, state.average.module):
+        loaded = model.backbone.state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in file.items())
+
+
+def test_only_a_new_run_needs_imagenet_weights(cache, tmp_path):
+    with pytest.raises(SharedError, match="cannot fetch"):
+        prepare_initial_weights(replace(IMAGENET, out=tmp_path / "new"), CPU)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    save_checkpoint(tmp_path / "run" / "checkpoints", {"step": 4}, keep=1)
+    prepare_initial_weights(replace(IMAGENET, out=tmp_path / "run"), CPU)
+    prepare_initial_weights(replace(IMAGENET, out=tmp_path / "new", weights="none"), CPU)
+
+
+def test_file_to_start_from_is_looked_for_at_once(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"--weights: expected a file, got w\.pt"):
+        prepare_initial_weights(replace(CONFIG, weights=Path("w.pt"), out=tmp_path / "new"), CPU)

@@ -2,6 +2,7 @@ import inspect
 import json
 import re
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +57,26 @@ def test_evaluation_does_not_look_at_the_norm():
 def test_evaluation_of_a_file_does_not_write_into_another_run():
     with pytest.raises(ValueError, match="--eval-only with --weights: expected --out"):
         parse(["--eval-only", "--weights", "w.pt"], gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "weights"),
+    [
+        pytest.param(None, "none", id="of earlier versions"),
+        pytest.param("none", "none", id="none"),
+        pytest.param("imagenet", "imagenet", id="imagenet"),
+        pytest.param("w.pt", Path("w.pt"), id="text"),
+        pytest.param(Path("w.pt"), Path("w.pt"), id="path"),
+    ],
+)
+def test_initial_weights_from_python_or_a_file(given, weights):
+    """Frozen random layers are refused on the command line only."""
+    assert complete(replace(PRESETS["coco-1x"], weights=given), gpu=False).weights == weights
+
+
+def test_evaluation_of_the_newest_checkpoint_needs_no_file():
+    config = parse(["--preset", "coco-1x", "--eval-only"], gpu=False)
+    assert (config.weights, config.out) == ("imagenet", Path("runs/coco-1x"))
 
 
 def test_every_field_of_the_model_has_help():

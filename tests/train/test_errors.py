@@ -3,7 +3,7 @@ import signal
 import pytest
 import torch
 
-from train.distributed import World
+from train.distributed import SharedError, World
 from train.errors import explain, report_error
 from train.signals import Interrupted
 
@@ -66,3 +66,13 @@ def test_signals_have_their_status(capsys):
     assert report_error(Interrupted(signal.SIGUSR1, "after step 3"), ALONE, None) == 128 + signal.SIGUSR1
     assert "stopped by SIGUSR1 after step 3. The same command goes on" in capsys.readouterr().err
     assert report_error(KeyboardInterrupt(), ALONE, None) == 130
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_error_that_all_processes_know_is_printed_once(tmp_path, capsys, monkeypatch, rank):
+    shown_before_the_barrier = []
+    monkeypatch.setattr(World, "barrier", lambda _: shown_before_the_barrier.append(capsys.readouterr().err))
+    world = World(rank, 2, rank, torch.device("cpu"))
+    assert report_error(SharedError("rank 1: no\nnetwork"), world, None) == 1
+    assert shown_before_the_barrier == ["error: rank 1: no\\nnetwork\n" if rank == 0 else ""]
+    assert capsys.readouterr() == ("", "")

@@ -10,6 +10,7 @@ import torch
 
 import detector
 import train.loop
+import train.pretrained
 from tests.train.conftest import lines
 from tests.train.data.datasets import edit
 from train.checkpoint import list_checkpoints, load_checkpoint
@@ -207,6 +208,20 @@ def test_user_errors_are_one_line(start, coco, tmp_path, arguments, message):
     (line,) = stderr.strip().splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+@pytest.mark.parametrize("root", ["coco", "nowhere"])
+def test_run_without_network_ends_before_anything_else_starts(start, coco, tmp_path, monkeypatch, root):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(train.pretrained, "BASE_URL", "http://127.0.0.1:9/models")
+    common = ("--preset", "coco-1x", "--data.root", coco.with_name(root), "--out", tmp_path / "run")
+    status, stdout, stderr = start(*common)
+    assert (status, stdout) == (1, "")
+    (line,) = stderr.strip().splitlines()
+    assert line.startswith("error: --weights imagenet: cannot fetch http://127.0.0.1:9/models/resnet50-0676ba61.pth: ")
+    assert f"at {tmp_path / 'home'}/hub/checkpoints/resnet50-0676ba61.pth" in line
+    assert "--weights FILE" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_signal_writes_a_checkpoint_first(start, coco, tmp_path, monkeypatch):

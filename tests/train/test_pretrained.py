@@ -340,3 +340,93 @@ def test_eight_runs_at_once_fetch_one_file(server, cache):
     assert outcomes == [True] * 8
     assert server.paths == [f"/models/{NAME}"]
     assert names(cache) == [NAME]
+
+
+class ThreadWorld(World):
+    """A process of a run in a thread; the processes exchange values through a list that they share."""
+
+    def __init__(self, rank, size, local_rank, values, barrier):
+        super().__init__(rank, size, local_rank, torch.device("cpu"))
+        self.values = values
+        self.meeting = barrier
+
+    def exchange(self, value):
+        self.values[self.rank] = value
+        self.meeting.wait(30)
+        values = list(self.values)
+        self.meeting.wait(30)
+        return values
+
+    def gather(self, value):
+        values = self.exchange(value)
+        return values if self.is_main else []
+
+    def broadcast(self, value):
+        return self.exchange(value)[0]
+
+
+@pytest.fixture
+def start_ranks(monkeypatch, tmp_path):
+    """Function: (machine, LOCAL_RANK) of each rank -> what each of them raised, or None."""
+    machine_of_thread = threading.local()
+    monkeypatch.setattr(train.pretrained, "imagenet_file", lambda _: tmp_path / machine_of_thread.name / NAME)
+
+    def start(places):
+        outcomes = [None] * len(places)
+        values = [None] * len(places)
+        barrier = threading.Barrier(len(places))
+
+        def run(rank):
+            machine_of_thread.name, local_rank = places[rank]
+            try:
+                ensure_imagenet_file(50, ThreadWorld(rank, len(places), local_rank, values, barrier), 5.0)
+            except Exception as error:
+                outcomes[rank] = error
+
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(places))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return outcomes
+
+    return start
+
+
+ONE_MACHINE = [("one", rank) for rank in range(8)]
+TWO_MACHINES = [("one", rank) for rank in range(4)] + [("two", rank) for rank in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("places", "machines"),
+    [
+        pytest.param(ONE_MACHINE, ["one"], id="one machine"),
+        pytest.param(TWO_MACHINES, ["one", "two"], id="two machines"),
+        pytest.param([("one", 0), ("one", 0)], ["one"], id="two processes that both have LOCAL_RANK 0"),
+        pytest.param([("one", 0), ("two", 1), ("two", 2)], ["one", "two"], id="two machines without LOCAL_RANK"),
+    ],
+)
+def test_each_machine_fetches_for_itself(server, tmp_path, start_ranks, places, machines):
+    assert start_ranks(places) == [None] * len(places)
+    assert len(server.paths) == len(machines)
+    for machine in machines:
+        assert (tmp_path / machine / NAME).read_bytes() == CONTENT
+    assert start_ranks(places) == [None] * len(places)
+    assert len(server.paths) == len(machines)
+
+
+def test_all_processes_end_with_the_reason_of_the_first(server, start_ranks):
+    server.misbehave = lambda handler: handler.send_error(404)
+    outcomes = start_ranks(ONE_MACHINE)
+    assert all(isinstance(outcome, SharedError) for outcome in outcomes)
+    (text,) = {str(outcome) for outcome in outcomes}
+    assert text.startswith("rank 0: --weights imagenet: cannot fetch ")
+    assert "404" in text
+    assert len(server.paths) == 1
+
+
+def test_machine_that_fails_is_named(server, tmp_path, start_ranks):
+    (tmp_path / "two").write_text("not a folder")
+    (text,) = {str(outcome) for outcome in start_ranks(TWO_MACHINES)}
+    assert text.startswith(f"rank 4: --weights imagenet: {tmp_path / 'two'}: expected a folder")
+    assert text.count("--weights imagenet:") == 1

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +71,29 @@ def test_field_younger_than_the_run_has_its_default(tmp_path):
     with pytest.raises(ValueError, match="precision was float32, is bf16"):
         RunFolder(tmp_path).claim(replace(CONFIG, precision="bf16"), 1)
     assert RunFolder(tmp_path).claim(CONFIG, 1) == []
+
+
+@pytest.mark.parametrize("weights", ["imagenet", "none"])
+def test_run_of_an_earlier_version_had_no_word_for_no_weights(tmp_path, weights):
+    config = replace(CONFIG, weights=weights)
+    RunFolder(tmp_path).claim(config, 1)
+    RunFolder(tmp_path).append_metrics({"step": 1, "loss": 1.0})
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best.pt").touch()
+    record = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**record, "weights": None}))
+    with pytest.raises(ValueError, match=r"weights was None, is w\.pt"):
+        RunFolder(tmp_path).claim(replace(CONFIG, weights=Path("w.pt")), 1)
+    for _ in range(2):
+        assert RunFolder(tmp_path).claim(config, 1) == []
+        assert json.loads((tmp_path / "config.json").read_text())["weights"] is None
+
+
+def test_weights_belong_to_a_run(tmp_path):
+    RunFolder(tmp_path).claim(replace(CONFIG, weights="imagenet"), 1)
+    RunFolder(tmp_path).append_metrics({"step": 1, "loss": 1.0})
+    with pytest.raises(ValueError, match="weights was imagenet, is none"):
+        RunFolder(tmp_path).claim(replace(CONFIG, weights="none"), 1)
 
 
 def test_length_belongs_to_a_cosine_run(tmp_path):
