@@ -63,7 +63,7 @@ def test_synchronized_model_has_the_names_and_values_of_bn(monkeypatch):
 
 IMAGENET = replace(
     PRESETS["coco-1x"],
-    model=FasterRCNNConfig(depth=18, num_classes=2, base_channels=8, fpn_channels=16, fc_channels=16),
+    model=FasterRCNNConfig(depth=18, num_classes=2, base_channels=16, fpn_channels=16, fc_channels=16),
     optim=replace(CONFIG.optim, ema=0.9),
 )
 
@@ -81,7 +81,7 @@ def cache(monkeypatch, tmp_path) -> Path:
 def test_imagenet_weights_of_the_cache_are_loaded(cache, monkeypatch):
     backbone = build(replace(IMAGENET, seed=7), CPU)[0].model.backbone.state_dict()
     file = {name: value for name, value in backbone.items() if ".conv_offset." not in name}
-    torch.save({**file, "fc.weight": torch.zeros(1000, 64), "fc.bias": torch.zeros(1000)}, cache / "new.pth")
+    torch.save({**file, "fc.weight": torch.zeros(1000, 128), "fc.bias": torch.zeros(1000)}, cache / "new.pth")
     digest = hashlib.sha256((cache / "new.pth").read_bytes()).hexdigest()
     monkeypatch.setitem(FILES, 18, f"resnet18-{digest[:8]}.pth")
     (cache / "new.pth").rename(imagenet_file(18))
