@@ -10,6 +10,8 @@ from torch import Tensor
 
 SIZE_DIVISOR = 32
 """The sides of the images of a `Batch` are multiples of this."""
+NO_OBJECT = -1
+"""Label of a ground truth that is none: it pads a `Target` to a fixed length."""
 
 
 def padded_side(side: int) -> int:
@@ -23,7 +25,7 @@ class Target:
 
     Attributes:
         boxes: (N, 4) float32, x1 y1 x2 y2 in pixels of the resized image; N can be 0.
-        labels: (N,) int64, classes from 0.
+        labels: (N,) int64, classes from 0, or `NO_OBJECT`.
         masks: (N, H, W) uint8 or bool, not 0 inside the object; H, W is the size of the resized image, padded or not.
             None where the model predicts boxes only.
     """

@@ -55,7 +55,7 @@ LAYERS = {
         },
         {"data", "synthetic"},
         {"evaluation"},
-        {"build", "checkpoint", "log", "loop", "report"},
+        {"build", "checkpoint", "log", "loop", "report", "step", "step_graphs"},
         {"main", "plot"},
     ],
 }

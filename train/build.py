@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from detector import FasterRCNN
+from detector.graph import CudaRecorder
 from detector.weights.checkpoint import Checkpoint, read_checkpoint
 from detector.weights.checkpoint_name import parse_name
 from detector.weights.load_detector import find_config, is_detector
@@ -31,9 +33,11 @@ from train.data.identity import describe_change, identify_images
 from train.data.transforms import Transform
 from train.distributed import World
 from train.fine_tuning import find_new_layers
+from train.precision import autocast
 from train.pretrained import ensure_imagenet_file, hash_of_name, imagenet_file
 from train.run_folder import ROOT, RunFolder
-from train.schedule import make_optimizer
+from train.schedule import make_optimizer, prepare_for_graphs
+from train.step_graphs import Grid, StepGraphs
 from train.synthetic.generate import ensure_generated
 
 GENERATED_DATA = ROOT / "data" / "generated"
@@ -123,6 +127,8 @@ def build(config: Config, world: World) -> tuple[TrainState, Callable[..., Any]]
     if uses_sync_batch_norm(config, world):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = make_optimizer(model, config.optim)
+    if config.graph:
+        prepare_for_graphs(optimizer)
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
     average = None
     if config.optim.ema:
@@ -130,10 +136,25 @@ def build(config: Config, world: World) -> tuple[TrainState, Callable[..., Any]]
     state = TrainState(model, optimizer, scaler, average)
 
     network: Callable[..., Any] = torch.compile(model) if config.compile else model
-    if world.size > 1:
+    if world.size > 1 and not config.graph:  # graphs exchange gradients themselves
         device_ids = [world.device] if world.device.type == "cuda" else None
         network = DistributedDataParallel(network, device_ids, gradient_as_bucket_view=True, **KEEP_BUFFERS)
     return state, network
+
+
+def build_graphs(state: TrainState, config: Config, world: World, tell: Callable[[str], None]) -> StepGraphs | None:
+    """Return what makes the steps with --graph, None without it; the checkpoint has been loaded into `state` before."""
+    if not config.graph:
+        return None
+    return StepGraphs(
+        state,
+        Grid.from_scale(config.model.image_scale, config.data.short_sides),
+        CudaRecorder(world.device),
+        world,
+        clip_grad=config.optim.clip_grad,
+        autocast=functools.partial(autocast, world.device, config.precision or "float32"),
+        tell=tell,
+    )
 
 
 def uses_sync_batch_norm(config: Config, world: World) -> bool:

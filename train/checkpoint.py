@@ -63,6 +63,11 @@ class TrainState:
         return self.average.module
 
     @property
+    def starts_average(self) -> bool:
+        """Whether the next step makes the average a copy of the weights."""
+        return self.average is not None and int(self.average.n_averaged) == 0
+
+    @property
     def epoch_number(self) -> int:
         """Number, from 1, of the epoch that the last step belongs to."""
         return self.epoch + 1 if self.batch else self.epoch

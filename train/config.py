@@ -140,6 +140,8 @@ class Config:
     GPU that has it, else float32."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    graph: bool = False
+    """On a GPU, train from CUDA graphs, one for each padded shape of a batch."""
     deterministic: bool = False
     """Ask PyTorch for deterministic algorithms on a GPU; slower."""
     timeout: float = 600.0
@@ -232,6 +234,7 @@ def complete(config: Config, *, gpu: bool, processes: int = 1) -> Config:
     _check_ranges(config)
     _check_norm(config, gpu, processes)
     _check_imagenet(config)
+    _check_graph(config, gpu, processes)
     return config
 
 
@@ -348,4 +351,23 @@ def _check_imagenet(config: Config) -> None:
             f"--weights imagenet: expected a model with batch norm and base_channels {IMAGENET_CHANNELS}, as in "
             f"torchvision's file, got norm {model.norm} and base_channels {model.base_channels}; "
             "--weights none starts from random weights"
+        )
+
+
+def _check_graph(config: Config, gpu: bool, processes: int) -> None:
+    """Raise ValueError where --graph does not go together with the device or another flag."""
+    if not config.graph:
+        return
+    if config.device == "cpu" or not gpu:
+        raise ValueError("--graph: expected a GPU, got a CPU, which has no CUDA graphs")
+    if config.compile:
+        raise ValueError("--graph: expected no --compile, got both")
+    if config.precision == "fp16":
+        raise ValueError(
+            "--graph: expected --precision float32, tf32 or bf16, got fp16, whose loss scale needs the host"
+        )
+    if config.model.norm == "syncbn" and processes > 1:
+        raise ValueError(
+            f"--graph: expected --model.norm bn or gn with {processes} processes, got syncbn: "
+            "batches of different shapes have different graphs, and the processes could not meet inside them"
         )

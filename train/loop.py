@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -18,6 +17,8 @@ from train.data.prefetch import prefetch_to_device
 from train.log import TrainLog
 from train.precision import autocast
 from train.schedule import Schedule, set_learning_rate
+from train.step import apply_gradients, compute_gradients, count_step
+from train.step_graphs import StepGraphs
 
 
 def train_one_epoch(
@@ -33,6 +34,7 @@ def train_one_epoch(
     accumulate: int = 1,
     clip_grad: float = 0.0,
     precision: PrecisionName = "float32",
+    graphs: StepGraphs | None = None,
 ) -> Iterator[int]:
     """Train on the rest of the current epoch; yield the number of finished steps after every step.
 
@@ -50,6 +52,7 @@ def train_one_epoch(
         accumulate: batches per step; the last step of an epoch takes what is left.
         clip_grad: largest norm of the gradient; 0 does not clip.
         precision: of the forward and backward pass, see `train.precision`.
+        graphs: make the steps in the place of `network`, with a `clip_grad` and a precision of their own.
 
     Raises:
         FloatingPointError: a loss is not finite.
@@ -59,7 +62,10 @@ def train_one_epoch(
     epoch = state.epoch
     state.model.train()
     device = next(state.model.parameters()).device
-    state.optimizer.zero_grad()
+    if graphs is None:
+        state.optimizer.zero_grad()
+    else:
+        graphs.clear()
     log.start_epoch()
 
     for loaded in log.watch_loading(prefetch_to_device(batches, device)):
@@ -73,17 +79,24 @@ def train_one_epoch(
         share = 1 / batches_of_step
 
         torch.manual_seed(_combine_seeds(seed, state.step, rank))
-        with _gradient_exchange(network, enabled=is_last_of_step), autocast(device, precision):
-            losses = network(loaded.batch)
-            total_loss = functools.reduce(torch.add, losses.values())
-            state.scaler.scale(total_loss * share).backward()
+        if graphs is None:
+            with _gradient_exchange(network, enabled=is_last_of_step), autocast(device, precision):
+                losses = compute_gradients(state, network, loaded.batch, share)
+        else:
+            losses = graphs.backward(loaded.batch, share)
         log.add_batch(losses, share, loaded)
         state.batch += 1
         if not is_last_of_step:
             continue
 
         rate = schedule.learning_rate(state.step, state.epoch + first_batch_of_step / batches_per_epoch)
-        _update_weights(state, rate, clip_grad)
+        set_learning_rate(state.optimizer, rate)
+        if graphs is None:
+            apply_gradients(state, clip_grad, starts_average=state.starts_average)
+            state.optimizer.zero_grad()
+        else:
+            graphs.update()
+        count_step(state)
         log.end_step(state.step, state.epoch + 1, rate)
         if state.batch == batches_per_epoch:
             state.epoch += 1
@@ -92,20 +105,6 @@ def train_one_epoch(
 
     if state.epoch == epoch:  # without an end of the epoch the caller would ask for its rest without end
         raise ValueError(f"batches: expected {batches_per_epoch} in epoch {epoch + 1}, got {state.batch}")
-
-
-def _update_weights(state: TrainState, rate: float, clip_grad: float) -> None:
-    """Take one optimizer step with the accumulated gradients."""
-    set_learning_rate(state.optimizer, rate)
-    if clip_grad:
-        state.scaler.unscale_(state.optimizer)
-        torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad()
-    if state.average is not None:
-        state.average.update_parameters(state.model)
-    state.step += 1
 
 
 def _gradient_exchange(

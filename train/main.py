@@ -32,7 +32,14 @@ from detector.text import lasting_output, show
 from detector.weights.checkpoint import read_checkpoint
 from detector.weights.load_detector import build_detector
 from train import report
-from train.build import build, check_weights_exist, open_split, prepare_initial_weights, resume
+from train.build import (
+    build,
+    build_graphs,
+    check_weights_exist,
+    open_split,
+    prepare_initial_weights,
+    resume,
+)
 from train.checkpoint import (
     TrainState,
     checkpoint_of_step,
@@ -170,6 +177,7 @@ def train(config: Config, world: World) -> None:
             num_images=len(train_set),
         )
         stack.callback(log.close)
+        graphs = build_graphs(state, config, world, log.print)
 
         def save() -> Path:
             run_folder.check_presence()
@@ -193,6 +201,7 @@ def train(config: Config, world: World) -> None:
                 accumulate=config.optim.accumulate,
                 clip_grad=config.optim.clip_grad,
                 precision=precision,
+                graphs=graphs,
             ):
                 stop_signal = stop.agreed()
                 if stop_signal or _is_checkpoint_due(state, config):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from detector.structures import Target
+from detector.structures import NO_OBJECT, Target
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,13 @@ def pad_targets(targets: Sequence[Target], dtype: torch.dtype) -> PaddedTargets:
     device = targets[0].boxes.device
 
     boxes = torch.zeros(num_images, num_targets, 4, dtype=dtype, device=device)
-    labels = torch.zeros(num_images, num_targets, dtype=torch.int64, device=device)
-    valid = torch.zeros(num_images, num_targets, dtype=torch.bool, device=device)
+    labels = torch.full((num_images, num_targets), NO_OBJECT, dtype=torch.int64, device=device)
 
     for index, target in enumerate(targets):
         count = len(target.labels)
         boxes[index, :count] = target.boxes
         labels[index, :count] = target.labels
-        valid[index, :count] = True
-    return PaddedTargets(boxes, labels, valid)
+    return PaddedTargets(boxes, labels.clamp(min=0), labels != NO_OBJECT)
 
 
 def pad_masks(targets: Sequence[Target], num_targets: int, size: tuple[int, int], dtype: torch.dtype) -> Tensor:

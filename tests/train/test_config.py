@@ -42,6 +42,26 @@ def test_syncbn_where_it_works(gpu, processes):
     assert parse(SYNCBN.split(), gpu=gpu, processes=processes).model.norm == "syncbn"
 
 
+@pytest.mark.parametrize(
+    ("flags", "gpu", "processes", "expected"),
+    [
+        pytest.param("", False, 1, "a GPU, got a CPU", id="no-gpu"),
+        pytest.param("--device cpu", True, 1, "a GPU, got a CPU", id="cpu"),
+        pytest.param("--compile", True, 1, "no --compile, got both", id="compile"),
+        pytest.param("--precision fp16", True, 1, "--precision float32, tf32 or bf16, got fp16", id="fp16"),
+        pytest.param(SYNCBN, True, 2, "--model.norm bn or gn with 2 processes, got syncbn", id="syncbn"),
+    ],
+)
+def test_graph_tells_what_it_needs(flags, gpu, processes, expected):
+    with pytest.raises(ValueError, match=f"--graph: expected {expected}"):
+        parse(["--graph", *flags.split()], gpu=gpu, processes=processes)
+
+
+@pytest.mark.parametrize(("flags", "processes"), [("--precision bf16", 8), (SYNCBN, 1), ("--preset small", 2)])
+def test_graph_where_it_works(flags, processes):
+    assert parse(["--graph", *flags.split()], gpu=True, processes=processes).graph
+
+
 def test_plain_batch_norm_that_learns_its_statistics_is_for_one_process():
     flags = ["--model.norm", "bn", "--model.no-norm-eval"]
     assert not parse(flags, gpu=False).model.norm_eval

@@ -1,0 +1,63 @@
+"""The two halves of a training step, the same from Python and in CUDA graphs: gradients of a batch, and the update."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from detector import Batch
+from train.checkpoint import TrainState
+
+
+def compute_gradients(
+    state: TrainState, network: Callable[..., dict[str, Tensor]], batch: Batch, share: float
+) -> dict[str, Tensor]:
+    """Add the gradients of a batch, which makes up `share` of its step; return its losses without their history."""
+    losses = network(batch)
+    total_loss = functools.reduce(torch.add, losses.values())
+    state.scaler.scale(total_loss * share).backward()
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+def apply_gradients(state: TrainState, clip_grad: float, *, starts_average: bool) -> None:
+    """Change the weights by the gradients, and their average by the weights; nothing is counted, see `count_step`.
+
+    Args:
+        state: of the run.
+        clip_grad: largest norm of the gradient; 0 does not clip.
+        starts_average: `TrainState.starts_average`, which has to be read before: no value is read from a tensor here.
+    """
+    if clip_grad:
+        state.scaler.unscale_(state.optimizer)
+        torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    if state.average is not None:
+        _update_average(state.average, state.model, starts_average)
+
+
+def count_step(state: TrainState) -> None:
+    """Count a step whose gradients have been applied."""
+    state.step += 1
+    if state.average is not None:
+        state.average.n_averaged += 1
+
+
+@torch.no_grad()
+def _update_average(average: AveragedModel, model: nn.Module, is_first: bool) -> None:
+    """Do what `AveragedModel.update_parameters` does, in few launches and without a copy from the host."""
+    averaged_weights: list[Tensor] = list(average.module.parameters())
+    weights: list[Tensor] = list(model.parameters())
+    if is_first:
+        torch._foreach_copy_(averaged_weights, weights)
+    else:
+        assert average.multi_avg_fn is not None
+        average.multi_avg_fn(averaged_weights, weights, average.n_averaged)
+
+    buffers = list(model.buffers())
+    if buffers:
+        torch._foreach_copy_(list(average.module.buffers()), buffers)
