@@ -16,7 +16,7 @@ setup: $(READY)            ## virtual environment with everything, and the pre-c
 	$(BIN)/pre-commit install
 
 train: $(READY)            ## generate the default data set, train, evaluate, leave pictures in runs/default
-	$(BIN)/python train/main.py --preset small --out runs/default
+	$(BIN)/python train/main.py --out runs/default
 
 test: $(READY)             ## the whole suite for a machine without a GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(PYTEST_ARGS)

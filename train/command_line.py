@@ -16,7 +16,7 @@ import tyro
 
 from detector import FasterRCNNConfig
 from detector.text import show_message
-from train.config import PRESETS, REMOVED, RENAMED, RENAMED_VALUES, Config, complete
+from train.config import PRESETS, REMOVED, RENAMED, RENAMED_VALUES, Config, PresetName, complete
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def parse(argv: Sequence[str], *, gpu: bool, processes: int = 1, quiet: bool = F
 
     Args:
         argv: arguments without the program's name.
-        gpu: whether there is one; it decides the preset where none is named.
+        gpu: whether there is one; with `--data.root` it decides the preset where none is named.
         processes: of the run.
         quiet: print nothing; for all processes but one.
 
@@ -79,11 +79,14 @@ def parse(argv: Sequence[str], *, gpu: bool, processes: int = 1, quiet: bool = F
             show_message(note)
 
     given = _find_given(arguments)
-    default_preset = "coco-1x" if gpu else "small"
     preset_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    preset_parser.add_argument("--preset", default=default_preset, nargs="?")
-    preset_name = preset_parser.parse_known_args(arguments)[0].preset
-    preset = PRESETS.get(preset_name, PRESETS["small"])  # tyro refuses an unknown name below
+    for flag, name in (("--preset", "preset"), ("--data.root", "root"), ("--device", "device")):
+        preset_parser.add_argument(flag, dest=name, nargs="?")
+    named = preset_parser.parse_known_args(arguments)[0]
+    has_data = named.root not in (None, "None")
+    uses_gpu = gpu and named.device != "cpu"
+    default_preset: PresetName = "coco-1x" if has_data and uses_gpu else "small"
+    preset = PRESETS.get(named.preset or default_preset, PRESETS["small"])  # tyro refuses an unknown name below
     preset_model = ModelFlags.from_config(preset.model)
 
     def build_config(
@@ -97,6 +100,8 @@ def parse(argv: Sequence[str], *, gpu: bool, processes: int = 1, quiet: bool = F
         return replace(config, given=given, model=replace(config.model, **vars(model)))
 
     config = tyro.cli(build_config, args=arguments, prog="train/main.py", console_outputs=not quiet)
+    if "preset" not in given and has_data and not uses_gpu and not config.eval_only and not quiet:
+        show_message("preset small: coco-1x, the published recipe, wants a GPU; --preset coco-1x takes it all the same")
     config = _choose_weights(config)
     return complete(config, gpu=gpu, processes=processes)
 

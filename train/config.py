@@ -111,7 +111,8 @@ class Config:
     """Everything that decides a run. `train.main.run` takes one, the command line builds one."""
 
     preset: PresetName = "coco-1x"
-    """Values that the other flags start from: the published recipe, a run for a CPU, a smoke test."""
+    """Values that the other flags start from: the published recipe, which data.root and a GPU choose, a run for a CPU,
+    which everything else chooses, or a smoke test."""
     out: Path | None = None
     """Folder of the run; runs/PRESET without it. --eval-only of a file needs one for its results."""
     epochs: int = 12

@@ -62,7 +62,7 @@ from train.log import TrainLog
 from train.loop import train_one_epoch
 from train.precision import check_precision, choose_precision, product_settings
 from train.run_folder import RunFolder, provenance
-from train.schedule import Schedule
+from train.schedule import Schedule, choose_warmup, unreached_rates
 from train.signals import Interrupted, StopRequest
 
 
@@ -142,23 +142,29 @@ def train(config: Config, world: World) -> None:
         loader = training_loader(train_set, sampler, config.data.workers, world.device.type == "cuda", config.timeout)
 
         # The folder of the run.
-        recorded = None
+        choices = None
         if world.is_main:
             run_folder.check_content()
             notes += stack.enter_context(run_folder.lock())
-            recorded = run_folder.recorded_precision()
-        precision, precision_notes = choose_precision(config, world, world.broadcast(recorded))
+            choices = run_folder.recorded_choices()
+        choices = world.broadcast(choices)
+
+        # What is chosen for the run where it begins, and kept where it goes on: its arithmetic and its warm-up.
+        precision, precision_notes = choose_precision(config, world, choices.precision if choices else None)
         config = replace(config, precision=precision)
         stack.enter_context(product_settings(precision))
+        steps_per_epoch = math.ceil(len(sampler) / config.optim.accumulate)
+        warmup, warmup_notes = choose_warmup(config, steps_per_epoch, choices.warmup if choices else None)
+        images_per_step = config.data.batch_size * world.size * config.optim.accumulate
+        schedule = Schedule(replace(config.optim, warmup=warmup), images_per_step, config.epochs)
         if world.is_main:
-            notes += run_folder.claim(config, world.size, forced=["precision"] if precision_notes else [])
-            notes += precision_notes
+            forced = ["precision"] if precision_notes else []
+            notes += run_folder.claim(config, world.size, warmup=warmup, forced=forced)
+            notes += [*precision_notes, *warmup_notes, *unreached_rates(schedule, steps_per_epoch, config.max_steps)]
         notes = world.broadcast(notes)
 
-        # Model, optimizer and learning rate; then the newest checkpoint, if there is one.
+        # Model and optimizer; then the newest checkpoint, if there is one.
         state, network = build(config, world)
-        images_per_step = config.data.batch_size * world.size * config.optim.accumulate
-        schedule = Schedule(config.optim, images_per_step, config.epochs)
         resumption = resume(state, run_folder, config, world, train_set, len(sampler))
         notes += resumption.notes
         if world.is_main:
@@ -239,14 +245,15 @@ def evaluate_only(config: Config, world: World) -> None:
         )
 
     with contextlib.ExitStack() as stack:
-        recorded = None
+        choices = None
         notes: list[str] = []
         if world.is_main:
             notes += stack.enter_context(run_folder.lock())
-            if not config.weights:
+            if not isinstance(config.weights, Path):
                 with contextlib.suppress(ValueError):  # a damaged config.json stops no evaluation
-                    recorded = run_folder.recorded_precision()
-        precision, precision_notes = choose_precision(config, world, world.broadcast(recorded))
+                    choices = run_folder.recorded_choices()
+        choices = world.broadcast(choices)
+        precision, precision_notes = choose_precision(config, world, choices.precision if choices else None)
         config = replace(config, precision=precision)
         stack.enter_context(product_settings(precision))
         if world.is_main:

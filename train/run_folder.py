@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -69,6 +70,19 @@ def _commit() -> str:
 def _git(*arguments: str) -> str:
     command = ["git", "-C", str(ROOT), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a run has chosen by its first step: it keeps this, whatever the next start would choose.
+
+    Attributes:
+        precision: of its products.
+        warmup: steps of its warm-up.
+    """
+
+    precision: PrecisionName
+    warmup: int
 
 
 class RunFolder:
@@ -150,24 +164,33 @@ class RunFolder:
                 "it was deleted, moved or replaced while the run was going on"
             )
 
-    def recorded_precision(self) -> PrecisionName | None:
-        """Return the precision of the run in the folder, None if it has not made a step.
+    def recorded_choices(self) -> Choices | None:
+        """Return what the run in the folder has chosen, None if it has not made a step.
 
         Raises:
             OSError, ValueError: see `claim`.
         """
-        record, has_progress = self._read_earlier()
-        if record is None or not has_progress:
+        record = self.recorded()
+        if record is None:
             return None
-        precision: PrecisionName | None = _present_values(record).get("precision")
-        return precision if precision in get_args(PrecisionName) else "float32"
+        values = _present_values(record)
+        names: tuple[PrecisionName, ...] = get_args(PrecisionName)
+        precision: PrecisionName = next((name for name in names if name == values.get("precision")), "float32")
+        # earlier versions took the warm-up of the configuration, however long
+        warmup = record["starts"][-1].get("warmup", values.get("optim.warmup"))
+        if type(warmup) is not int:
+            warmup = Config().optim.warmup
+        return Choices(precision, warmup)
 
-    def claim(self, config: Config, world_size: int, forced: Sequence[str] = ()) -> list[str]:
+    def claim(
+        self, config: Config, world_size: int, *, warmup: int | None = None, forced: Sequence[str] = ()
+    ) -> list[str]:
         """Take the folder for this run, or check that it already belongs to it; write config.json.
 
         Args:
             config: of this start.
             world_size: number of processes.
+            warmup: steps of the warm-up; None for those of the configuration.
             forced: names of values that differ because this machine leaves no choice.
 
         Returns:
@@ -178,7 +201,9 @@ class RunFolder:
             ValueError: the folder holds another run with at least one step, or something else than a run.
         """
         self.check_content()
-        start = {"world_size": world_size, "time": time.strftime("%Y-%m-%d %H:%M:%S"), **provenance()}
+        if warmup is None:
+            warmup = config.optim.warmup
+        start = {"world_size": world_size, "warmup": warmup, "time": time.strftime("%Y-%m-%d %H:%M:%S"), **provenance()}
         notes: list[str] = []
         earlier_starts: list[Any] = []
         is_without_weights = False  # as earlier versions began a run without a flag

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn, optim
 
-from train.config import BASE_BATCH_SIZE, OptimConfig
+from train.config import BASE_BATCH_SIZE, Config, OptimConfig
+
+NEARLY_PEAK = 0.95  # share of the peak that counts as reached: a cosine falls from the first step on
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,64 @@ class Schedule:
             return rate * (1 + math.cos(math.pi * min(1.0, epoch / self.epochs))) / 2
         milestones_passed = sum(epoch >= milestone for milestone in config.milestones)
         return float(rate * config.gamma**milestones_passed)
+
+
+def choose_warmup(config: Config, steps_per_epoch: int, recorded: int | None) -> tuple[int, list[str]]:
+    """Return the steps of the warm-up, a tenth of those of all epochs at most, and notes.
+
+    `max_steps` does not count: a run that stops early and goes on later takes the same steps as a whole one.
+
+    Args:
+        config: of this start.
+        steps_per_epoch: of the run.
+        recorded: warm-up of the run that goes on, which keeps it, or None.
+    """
+    if recorded is not None:
+        return recorded, []
+    asked = config.optim.warmup
+    steps = config.epochs * steps_per_epoch
+    longest = steps // 10
+    if asked <= longest:
+        return asked, []
+    return longest, [f"warm-up shortened from {asked} to {longest} steps, a tenth of the {steps} of all epochs"]
+
+
+def unreached_rates(schedule: Schedule, steps_per_epoch: int, max_steps: int) -> list[str]:
+    """Return a line about each learning rate of the schedule that the run never has.
+
+    Args:
+        schedule: of the run.
+        steps_per_epoch: of the run.
+        max_steps: steps after which the run stops; 0 stops it after its epochs.
+    """
+    optim = schedule.config
+    steps = schedule.epochs * steps_per_epoch
+    end = f"the run has {schedule.epochs} epochs, {steps} steps"
+    is_stopped = 0 < max_steps < steps
+    if is_stopped:
+        steps = max_steps
+        end = f"--max-steps ends the run after {steps} steps"
+
+    lines = []
+    rising_steps = range(min(steps, max(1, optim.warmup)))
+    highest = max(schedule.learning_rate(step, step / steps_per_epoch) for step in rising_steps)
+    if steps < optim.warmup or highest < NEARLY_PEAK * schedule.peak_lr:
+        reason = end if steps < optim.warmup else "its falls begin before"
+        lines.append(
+            f"the learning rate never reaches its peak {schedule.peak_lr:g}, {highest:.4g} at most: "
+            f"the warm-up takes {optim.warmup} steps, and {reason}"
+        )
+
+    last_epoch = (steps - 1) / steps_per_epoch
+    if optim.schedule == "cosine":
+        if is_stopped:
+            rate = schedule.learning_rate(steps - 1, last_epoch)
+            lines.append(f"the learning rate falls to {rate:.4g}, not to 0: {end}")
+        return lines
+    milestones = [str(milestone) for milestone in optim.milestones if milestone > last_epoch]
+    if milestones:
+        lines.append(f"the learning rate does not fall after epoch {', '.join(milestones)}: {end}")
+    return lines
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> optim.Optimizer:

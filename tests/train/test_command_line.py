@@ -10,10 +10,44 @@ from train.command_line import PYTHON_ONLY, ModelFlags, parse
 from train.config import PRESETS, REMOVED, RENAMED
 
 
-def test_default_is_the_recipe_with_a_gpu_and_small_without():
-    assert parse([], gpu=True) == replace(PRESETS["coco-1x"], out=Path("runs/coco-1x"))
-    assert parse([], gpu=False) == replace(PRESETS["small"], out=Path("runs/small"))
-    assert parse(["--data.root", "coco"], gpu=False).preset == "small"
+@pytest.mark.parametrize(
+    ("flags", "gpu", "preset", "is_told"),
+    [
+        ("", True, "small", False),
+        ("", False, "small", False),
+        ("--data.root coco", True, "coco-1x", False),
+        ("--data.root=coco", True, "coco-1x", False),
+        ("--data.root coco --device cuda", True, "coco-1x", False),
+        ("--data.root coco", False, "small", True),
+        ("--data.root coco --device cpu", True, "small", True),
+        ("--data.root coco --device=cpu", True, "small", True),
+        ("--device cpu", True, "small", False),
+        ("--data.root None", True, "small", False),
+        ("--data.root coco --eval-only", False, "small", False),  # the model comes from the file
+        ("--data.root coco --preset small", False, "small", False),
+        ("--data.root coco --preset small", True, "small", False),
+        ("--data.root coco --preset coco-1x", False, "coco-1x", False),
+        ("--preset coco-1x", True, "coco-1x", False),
+        ("--preset tiny --data.root coco", True, "tiny", False),
+    ],
+)
+def test_preset_by_data_and_device(flags, gpu, preset, is_told, capsys):
+    config = parse(flags.split(), gpu=gpu)
+    assert config.preset == preset
+    assert config.out == Path("runs") / preset
+    assert (config.epochs, config.optim, config.model) == (
+        PRESETS[preset].epochs,
+        PRESETS[preset].optim,
+        PRESETS[preset].model,
+    )
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == int(is_told)
+    assert all(line.startswith("preset small: coco-1x") and "wants a GPU" in line for line in lines)
+
+
+def test_only_one_process_tells_about_the_preset(capsys):
+    parse(["--data.root", "coco"], gpu=False, quiet=True)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_flags_override_the_preset():

@@ -12,6 +12,7 @@ from tests.train.conftest import lines
 from train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from train.config import PRESETS
 from train.main import run
+from train.schedule import Schedule
 
 FORMER_MODEL_NAMES = {name: former for former, name in RENAMED_FIELDS.items()}
 
@@ -21,6 +22,12 @@ def with_former_names(config):
     old = {**config, "eval_overlap": 1000, "evaluator": "pycocotools"}
     old["data"] = {("batch" if name == "batch_size" else name): value for name, value in config["data"].items()}
     old["model"] = former_model(config["model"])
+    old["amp"] = {"float32": "none"}.get(old["precision"], old["precision"])
+    del old["precision"]
+    if "starts" in config:
+        old["starts"] = [
+            {name: value for name, value in start.items() if name != "warmup"} for start in config["starts"]
+        ]
     return old
 
 
@@ -57,7 +64,7 @@ def assert_same_run(one, two):
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-COMMON = ("--pictures", 0, "--epochs", 2, "--checkpoint.every", 1)
+COMMON = ("--pictures", 0, "--epochs", 2, "--checkpoint.every", 1, "--optim.warmup", 0)
 
 
 def test_old_run_goes_on_with_old_flags(start, coco, tmp_path):
@@ -72,6 +79,26 @@ def test_old_run_goes_on_with_old_flags(start, coco, tmp_path):
     assert "going on after step 3" in " ".join(stdout.split())
     assert "--evaluator has no effect any more" in stderr
     assert_same_run(tmp_path / "whole", tmp_path / "old")
+
+
+def test_old_run_keeps_its_long_warm_up(start, coco, tmp_path):
+    out = tmp_path / "run"
+    common = ("--data.root", coco, "--pictures", 0, "--eval-every", 9, "--optim.warmup", 6, "--out", out)
+    status, stdout, _ = start(*common, "--max-steps", 1, "--amp", "none")
+    assert status == 0
+    assert "note warm-up shortened from 6 to 0 steps" in " ".join(stdout.split())
+    make_old(out)
+
+    status, stdout, _ = start(*common)
+    assert status == 0
+    table = " ".join(stdout.split())
+    assert "precision float32: " in table
+    assert "warm-up 6 steps" in table
+    assert "the learning rate never reaches its peak" in table
+    rates = [line["lr"] for line in lines(out) if "loss" in line]
+    optim = replace(PRESETS["tiny"].optim, warmup=6)
+    expected = [Schedule(optim, 2, 1).learning_rate(step, step / 4) for step in range(4)]
+    assert rates[1:] == expected[1:]
 
 
 def test_old_checkpoint_is_evaluated(start, coco, tmp_path):
@@ -91,7 +118,8 @@ def python_config(coco, out, **changes):
     tiny = PRESETS["tiny"]
     data = replace(tiny.data, root=coco)
     model = replace(tiny.model, rpn_pre_nms_top_n=(400, 200))
-    values = {"device": "cpu", "pictures": 0, "epochs": 2, "data": data, "model": model, "out": out}
+    optim = replace(tiny.optim, warmup=0)
+    values = {"device": "cpu", "pictures": 0, "epochs": 2, "data": data, "model": model, "optim": optim, "out": out}
     return replace(tiny, **values, **changes)
 
 

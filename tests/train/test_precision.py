@@ -135,18 +135,18 @@ def test_unknown_precision_names_the_flag(flags, capsys):
 def test_folders_of_all_versions(former, expected, tmp_path):
     folder = RunFolder(tmp_path)
     folder.claim(PRESETS["tiny"], 1)
-    assert folder.recorded_precision() is None  # no step yet
+    assert folder.recorded_choices() is None  # no step yet
     folder.append_metrics({"step": 1, "loss": 1.0})
     record = json.loads((tmp_path / "config.json").read_text())
     del record["precision"]
     (tmp_path / "config.json").write_text(json.dumps({**record, **former}))
 
-    assert folder.recorded_precision() == expected
+    assert folder.recorded_choices().precision == expected
     other = "fp16"
     with pytest.raises(ValueError, match=f"precision was {expected}, is {other}"):
         folder.claim(replace(PRESETS["tiny"], precision=other), 1)
     assert folder.claim(replace(PRESETS["tiny"], precision=other), 1, forced=["precision"]) == []
-    assert folder.recorded_precision() == other
+    assert folder.recorded_choices().precision == other
 
 
 def test_settings_of_products():

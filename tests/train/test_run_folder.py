@@ -227,3 +227,23 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, name):
     os.mkfifo(path)
     with pytest.raises(OSError, match=rf"{path}: expected a regular file, got a pipe or a device"):
         read_all(run)
+
+
+@pytest.mark.parametrize(
+    ("starts", "expected"),
+    [
+        pytest.param([{"warmup": 3}], 3, id="recorded"),
+        pytest.param([{"warmup": 3}, {"warmup": 2}], 2, id="newest"),
+        pytest.param([{}], CONFIG.optim.warmup, id="of-an-earlier-version"),
+        pytest.param([{"warmup": 3}, {}], CONFIG.optim.warmup, id="earlier-version-in-between"),
+    ],
+)
+def test_warm_up_of_the_run_is_known(tmp_path, starts, expected):
+    run = RunFolder(tmp_path)
+    run.claim(CONFIG, 1, warmup=1)
+    run.append_metrics({"step": 1, "loss": 1.0})
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["starts"][0].pop("warmup") == 1
+    record["starts"] = [{**record["starts"][0], **start} for start in starts]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert run.recorded_choices().warmup == expected

@@ -1,4 +1,5 @@
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -6,8 +7,8 @@ import pytest
 from torch import nn
 
 from detector import FasterRCNN, FasterRCNNConfig
-from train.config import OptimConfig
-from train.schedule import Schedule, make_optimizer, set_learning_rate
+from train.config import Config, OptimConfig
+from train.schedule import Schedule, choose_warmup, make_optimizer, set_learning_rate, unreached_rates
 
 
 def test_rates_equal_mmengine(golden):
@@ -41,6 +42,89 @@ def test_cosine_ends_at_zero():
     assert schedule.learning_rate(9999, 5) == pytest.approx(0.01)
     assert schedule.learning_rate(9999, 10) == pytest.approx(0)
     assert schedule.learning_rate(9999, 2.5) == pytest.approx(0.01 * (1 + math.cos(math.pi / 4)))
+
+
+@pytest.mark.parametrize(
+    ("warmup", "epochs", "steps_per_epoch", "expected"),
+    [
+        (500, 12, 7330, 500),  # the published recipe
+        (500, 12, 417, 500),
+        (500, 12, 416, 499),
+        (500, 12, 25, 30),
+        (50, 8, 145, 50),  # the preset small on the generated set
+        (4, 1, 4, 0),
+        (0, 1, 1, 0),
+    ],
+)
+def test_warm_up_takes_a_tenth_of_the_run_at_most(warmup, epochs, steps_per_epoch, expected):
+    for max_steps in (0, 7):  # which only stop the run
+        config = Config(epochs=epochs, max_steps=max_steps, optim=OptimConfig(warmup=warmup))
+        got, notes = choose_warmup(config, steps_per_epoch, None)
+        assert got == expected
+        assert len(notes) == int(expected < warmup)
+        assert all(f"shortened from {warmup} to {expected} steps" in note for note in notes)
+
+
+@pytest.mark.parametrize("recorded", [500, 30, 0])
+def test_run_that_goes_on_keeps_its_warm_up(recorded):
+    assert choose_warmup(Config(epochs=1), 25, recorded) == (recorded, [])
+
+
+STEPS = OptimConfig()
+COSINE = OptimConfig(schedule="cosine")
+
+
+@pytest.mark.parametrize(
+    ("optim", "epochs", "steps_per_epoch", "max_steps", "expected"),
+    [
+        pytest.param(STEPS, 12, 7330, 0, [], id="recipe"),
+        pytest.param(STEPS, 12, 7330, 12 * 7330, [], id="as-many-steps"),
+        pytest.param(STEPS, 6, 7330, 0, ["not fall after epoch 8, 11: the run has 6 epochs, 43980"], id="6-epochs"),
+        pytest.param(STEPS, 11, 7330, 0, ["does not fall after epoch 11: the run has 11 epochs"], id="11-epochs"),
+        pytest.param(replace(STEPS, milestones=()), 6, 7330, 0, [], id="no-milestones"),
+        pytest.param(STEPS, 12, 7330, 9 * 7330, ["epoch 11: --max-steps ends the run after 65970"], id="max-steps"),
+        pytest.param(STEPS, 12, 7330, 8 * 7330, ["does not fall after epoch 8, 11: --max"], id="to-the-milestone"),
+        pytest.param(
+            STEPS,
+            12,
+            7330,
+            100,
+            [
+                "peak 0.02, 0.003984 at most: the warm-up takes 500 steps, and --max-steps ends",
+                "after epoch 8, 11: --max",
+            ],
+            id="inside-the-warm-up",
+        ),
+        pytest.param(STEPS, 12, 7330, 499, ["peak 0.02, 0.01996 at most", "8, 11"], id="one-step-too-few"),
+        pytest.param(STEPS, 12, 7330, 500, ["8, 11"], id="the-whole-warm-up"),
+        pytest.param(
+            STEPS,
+            12,
+            25,
+            0,
+            ["0.02, 0.007988 at most: the warm-up takes 500 steps, and the run"],
+            id="old-run",
+        ),
+        pytest.param(
+            replace(STEPS, milestones=(1, 2)),
+            3,
+            300,
+            0,
+            ["peak 0.02, 0.01199 at most: .* its falls begin"],
+            id="early-fall",
+        ),
+        pytest.param(COSINE, 12, 7330, 0, [], id="cosine"),
+        pytest.param(replace(COSINE, warmup=0), 1, 1, 0, [], id="cosine-of-one-step"),
+        pytest.param(replace(COSINE, warmup=5), 10, 5, 0, [], id="cosine-with-the-longest-warm-up"),
+        pytest.param(replace(COSINE, warmup=9), 2, 99, 99, ["falls to 0.01016, not to 0: --max"], id="cosine-stopped"),
+    ],
+)
+def test_rates_that_are_never_reached(optim, epochs, steps_per_epoch, max_steps, expected):
+    schedule = Schedule(optim, 16, epochs)
+    lines = unreached_rates(schedule, steps_per_epoch, max_steps)
+    assert len(lines) == len(expected)
+    for line, text in zip(lines, expected, strict=True):
+        assert re.search(text, line)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
