@@ -80,16 +80,16 @@ def _start(config: Config, checkpoint: Checkpoint) -> tuple[Config, list[str]]:
             )
     match_weights(make_skeleton(model, path), checkpoint, new_layers=find_new_layers(stored, model))
 
-    note = f"the model is the one in {path}, whatever the preset says"
+    note = f"fine-tuning: the model is the one in {path}, not the preset's"
     if changes:
         note += f", but for {', '.join(changes.values())}"
     notes = [note]
     optim = config.optim
     if "optim.lr" not in given:
-        optim = replace(optim, lr=optim.lr * LR_SHARE)
         notes.append(
-            f"a detector that goes on learning starts at {LR_SHARE:g} of the preset's learning rate: --optim.lr"
+            f"fine-tuning: the learning rate is {LR_SHARE:g} of the preset's {optim.lr:g}; --optim.lr sets another"
         )
+        optim = replace(optim, lr=optim.lr * LR_SHARE)
     return replace(config, model=model, optim=optim, given=tuple(sorted(given))), notes
 
 

@@ -60,7 +60,7 @@ def test_model_is_the_one_of_the_file_whatever_the_preset(files, tmp_path, prese
     assert config.optim == replace(PRESETS[preset].optim, lr=PRESETS[preset].optim.lr / 10)
     assert config.data == PRESETS[preset].data
     assert str(files()) in notes[0]
-    assert "0.1 of the preset's learning rate" in notes[1]
+    assert f"0.1 of the preset's {PRESETS[preset].optim.lr:g}" in notes[1]
 
 
 @pytest.mark.parametrize("preset", ["coco-1x", "small"])

@@ -161,7 +161,7 @@ def test_starts_from_weights_of_another_model_and_other_classes(start, coco, tmp
     assert "4 skipped" in stdout
     table = " ".join(stdout.split())
     assert "model Faster R-CNN R18-FPN, plain convolutions, norm gn, images within 64 x 64" in table
-    assert "note the model is the one in" in table
+    assert "note fine-tuning: the model is the one in" in table
     assert "0.00025 = 0.002 x 2 / 16" in table  # a tenth of the preset's
     recorded = json.loads((tmp_path / "b" / "config.json").read_text())
     assert recorded["model"]["num_classes"] == 3
