@@ -34,7 +34,7 @@ from train.data.transforms import Transform
 from train.distributed import World
 from train.fine_tuning import find_new_layers
 from train.precision import autocast
-from train.pretrained import ensure_imagenet_file, hash_of_name, imagenet_file
+from train.pretrained import ensure_imagenet_file, imagenet_file
 from train.run_folder import ROOT, RunFolder
 from train.schedule import make_optimizer, prepare_for_graphs
 from train.step_graphs import Grid, StepGraphs
@@ -198,13 +198,8 @@ def load_initial_weights(state: TrainState, config: Config, classes: Sequence[st
             return "random", ["--weights none: the frozen layers stay random"]
         return "random", []
 
-    if config.weights == "imagenet":
-        path = imagenet_file(config.model.depth)
-        origin = f"ImageNet, by torchvision: {path} (its SHA-256 begins with {hash_of_name(path)}, as it must)"
-    else:
-        path = config.weights
-        is_checked = parse_name(path) is not None
-        origin = f"{path} ({'its SHA-256 is that of its name' if is_checked else 'its SHA-256 is not checked'})"
+    is_imagenet = config.weights == "imagenet"
+    path = imagenet_file(config.model.depth) if is_imagenet else Path(config.weights)
     checkpoint = read_checkpoint(path)
     skip_heads = False
     new_layers: tuple[str, ...] = ()
@@ -214,9 +209,13 @@ def load_initial_weights(state: TrainState, config: Config, classes: Sequence[st
     summary = copy_weights(state.model, checkpoint, skip_heads=skip_heads, new_layers=new_layers)
     if state.average is not None:
         state.average.module.load_state_dict(state.model.state_dict())
-    tensors, *notes = str(summary).splitlines()
-    count = tensors.removeprefix(f"{path}: ")
-    return f"{origin}, {count}", [f"weights: {note.strip()}" for note in notes]
+
+    count = f"{len(summary.loaded)} tensors loaded"
+    if is_imagenet:
+        return f"ImageNet, {count} into the backbone from torchvision's file {path}, SHA-256 checked", []
+    is_checked = parse_name(path) is not None
+    origin = f"{path}, {count}, {'SHA-256 checked' if is_checked else 'SHA-256 not known'}"
+    return origin, [f"weights: {line.strip()}" for line in str(summary).splitlines()[1:]]
 
 
 def _has_other_classes(checkpoint: Checkpoint, classes: Sequence[str]) -> bool:
