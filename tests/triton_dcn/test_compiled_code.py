@@ -17,74 +17,87 @@ from triton_dcn import tile_table
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("arch", CHECKED_ARCHS)
-def test_code_for(arch, tmp_path):
-    file = tmp_path / "report.jsonl"
-    arguments = ["-m", "bench.compiled_code", "--arch", arch, "--first", "--json", str(file)]
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """Variables of a process that compiles: where the interpreter is on, nothing can be compiled."""
+    variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return variables | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
 
-    run = compile_in(*arguments, cache=tmp_path / "cache")
+
+def test_code_of_the_first_rows(environment, tmp_path):
+    file = tmp_path / "report.jsonl"
+    command = [sys.executable, "-m", "bench.compiled_code", "--arch", *CHECKED_ARCHS, "--first", "--json", file]
+
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
 
     assert run.returncode == 0, run.stdout + run.stderr
-    kernels = {json.loads(line)["row"]["kernel"] for line in file.read_text().splitlines()}
-    assert kernels >= {"sampling", "bins", "columns", "grad_sample", "grad_sample_fused", "t_columns", "g_form"}
-    assert kernels & {"forward_direct", "forward_prefetch"}
+    kernels = {arch: set() for arch in CHECKED_ARCHS}
+    for line in file.read_text().splitlines():
+        compiled = json.loads(line)
+        kernels[compiled["arch"]].add(compiled["row"]["kernel"])
+    for arch, names in kernels.items():
+        every_task = {"sampling", "bins", "columns", "grad_sample", "grad_sample_fused", "t_columns", "g_form"}
+        assert names >= every_task, arch
+        assert names & {"forward_direct", "forward_prefetch"}, arch
 
 
-def compile_in(*arguments: str, cache: Path, timeout: float = 280) -> subprocess.CompletedProcess:
-    """Run Python in a process of its own: where the interpreter is on, nothing can be compiled."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(cache)
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+VARIANTS = """if True:
+    import json
+    from dataclasses import asdict
 
+    import triton
+    from bench.compiled_code import KERNELS, compile_row
+    from bench.compiled_code_limits import CHECKED_ARCHS, limits_for
+    from triton_dcn import tile_table
 
-def test_sample_gradients_take_fewer_output_channels_than_a_block(tmp_path):
-    """A block that is not full, and one offset group after another, neither spill nor take more shared memory."""
-    code = """if True:
-        import triton
-        from bench.compiled_code import compile_row
-        from bench.compiled_code_limits import CHECKED_ARCHS, limits_for
-        from triton_dcn import tile_table
-        for row in tile_table.TABLE:
-            for arch in CHECKED_ARCHS:
-                if row.task == "grad_sample_fused" and arch in row.archs:
-                    report = compile_row(row, arch, OUT_CHANNELS=row.tile.block_o - 8, OFFSET_GROUPS=2)
-                    limits = limits_for(row, arch, triton.__version__)
-                    print(report.spills <= 8, report.shared <= limits.shared)
-    """
-    run = compile_in("-c", code, cache=tmp_path)
-    assert set(run.stdout.splitlines()) == {"True True"}, run.stdout + run.stderr
-
-
-@pytest.mark.parametrize("arch", ["sm80", "sm90"])
-def test_g_form_of_narrow_offset_groups(arch, tmp_path):
-    """The launcher makes blocks as narrow as an offset group, and these are products for tensor cores, too."""
-    code = f"""if True:
-        from bench.compiled_code import compile_row
-        from triton_dcn import tile_table
+    specialized = [
+        (kernel.__name__, param.name)
+        for kernel in KERNELS.values()
+        for param in kernel.params
+        if not (param.is_constexpr or param.do_not_specialize or param.name.endswith("_ptr"))
+    ]
+    sample_gradients = []
+    for row in tile_table.TABLE:
+        for arch in CHECKED_ARCHS:
+            if row.task == "grad_sample_fused" and arch in row.archs:
+                report = compile_row(row, arch, OUT_CHANNELS=row.tile.block_o - 8, OFFSET_GROUPS=2)
+                limit = limits_for(row, arch, triton.__version__).shared
+                sample_gradients.append((f"{row.tile} {arch}", asdict(report), limit))
+    narrow_groups = []
+    for arch in ("sm80", "sm90"):
         for arithmetic in ("half", "tf32", "float32"):
-            row = tile_table.match_row("g_form", {arch!r}, arithmetic, tile_table.ANY, tile_table.ANY)
+            row = tile_table.match_row("g_form", arch, arithmetic, tile_table.ANY, tile_table.ANY)
             for channels in (4, 8, 15):
                 block = max(8, 1 << (channels - 1).bit_length())
-                report = compile_row(row, {arch!r}, CHANNELS=4 * channels, OFFSET_GROUPS=4, BLOCK_C=block)
-                print(report.spills == 0, report.tensor_core > 0, report.float_atomics == 0)
-    """
-    run = compile_in("-c", code, cache=tmp_path)
-    assert set(run.stdout.splitlines()) == {"True True True"}, run.stdout + run.stderr
+                report = compile_row(row, arch, CHANNELS=4 * channels, OFFSET_GROUPS=4, BLOCK_C=block)
+                narrow_groups.append((f"{arch} {arithmetic} {channels}", asdict(report)))
+    print(json.dumps([specialized, sample_gradients, narrow_groups]))
+"""
 
 
-def test_no_kernel_is_compiled_anew_for_a_size(tmp_path):
-    """Only what is a constant of the kernel, and the alignment of pointers, makes another variant."""
-    code = """if True:
-        from bench.compiled_code import KERNELS
-        for kernel in KERNELS.values():
-            for param in kernel.params:
-                if not (param.is_constexpr or param.do_not_specialize or param.name.endswith("_ptr")):
-                    print(kernel.__name__, param.name)
-        print("done")
+def test_variants_of_the_rows(environment):
+    """All that is compiled beside the table in one process, because its imports take longer than a kernel.
+
+    No kernel is compiled anew for a size: only what is a constant of it, and the alignment of pointers, makes another
+    variant. Sample gradients in a block of output channels that is not full, and one offset group after another,
+    neither spill nor take more shared memory. For the gradient of the input the launcher makes blocks as narrow as an
+    offset group, and these are products for tensor cores, too.
     """
-    run = compile_in("-c", code, cache=tmp_path, timeout=60)
-    assert run.stdout == "done\n", run.stdout + run.stderr
+    command = [sys.executable, "-c", VARIANTS]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stdout + run.stderr
+    specialized, sample_gradients, narrow_groups = json.loads(run.stdout.splitlines()[-1])
+
+    assert specialized == []
+    assert sample_gradients
+    for name, report, shared in sample_gradients:
+        assert report["spills"] <= 8, name
+        assert report["shared"] <= shared, name
+    assert len(narrow_groups) == 18
+    for name, report in narrow_groups:
+        assert report["spills"] == 0, name
+        assert report["tensor_core"] > 0, name
+        assert report["float_atomics"] == 0, name
 
 
 def test_every_task_has_a_tile_everywhere():

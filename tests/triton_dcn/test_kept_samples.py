@@ -11,6 +11,8 @@ from triton_dcn import deform_conv2d, launchers, workspace
 from triton_dcn.operator import backward_op, forward_with_samples_op
 
 DEVICE = device_of("triton")
+PLAIN = replace(CASES["plain"], kernel=(1, 2), padding=(0, 1))  # the interpreter's time grows with the taps
+ODD = replace(CASES["odd"], channels=2, kernel=(1, 2), padding=(0, 1), offset_groups=2)
 
 
 @pytest.fixture
@@ -57,7 +59,7 @@ def test_samples_come_once(name, sampled, monkeypatch):
 
 
 def test_slices_of_a_backward_pass_compute_their_own(sampled, monkeypatch):
-    case = make_case(CASES["plain"], torch.float32, DEVICE)
+    case = make_case(PLAIN, torch.float32, DEVICE)
     leaves = leaves_of(case)
     expected = gradients(case, leaves, call(case, leaves))
     sampled.clear()
@@ -73,7 +75,7 @@ def test_slices_of_a_backward_pass_compute_their_own(sampled, monkeypatch):
 def test_nothing_is_kept_without_a_use(needed, sampled, monkeypatch):
     """Without gradients, and for the gradient of the bias, which needs no samples."""
     monkeypatch.setattr("triton_dcn.operator.forward_with_samples_op", None)
-    case = make_case(CASES["plain"], torch.float32, DEVICE)
+    case = make_case(PLAIN, torch.float32, DEVICE)
     bias = case.bias.clone().requires_grad_(needed == "bias")
     x, offset, mask, weight = case.tensors
     output = deform_conv2d(x, offset, weight, **(case.arguments | {"mask": mask, "bias": bias}), backend="triton")
@@ -86,7 +88,7 @@ def test_nothing_is_kept_without_a_use(needed, sampled, monkeypatch):
 
 
 def test_graph_used_twice(sampled):
-    case = make_case(CASES["plain"], torch.float32, DEVICE)
+    case = make_case(PLAIN, torch.float32, DEVICE)
     leaves = leaves_of(case)
     with deterministic():
         output = call(case, leaves)
@@ -98,7 +100,7 @@ def test_graph_used_twice(sampled):
 
 
 def test_offset_changed_after_the_forward_pass_is_an_error():
-    case = make_case(CASES["plain"], torch.float32, DEVICE)
+    case = make_case(PLAIN, torch.float32, DEVICE)
     leaves = leaves_of(case)
     output = call(case, leaves)
     with torch.no_grad():
@@ -110,7 +112,7 @@ def test_offset_changed_after_the_forward_pass_is_an_error():
 @QUIET
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint_computes_them_again(use_reentrant, sampled):
-    case = make_case(CASES["plain"], torch.float32, DEVICE)
+    case = make_case(PLAIN, torch.float32, DEVICE)
     leaves = leaves_of(case)
     call(case, leaves).backward(case.grad_output)
     expected = [leaf.grad for leaf in leaves]
@@ -123,7 +125,7 @@ def test_checkpoint_computes_them_again(use_reentrant, sampled):
 
 
 def test_saved_tensor_hooks_see_them():
-    case = make_case(CASES["plain"], torch.float32, DEVICE)
+    case = make_case(PLAIN, torch.float32, DEVICE)
     leaves = leaves_of(case)
     expected = gradients(case, leaves, call(case, leaves))
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor):
@@ -133,8 +135,8 @@ def test_saved_tensor_hooks_see_them():
 
 def test_hooks_that_round_saved_tensors_leave_them_alone():
     """A rounded cell would be another address."""
-    case = make_case(CASES["plain"], torch.float32, DEVICE)
-    rounded = make_case(CASES["plain"], torch.float32, DEVICE)
+    case = make_case(PLAIN, torch.float32, DEVICE)
+    rounded = make_case(PLAIN, torch.float32, DEVICE)
     for tensor in rounded.tensors:
         tensor.copy_(tensor.bfloat16())
     leaves = leaves_of(rounded)
@@ -153,7 +155,7 @@ def test_hooks_that_round_saved_tensors_leave_them_alone():
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled(dynamic, sampled):
-    case = make_case(CASES["plain"], torch.float32, DEVICE)
+    case = make_case(PLAIN, torch.float32, DEVICE)
     leaves = leaves_of(case)
     expected = gradients(case, leaves, call(case, leaves))
     sampled.clear()
@@ -164,7 +166,7 @@ def test_compiled(dynamic, sampled):
 
 
 def test_no_images():
-    case = make_case(replace(CASES["plain"], batch=0), torch.float32, DEVICE)
+    case = make_case(replace(PLAIN, batch=0), torch.float32, DEVICE)
     leaves = leaves_of(case)
     for leaf, gradient in zip(leaves, gradients(case, leaves, call(case, leaves)), strict=True):
         assert gradient.shape == leaf.shape
@@ -176,7 +178,7 @@ def test_no_images():
 def test_opcheck(limit, monkeypatch):
     """The operator that returns them, which autograd calls, so without gradients of its own."""
     monkeypatch.setattr(workspace, "KEPT_SAMPLE_BYTES", limit)
-    case = make_case(CASES["odd"], torch.float32, DEVICE)
+    case = make_case(ODD, torch.float32, DEVICE)
     settings = (list(case.geom.stride), list(case.geom.padding), list(case.geom.dilation))
     torch.library.opcheck(forward_with_samples_op, (*case.tensors, case.bias, *settings))
     _, samples = forward_with_samples_op(*case.tensors, case.bias, *settings)

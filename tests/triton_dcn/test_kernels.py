@@ -52,6 +52,14 @@ def case_of(spec, dtype=torch.float32, **extra):
     return make_case(SPECS[spec], dtype, DEVICE, **extra)
 
 
+def few_taps(spec):
+    """Return a specification with three taps at most, in a row, for tests of what no number of taps changes.
+
+    The interpreter's time grows with the taps; `test_half` has all of them.
+    """
+    return spec if spec.taps <= 3 else replace(spec, kernel=(1, 3), padding=(0, spec.dilation[1]))
+
+
 def run(case, needs=None, **options):
     """Return output and gradients of the Triton kernels, by quantity."""
     return run_backend(case, triton_backend, needs, **options)
@@ -102,7 +110,7 @@ def test_half(spec, dtype):
 @pytest.mark.parametrize("spec", ["two-blocks", "offset-groups"])
 def test_forward_forms(spec, kernel, dtype, monkeypatch):
     prepend_rows(monkeypatch, TileRow("forward", kernel, (ARCH,), "any", ANY, Tile(64, 16, 16, max_registers=128)))
-    case = case_of(spec, dtype)
+    case = make_case(few_taps(SPECS[spec]), dtype, DEVICE)
     input, _, _, weight = case.tensors
     output = triton_backend.forward(case.geom, input, case.offset_mask, weight, case.bias)
     assert relative(output, exact(case)["output"]) <= FLOOR[dtype]
@@ -115,7 +123,7 @@ def test_blocks_that_span_offset_groups(channels, offset_groups, block_c, dtype,
     row = TileRow("forward", "forward_direct", (ARCH,), "any", ANY, Tile(64, 16, block_c), spans_groups=True)
     prepend_rows(monkeypatch, row)
     monkeypatch.setattr(tile_table, "STRIP_MIN_WIDTH", 17)
-    spec = OperatorCase("", 1, channels, 16, 5, 18, offset_groups=offset_groups)
+    spec = few_taps(OperatorCase("", 1, channels, 16, 5, 18, offset_groups=offset_groups))
     case = make_case(spec, dtype, DEVICE, spread=4.0)
     input, _, _, weight = case.tensors
     output = triton_backend.forward(case.geom, input, case.offset_mask, weight, case.bias, relu=True)
@@ -204,10 +212,10 @@ def test_the_weight_is_put_in_order_once_for_all_slices(monkeypatch):
 
 
 FUSED_SPECS = {
-    "one-group": OperatorCase("one-group", 1, 64, 48, 5, 18, has_bias=False),
+    "one-group": OperatorCase("one-group", 1, 64, 48, 5, 18, kernel=(1, 3), padding=(0, 1), has_bias=False),
     "two-groups": OperatorCase("two-groups", 2, 64, 16, 7, 5, stride=(2, 1), offset_groups=2, has_bias=False),
     "quarters": OperatorCase("quarters", 1, 64, 16, 5, 18, kernel=(3, 1), padding=(1, 0), offset_groups=8),
-    "halves": OperatorCase("halves", 1, 32, 20, 9, 10, offset_groups=2, has_bias=False),
+    "halves": OperatorCase("halves", 1, 32, 20, 9, 10, kernel=(2, 2), offset_groups=2, has_bias=False),
     "v1": OperatorCase("v1", 1, 32, 16, 9, 10, kernel=(1, 3), padding=(0, 1), has_mask=False, has_bias=False),
 }
 
@@ -248,7 +256,7 @@ def test_sample_gradients_leave_columns(spec, dtype, monkeypatch):
     rows = [TileRow(task, task, (ARCH,), "any", ANY, Tile(32, 0, 16)) for task in ("columns", "grad_sample")]
     prepend_rows(monkeypatch, *rows)
     monkeypatch.setattr(tile_table, "STRIP_MIN_WIDTH", 10)
-    case = make_case(replace(SPECS[spec], kernel=(1, 3), padding=(0, 1)), dtype, DEVICE)
+    case = make_case(few_taps(SPECS[spec]), dtype, DEVICE)
     geom = case.geom
     x, w, grad = as_launched(case)
     samples = launchers.sample(geom, case.offset_mask)
@@ -305,7 +313,7 @@ def test_tiles_are_no_wider_than_an_offset_group(channels, block):
 @pytest.mark.parametrize("spec", ["one-block", "offset-groups"])
 @pytest.mark.parametrize("wanted", range(4))
 def test_each_gradient_alone(spec, wanted):
-    case = case_of(spec)
+    case = make_case(few_taps(SPECS[spec]), torch.float32, DEVICE)
     needs = tuple(index == wanted for index in range(4))
     assert_agree(run(case, needs), exact(case, needs), FLOOR[torch.float32])
 
@@ -320,7 +328,7 @@ def keep_groups_apart(monkeypatch):
 def test_groups_apart(spec, dtype, monkeypatch):
     """As in `test_half`, which joins them."""
     keep_groups_apart(monkeypatch)
-    case = case_of(spec, dtype)
+    case = make_case(few_taps(SPECS[spec]), dtype, DEVICE)
     assert triton_backend.joined_geometry(case.geom) is case.geom
     assert_agree(run(case), exact(case), FLOOR[dtype])
 
@@ -354,7 +362,7 @@ def test_narrow_groups_are_joined(channels, groups, expected):
 def test_both_ways_to_the_gradient_of_the_input(spec, way, needs_samples, dtype, monkeypatch):
     force_way(monkeypatch, way)
     keep_groups_apart(monkeypatch)
-    case = case_of(spec, dtype)
+    case = make_case(few_taps(SPECS[spec]), dtype, DEVICE)
     needs = (True, needs_samples, needs_samples and case.tensors[2] is not None, True)
     assert_agree(run(case, needs), exact(case, needs), FLOOR[dtype])
 
