@@ -10,11 +10,13 @@ import torch
 
 import detector
 import train.loop
+import train.main
 import train.pretrained
 from tests.train.conftest import lines
 from tests.train.data.datasets import edit
 from train.checkpoint import list_checkpoints, load_checkpoint
 from train.config import PRESETS
+from triton_dcn.tf32 import allow_tf32
 
 
 def weights(out: Path) -> dict:
@@ -32,10 +34,34 @@ def assert_same_run(one: Path, two: Path) -> None:
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_leaves_what_people_and_programs_need(start, coco, tmp_path):
+def process_settings():
+    """Return settings of PyTorch that a run changes: TF32 in matrix products and in cuDNN, determinism."""
+    backends = torch.backends
+    return backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.fixture
+def settings_of_evaluations(monkeypatch):
+    """What `process_settings` is in each evaluation of a run; outside TF32 is allowed."""
+    settings = []
+    evaluate = train.main.evaluate
+
+    def watched(*arguments, **options):
+        settings.append(process_settings())
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(train.main, "evaluate", watched)
+    with allow_tf32(True):
+        yield settings
+
+
+def test_leaves_what_people_and_programs_need(start, coco, tmp_path, settings_of_evaluations):
     out = tmp_path / "run"
-    status, stdout, stderr = start("--data.root", coco, "--out", out)
+    before = process_settings()
+    status, stdout, stderr = start("--data.root", coco, "--out", out, "--deterministic")
     assert status == 0
+    assert settings_of_evaluations == [(False, False, True)]
+    assert process_settings() == before
     assert "epoch 1: AP" in stderr
     assert all(len(line) <= 80 or str(tmp_path) in line for line in stdout.splitlines())
     stdout = " ".join(stdout.split())
@@ -58,7 +84,9 @@ def test_leaves_what_people_and_programs_need(start, coco, tmp_path):
     record = json.loads((out / "config.json").read_text())
     assert record["model"]["num_classes"] == 2
 
-    status, stdout, _ = start("--data.root", coco, "--out", out)  # there is nothing left to do but tell
+    status, stdout, _ = start(
+        "--data.root", coco, "--out", out, "--deterministic"
+    )  # there is nothing left to do but tell
     assert status == 0
     assert "going on after step 4" in stdout
     assert "AR100" in stdout
@@ -66,6 +94,9 @@ def test_leaves_what_people_and_programs_need(start, coco, tmp_path):
 
     status, stdout, _ = start("--data.root", coco, "--out", out, "--eval-only")
     assert status == 0
+    assert "1 x cpu, precision float32: no TF32" in stdout
+    assert settings_of_evaluations[1:] == [(False, False, False)]
+    assert process_settings() == before
     again = lines(out)[-1]
     assert [again[name] for name in ("AP", "AR100")] == [evaluation[name] for name in ("AP", "AR100")]
 
