@@ -1,6 +1,6 @@
 """What the host does in one training step of the recipe, counted on a machine without a GPU.
 
-    python -m bench.host_step [--ema] [--no-tf32] [--steps 100]
+    python -m bench.host_step [--ema] [--precision bf16] [--steps 100]
 
 A GPU waits for its host wherever launching takes longer than computing. So the step is run as on a GPU, the loop of
 `train.loop` included, but the tensors are on the CPU and so small that computing them takes next to no time; what is
@@ -53,7 +53,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 
-from bench.device import allow_tf32
 from bench.report import markdown_table
 from detector import Batch, Target
 from detector.model import faster_rcnn, resnet
@@ -63,10 +62,11 @@ from train import log as log_module
 from train import loop
 from train.build import build
 from train.checkpoint import TrainState
-from train.config import PRESETS, Config
+from train.config import PRESETS, Config, PrecisionName
 from train.data.collate import LoadedBatch
 from train.distributed import World
 from train.log import LossBuffer, TrainLog
+from train.precision import product_settings
 from train.progress import training_progress
 from train.run_folder import RunFolder
 from train.schedule import Schedule
@@ -237,12 +237,12 @@ def _convolution_backward(
 
 
 @contextmanager
-def as_on_a_gpu(stages: Stages, *, tf32: bool) -> Iterator[None]:
+def as_on_a_gpu(stages: Stages, precision: PrecisionName) -> Iterator[None]:
     """Let CPU tensors take the paths of a GPU, and note the launches of Triton kernels.
 
     Args:
         stages: receives the launches.
-        tf32: whether float32 products are allowed on tensor cores.
+        precision: of the products, see `train.precision`.
     """
     kernel = _LaunchedKernel(stages)
 
@@ -287,7 +287,7 @@ def as_on_a_gpu(stages: Stages, *, tf32: bool) -> Iterator[None]:
     with ExitStack() as stack:
         for owner, name, value in patches:
             stack.enter_context(mock.patch.object(owner, name, value))
-        stack.enter_context(allow_tf32(tf32))
+        stack.enter_context(product_settings(precision))
         library = torch.library.Library("aten", "IMPL")
         stack.callback(library._destroy)
         library.impl("convolution", _convolution, "CPU")
@@ -333,20 +333,18 @@ class HostStep:
     Args:
         folder: of the run.
         ema: whether a moving average of the weights is kept.
-        tf32: see `as_on_a_gpu`.
-        options: further arguments of `train.loop.train_one_epoch`.
+        precision: see `train.precision`.
     """
 
-    def __init__(self, folder: Path, *, ema: bool = False, tf32: bool = True, options: dict[str, Any] | None = None):
+    def __init__(self, folder: Path, *, ema: bool = False, precision: PrecisionName = "tf32"):
         self.stages = Stages()
-        self._tf32 = tf32
-        self._options = options or {}
+        self._precision = precision
         self._config = make_config(ema)
         self._world = World(0, 1, 0, torch.device("cpu"))
         self._loaded = make_batch()
         self._run_folder = RunFolder(folder)
         self._log: TrainLog | None = None
-        with as_on_a_gpu(self.stages, tf32=tf32):
+        with as_on_a_gpu(self.stages, precision):
             self._state, self._network = build(self._config, self._world)
 
     def run(self, steps: int, watch: AbstractContextManager[Any] = NO_CONTEXT) -> list[dict[str, float]]:
@@ -354,10 +352,10 @@ class HostStep:
         state = self._state
         state.batch = 0
         schedule = Schedule(self._config.optim, 16, self._config.epochs)
-        options = {"batches_per_epoch": 2 * steps + 2, **self._options}
+        options = {"batches_per_epoch": 2 * steps + 2, "precision": self._precision}
         seconds = []
         with ExitStack() as stack:
-            stack.enter_context(as_on_a_gpu(self.stages, tf32=self._tf32))
+            stack.enter_context(as_on_a_gpu(self.stages, self._precision))
             interval = self._config.log_every
             numbers = {"interval": interval, "total_steps": steps + 1, "first_step": 0, "num_images": 1000}
             log = TrainLog(self._run_folder, self._world, **numbers)
@@ -518,13 +516,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, count, print the table; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.host_step", description=__doc__.splitlines()[0])
     parser.add_argument("--ema", action="store_true", help="with a moving average of the weights")
-    parser.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True, help="products on tensor cores")
+    parser.add_argument("--precision", choices=("float32", "tf32", "bf16"), default="tf32", help="of the products")
     parser.add_argument("--steps", type=int, default=100, help="steps to time")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as folder:
-        step = HostStep(Path(folder), ema=options.ema, tf32=options.tf32)
+        step = HostStep(Path(folder), ema=options.ema, precision=options.precision)
         print(table(count(step, options.steps)))
     return 0
 
