@@ -384,13 +384,13 @@ class HostStep:
         owned += [
             ("anchors, targets", faster_rcnn, "pad_targets"),
             ("backward", Tensor, "backward"),
-            ("optimizer", loop, "_update_weights"),
+            ("optimizer", loop, "apply_gradients"),
             ("logging", log, "add_batch"),
             ("logging", log, "end_step"),
             (READING, log, "flush"),
         ]
         if state.average is not None:
-            owned.append(("average", state.average, "update_parameters"))
+            owned.append(("average", state.average, "take_in"))
         for stage, owner, name in owned:
             yield owner, name, self.stages.wrap(stage, getattr(owner, name))
 

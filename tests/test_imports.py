@@ -38,6 +38,7 @@ LAYERS = {
     ],
     "train": [
         {
+            "average",
             "command_line",
             "config",
             "distributed",

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from detector import FasterRCNN
 from detector.graph import CudaRecorder
@@ -20,6 +19,7 @@ from detector.weights.checkpoint import Checkpoint, read_checkpoint
 from detector.weights.checkpoint_name import parse_name
 from detector.weights.load_detector import find_config, is_detector
 from detector.weights.load_weights import copy_weights, count_classes
+from train.average import WeightAverage
 from train.checkpoint import (
     TrainState,
     check_content,
@@ -132,7 +132,7 @@ def build(config: Config, world: World) -> tuple[TrainState, Callable[..., Any]]
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
     average = None
     if config.optim.ema:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema), use_buffers=False)
+        average = WeightAverage(model, config.optim.ema)
     state = TrainState(model, optimizer, scaler, average)
 
     network: Callable[..., Any] = torch.compile(model) if config.compile else model

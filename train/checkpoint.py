@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
-from torch.optim.swa_utils import AveragedModel
 
 from detector.files import describe_space, replacing
 from detector.text import shown
 from detector.weights.checkpoint_name import CheckpointName, digest, file_digest, parse_name
+from train.average import WeightAverage
 from train.data.identity import is_identity
 
 BEST = "best.pt"
@@ -49,7 +49,7 @@ class TrainState:
     model: nn.Module
     optimizer: optim.Optimizer
     scaler: torch.amp.GradScaler
-    average: AveragedModel | None = None
+    average: WeightAverage | None = None
     epoch: int = 0
     batch: int = 0
     step: int = 0
@@ -65,7 +65,7 @@ class TrainState:
     @property
     def starts_average(self) -> bool:
         """Whether the next step makes the average a copy of the weights."""
-        return self.average is not None and int(self.average.n_averaged) == 0
+        return self.average is not None and self.average.updates == 0
 
     @property
     def epoch_number(self) -> int:
@@ -89,7 +89,7 @@ def to_checkpoint(state: TrainState, metadata: dict[str, Any]) -> dict[str, Any]
     }
     if state.average is not None:
         content["raw_model"] = state.model.state_dict()
-        content["averaged"] = int(state.average.n_averaged)
+        content["averaged"] = state.average.updates
     return content | metadata
 
 
@@ -99,14 +99,26 @@ def from_checkpoint(state: TrainState, content: dict[str, Any]) -> None:
     # The hyperparameters are those of the configuration, which cannot differ, and so are the groups of parameters.
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": content["optimizer"]["state"], "param_groups": groups})
+    _store_like_parameters(state.optimizer)
     state.scaler.load_state_dict(content["scaler"])
     if state.average is not None:
         state.average.module.load_state_dict(content["model"])
-        state.average.n_averaged.fill_(content.get("averaged", 0))
+        state.average.updates = content.get("averaged", 0)
     state.epoch = content["epoch"]
     state.batch = content["batch"]
     state.step = content["step"]
     state.best_ap = content.get("best_ap")
+
+
+def _store_like_parameters(optimizer: optim.Optimizer) -> None:
+    """Give each tensor of the state the strides of its parameter, which earlier versions may have stored in others.
+
+    A fused optimizer goes through the memory of parameter, gradient and state side by side.
+    """
+    for parameter, slots in optimizer.state.items():
+        for name, value in slots.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                slots[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def save_checkpoint(folder: Path, content: dict[str, Any], keep: int) -> Path:

@@ -78,7 +78,10 @@ class LossBuffer:
     def add_batch(self, losses: dict[str, Tensor], share: float, loaded: LoadedBatch) -> None:
         """Add the losses of a batch that makes up `share` of its step."""
         self.names = list(losses)
-        values = torch.stack([loss.detach().double() for loss in losses.values()]) * share
+        with torch.no_grad():
+            values = torch.stack(list(losses.values())).double()
+            if share != 1:
+                values *= share
         self._values = values if self._values is None else self._values + values
         assert loaded.batch is not None
         self._image_ids += loaded.image_ids

@@ -78,7 +78,7 @@ def train_one_epoch(
         is_last_of_step = state.batch + 1 - first_batch_of_step == batches_of_step
         share = 1 / batches_of_step
 
-        torch.manual_seed(_combine_seeds(seed, state.step, rank))
+        _seed_generators(device, seed, state.step, rank)
         if graphs is None:
             with _gradient_exchange(network, enabled=is_last_of_step), autocast(device, precision):
                 losses = compute_gradients(state, network, loaded.batch, share)
@@ -117,7 +117,13 @@ def _gradient_exchange(
     return no_sync
 
 
-def _combine_seeds(*numbers: int) -> int:
-    """Return a seed that differs for different numbers."""
-    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
-    return int(seed >> np.uint64(1))  # torch takes 63 bits
+def _seed_generators(device: torch.device, *numbers: int) -> None:
+    """Seed PyTorch's generators of the CPU and of `device` with what differs for different numbers.
+
+    `torch.manual_seed` also goes through all other devices.
+    """
+    wide_seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    seed = int(wide_seed >> np.uint64(1))  # torch takes 63 bits
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)

@@ -115,7 +115,12 @@ def unreached_rates(schedule: Schedule, steps_per_epoch: int, max_steps: int) ->
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> optim.Optimizer:
-    """Make the optimizer of every parameter that is trained; weight decay applies to all of them."""
+    """Make the optimizer of every parameter that is trained; weight decay applies to all of them.
+
+    On a GPU it is fused: one operator for all parameters of a group, and with a loss scaler the host does not wait to
+    learn whether a gradient is finite. On a CPU PyTorch's fused SGD takes no notice of strides: where those of a
+    gradient differ from its parameter's, the update is wrong.
+    """
     offset_parameters = []
     other_parameters = []
     for name, parameter in model.named_parameters():
@@ -130,9 +135,11 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> optim.Optimizer:
     if offset_parameters:
         groups.append({"params": offset_parameters, "share": config.offset_lr})
 
+    fused = True if any(parameter.is_cuda for parameter in other_parameters) else None
     if config.name == "adamw":
-        return optim.AdamW(groups, config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay)
-    return optim.SGD(groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        betas = (config.momentum, 0.999)
+        return optim.AdamW(groups, config.lr, betas=betas, weight_decay=config.weight_decay, fused=fused)
+    return optim.SGD(groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
 
 
 def prepare_for_graphs(optimizer: optim.Optimizer) -> None:

@@ -6,8 +6,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor
 
 from detector import Batch
 from train.checkpoint import TrainState
@@ -37,27 +36,11 @@ def apply_gradients(state: TrainState, clip_grad: float, *, starts_average: bool
     state.scaler.step(state.optimizer)
     state.scaler.update()
     if state.average is not None:
-        _update_average(state.average, state.model, starts_average)
+        state.average.take_in(is_first=starts_average)
 
 
 def count_step(state: TrainState) -> None:
     """Count a step whose gradients have been applied."""
     state.step += 1
     if state.average is not None:
-        state.average.n_averaged += 1
-
-
-@torch.no_grad()
-def _update_average(average: AveragedModel, model: nn.Module, is_first: bool) -> None:
-    """Do what `AveragedModel.update_parameters` does, in few launches and without a copy from the host."""
-    averaged_weights: list[Tensor] = list(average.module.parameters())
-    weights: list[Tensor] = list(model.parameters())
-    if is_first:
-        torch._foreach_copy_(averaged_weights, weights)
-    else:
-        assert average.multi_avg_fn is not None
-        average.multi_avg_fn(averaged_weights, weights, average.n_averaged)
-
-    buffers = list(model.buffers())
-    if buffers:
-        torch._foreach_copy_(list(average.module.buffers()), buffers)
+        state.average.updates += 1

@@ -8,6 +8,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from detector import Batch, FasterRCNN, FasterRCNNConfig, Target
 from tests.detector.golden_model import assert_summary, fill_model, make_batch
+from train.average import WeightAverage
 from train.checkpoint import TrainState
 from train.config import OptimConfig
 from train.data.collate import LoadedBatch
@@ -161,8 +162,7 @@ def test_last_step_of_an_epoch_takes_what_is_left(tmp_path):
 def test_average_follows_slowly(tmp_path):
     model = toy()
     start = model.layer.weight.detach().clone()
-    update = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=update)
+    average = WeightAverage(model, 0.9)
     state, _ = train_on(model, toy_batches(20, 2), tmp_path, OPTIM, average=average)
     moved = (model.layer.weight - start).norm()
     assert state.evaluated_model is average.module

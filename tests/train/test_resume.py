@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from train.average import WeightAverage
 from train.build import resume
 from train.checkpoint import TrainState, list_checkpoints, save_checkpoint, to_checkpoint
 from train.config import PRESETS, OptimConfig
@@ -24,7 +25,7 @@ def make_state():
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     optimizer = make_optimizer(model, OptimConfig(name="adamw"))
-    average = torch.optim.swa_utils.AveragedModel(model)
+    average = WeightAverage(model, 0.9)
     return TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=True), average)
 
 
@@ -54,7 +55,8 @@ def fresh():
     for parameter in state.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     state.optimizer.step()
-    state.average.update_parameters(state.model)
+    state.average.take_in(is_first=True)
+    state.average.updates = 1
     return state
 
 
