@@ -5,11 +5,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from detector import Batch, FasterRCNN, FasterRCNNConfig, Target
 from detector.structures import NO_OBJECT
 from tests.replay import OperatorRecorder
+from train.average import WeightAverage
 from train.checkpoint import TrainState, from_checkpoint, to_checkpoint
 from train.config import OptimConfig
 from train.data.collate import LoadedBatch
@@ -93,7 +93,7 @@ def make_state(make_model=lambda: FasterRCNN(MODEL), optim="sgd", ema=0.0, graph
         group["fused"] = True  # as on a GPU
     if graph:
         prepare_for_graphs(optimizer)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=False) if ema else None
+    average = WeightAverage(model, ema) if ema else None
     return TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), average)
 
 
