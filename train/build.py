@@ -72,7 +72,13 @@ def open_split(config: Config, world: World, split: str, classes: Sequence[str] 
         if training:
             annotation_file = root / data.train_annotations
             image_folder = root / data.train_images
-            transform = Transform(config.model.image_scale, data.flip, config.seed, data.short_sides)
+            transform = Transform(
+                config.model.image_scale,
+                data.flip,
+                config.seed,
+                data.short_sides,
+                half_size_epochs=round(data.half_size * config.epochs),
+            )
         else:
             annotation_file = root / data.val_annotations
             image_folder = root / data.val_images

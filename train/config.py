@@ -62,6 +62,8 @@ class DataConfig:
     """Probability of a horizontal flip. Python only."""
     short_sides: Annotated[tuple[int, ...], arg(help_behavior_hint="(default: empty)")] = ()
     """Multi-scale training: the short side of an image is drawn from these; empty keeps model.image_scale."""
+    half_size: float = 0.0
+    """Share of the epochs, the first ones, that see the images at half the size, which takes less time."""
 
 
 @dataclass(frozen=True)
@@ -299,6 +301,7 @@ def _check_ranges(config: Config) -> None:
 
     shares = {
         "data.flip": data.flip,
+        "--data.half-size": data.half_size,
         "--optim.ema": optim.ema,
         "--optim.momentum": optim.momentum,
         "optim.offset_lr": optim.offset_lr,

@@ -295,8 +295,8 @@ class RunFolder:
             values_before["weights"] = config.weights  # before there was a default, None said what both say now
 
         may_change = MAY_CHANGE.union(forced)
-        if config.optim.schedule == "cosine":
-            may_change -= {"epochs"}  # the learning rate depends on the length of the run
+        if config.optim.schedule == "cosine" or config.data.half_size:
+            may_change -= {"epochs"}  # the learning rate or the size of the images depends on the length of the run
         differences = []
         for name, value in values.items():
             value_before = values_before.get(name)

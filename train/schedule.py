@@ -135,10 +135,10 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> optim.Optimizer:
     if offset_parameters:
         groups.append({"params": offset_parameters, "share": config.offset_lr})
 
-    fused = True if any(parameter.is_cuda for parameter in other_parameters) else None
     if config.name == "adamw":
         betas = (config.momentum, 0.999)
-        return optim.AdamW(groups, config.lr, betas=betas, weight_decay=config.weight_decay, fused=fused)
+        return optim.AdamW(groups, config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
+    fused = True if any(parameter.is_cuda for parameter in other_parameters) else None
     return optim.SGD(groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
 
 

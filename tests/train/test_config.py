@@ -114,6 +114,7 @@ def test_every_field_of_the_model_has_help():
         "--optim.ema 2",
         "--checkpoint.keep 0",
         "--data.short-sides 8 64",
+        "--data.half-size 1.5",
     ],
 )
 def test_impossible_values_name_the_flag(flags):

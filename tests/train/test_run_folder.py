@@ -96,8 +96,15 @@ def test_weights_belong_to_a_run(tmp_path):
         RunFolder(tmp_path).claim(replace(CONFIG, weights="none"), 1)
 
 
-def test_length_belongs_to_a_cosine_run(tmp_path):
-    config = replace(CONFIG, optim=replace(CONFIG.optim, schedule="cosine"))
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"optim": replace(CONFIG.optim, schedule="cosine")}, id="cosine"),
+        pytest.param({"data": replace(CONFIG.data, half_size=0.5)}, id="half size"),
+    ],
+)
+def test_length_belongs_to_what_depends_on_it(tmp_path, change):
+    config = replace(CONFIG, **change)
     RunFolder(tmp_path).claim(config, 1)
     RunFolder(tmp_path).append_metrics({"step": 1, "loss": 1.0})
     with pytest.raises(ValueError, match="epochs was 1, is 2"):

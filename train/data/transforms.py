@@ -105,12 +105,14 @@ class Transform:
         flip: probability of mirroring; 0 in evaluation.
         seed: of the run.
         short_sides: if not empty, the bound of the short side is drawn from these for every image.
+        half_size_epochs: the first epochs, so many, see the images at half the size.
     """
 
     scale: tuple[int, int]
     flip: float = 0.0
     seed: int = 0
     short_sides: tuple[int, ...] = ()
+    half_size_epochs: int = 0
 
     def __call__(
         self,
@@ -136,6 +138,8 @@ class Transform:
         scale = self.scale
         if self.short_sides:
             scale = (max(scale), int(random.choice(self.short_sides)))
+        if epoch < self.half_size_epochs:
+            scale = (max(scale[0] // 2, 1), max(scale[1] // 2, 1))
 
         original_height, original_width = image.shape[:2]
         image, boxes, scale_factor = resize(image, boxes, scale)

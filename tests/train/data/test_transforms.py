@@ -92,6 +92,18 @@ def test_multi_scale_draws_the_short_side():
     assert heights == {32, 64}
 
 
+def test_first_epochs_see_half_the_size():
+    transform = Transform((60, 41), half_size_epochs=2)
+    sizes = [sample_of(transform, epoch, 0).image.shape[:2] for epoch in range(4)]
+    assert sizes == [(20, 30), (20, 30), (40, 60), (40, 60)]
+    half = sample_of(transform, 1, 0)
+    assert half.scale_factor == (0.5, 0.5)
+    assert (half.boxes == [[2.5, 2.5, 10, 15]]).all()
+    assert half.seed == sample_of(Transform((60, 41)), 1, 0).seed
+    multi_scale = Transform((120, 40), short_sides=(32, 64), half_size_epochs=1)
+    assert {sample_of(multi_scale, 0, index).image.shape[0] for index in range(20)} == {16, 32}
+
+
 def test_boxes_are_clipped_not_dropped():
     image = np.zeros((10, 20, 3), np.uint8)
     boxes = np.array([[-5, -5, 10, 30], [25, 0, 30, 5]], np.float32)
