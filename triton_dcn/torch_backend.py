@@ -190,7 +190,7 @@ def _backward(
                 _write_sample_gradients(geom, corner_dots, samples, grad_offset_mask, images, block.positions)
         if grad_input is not None and grad_table is not None:
             grad_input[images].copy_(view_pixels(geom, grad_table).permute(0, 3, 1, 2))
-    return None if grad_matrix is None else _to_weight(geom, grad_matrix).contiguous()
+    return None if grad_matrix is None else _to_weight(geom, grad_matrix)
 
 
 def _sample_block(
@@ -227,9 +227,9 @@ def _weight_matrix(geom: ConvGeometry, weight: Tensor) -> Tensor:
 
 
 def _to_weight(geom: ConvGeometry, matrix: Tensor) -> Tensor:
-    """Undo `_weight_matrix`: return (O, C/G, kh, kw)."""
-    taps_first = matrix.view(geom.out_channels, geom.taps, -1)
-    return taps_first.mT.reshape(geom.out_channels, -1, *geom.kernel)
+    """Undo `_weight_matrix`: return a view (O, C/G, kh, kw), which is channels-last in memory."""
+    channels_last = matrix.view(geom.out_channels, *geom.kernel, -1)
+    return channels_last.permute(0, 3, 1, 2)
 
 
 def _sample_columns(geom: ConvGeometry, table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
