@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
-from detector import FasterRCNN, FasterRCNNConfig
+from detector import Batch, FasterRCNN, FasterRCNNConfig, Target
 from train.config import Config, OptimConfig
 from train.schedule import Schedule, choose_warmup, make_optimizer, set_learning_rate, unreached_rates
 
@@ -148,3 +149,24 @@ def test_layers_that_predict_offsets_have_their_share():
     assert len(rates) == len(trained)
     for name, parameter in trained.items():
         assert rates[id(parameter)] == pytest.approx(0.05 if "conv_offset" in name else 0.5)
+
+
+def test_fused_adamw_takes_the_steps_of_the_plain_one():
+    """PyTorch's fused step on a CPU reads gradients in the order of memory: they must be stored as the weights are."""
+    config = FasterRCNNConfig(depth=18, base_channels=16, num_classes=2, fpn_channels=16, fc_channels=16)
+    model = FasterRCNN(config).to(memory_format=torch.channels_last)
+    target = Target(torch.tensor([[4.0, 4.0, 40.0, 50.0]]), torch.tensor([1]))
+    images = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
+    sum(model(Batch(images, torch.tensor([[64, 64]]), [target])).values()).backward()
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    copies = [nn.Parameter(parameter.detach().clone()) for parameter in trained]
+    optimizer = make_optimizer(model, OptimConfig(name="adamw", lr=0.01))
+    plain = torch.optim.AdamW(copies, 0.01, weight_decay=OptimConfig().weight_decay, fused=False)
+    for parameter, copy in zip(trained, copies, strict=True):
+        copy.grad = parameter.grad
+    for _ in range(2):
+        optimizer.step()
+        plain.step()
+    for parameter, copy in zip(trained, copies, strict=True):
+        torch.testing.assert_close(parameter, copy, rtol=1e-5, atol=1e-6)
