@@ -117,9 +117,10 @@ def unreached_rates(schedule: Schedule, steps_per_epoch: int, max_steps: int) ->
 def make_optimizer(model: nn.Module, config: OptimConfig) -> optim.Optimizer:
     """Make the optimizer of every parameter that is trained; weight decay applies to all of them.
 
-    On a GPU it is fused: one operator for all parameters of a group, and with a loss scaler the host does not wait to
-    learn whether a gradient is finite. On a CPU PyTorch's fused SGD takes no notice of strides: where those of a
-    gradient differ from its parameter's, the update is wrong.
+    A fused one is one operator for all parameters of a group; on a GPU the host then does not wait, with a loss scaler,
+    to learn whether a gradient is finite. On a CPU PyTorch's fused optimizers take no notice of strides: where those of
+    a gradient differ from its parameter's, the update is wrong. Autograd stores gradients as their parameters are. AdamW
+    is fused on a CPU too, which saves more than half of its time; SGD there has less to gain.
     """
     offset_parameters = []
     other_parameters = []
