@@ -56,7 +56,7 @@ LAYERS = {
         },
         {"data", "synthetic"},
         {"evaluation"},
-        {"build", "checkpoint", "log", "loop", "report", "step", "step_graphs"},
+        {"build", "checkpoint", "compiled", "log", "loop", "report", "step", "step_graphs"},
         {"main", "plot"},
     ],
 }

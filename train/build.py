@@ -27,6 +27,7 @@ from train.checkpoint import (
     list_checkpoints,
     load_newest_checkpoint,
 )
+from train.compiled import CompiledNetwork
 from train.config import Config
 from train.data.coco_dataset import CocoDetection
 from train.data.identity import describe_change, identify_images
@@ -141,7 +142,7 @@ def build(config: Config, world: World) -> tuple[TrainState, Callable[..., Any]]
         average = WeightAverage(model, config.optim.ema)
     state = TrainState(model, optimizer, scaler, average)
 
-    network: Callable[..., Any] = torch.compile(model) if config.compile else model
+    network: nn.Module = CompiledNetwork(model) if config.compile else model
     if world.size > 1 and not config.graph:  # graphs exchange gradients themselves
         device_ids = [world.device] if world.device.type == "cuda" else None
         network = DistributedDataParallel(network, device_ids, gradient_as_bucket_view=True, **KEEP_BUFFERS)
