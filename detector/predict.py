@@ -17,8 +17,11 @@ import tyro
 from tqdm import tqdm
 
 from detector.draw import draw_boxes
+from detector.graph import CudaRecorder
 from detector.image import read_image, resize_keep_ratio, stack_images
+from detector.inference import Inference, for_inference
 from detector.model.faster_rcnn import FasterRCNN
+from detector.precision import PrecisionName, autocast, check_precision, product_settings, what_is_missing
 from detector.results import CocoRow, coco_rows, encode_masks, full_masks, undo_resize
 from detector.results_folder import ResultsFolder, is_picture
 from detector.structures import Batch, Detections
@@ -54,10 +57,18 @@ class PredictOptions:
     """Images that go through the model at once."""
     device: str = "auto"
     """Where to compute, `cpu` or `cuda:1`, say; auto takes a GPU where there is one."""
+    precision: PrecisionName | None = None
+    """Arithmetic; without it tf32 on a GPU that has it, float32 elsewhere."""
+    graph: bool = False
+    """On a GPU, compute from CUDA graphs, one for each padded size of images that comes again."""
 
 
 def predict_images(
-    model: FasterRCNN, images: Iterable[str | Path | np.ndarray], *, batch_size: int = 1, score: float = 0.0
+    model: FasterRCNN | Inference,
+    images: Iterable[str | Path | np.ndarray],
+    *,
+    batch_size: int = 1,
+    score: float = 0.0,
 ) -> Iterator[Detections]:
     """Detect in images, a batch at a time; results come in the order of the images.
 
@@ -67,7 +78,7 @@ def predict_images(
         for detections in predict_images(model, ["a.jpg", "b.jpg"], score=0.5): ...
 
     Args:
-        model: a `FasterRCNN` in evaluation mode.
+        model: in evaluation mode; `detector.inference` has faster ones.
         images: files, or pixels (H, W, 3) uint8 RGB.
         batch_size: images that go through the model at once. The padding of a batch changes scores a little.
         score: detections below it are left out.
@@ -79,23 +90,25 @@ def predict_images(
         OSError, ValueError: an image cannot be read, or is not (H, W, 3) uint8.
         ValueError: the model is in training mode, or `batch_size` is less than 1.
     """
-    if model.training:
+    inference = model if isinstance(model, Inference) else Inference(model)
+    if inference.model.training:
         raise ValueError("model: expected evaluation mode, got training mode; call model.eval() first")
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    return _predict_batches(model, iter(images), batch_size, score)
+    return _predict_batches(inference, iter(images), batch_size, score)
 
 
 def _predict_batches(
-    model: FasterRCNN, images: Iterator[str | Path | np.ndarray], batch_size: int, score: float
+    inference: Inference, images: Iterator[str | Path | np.ndarray], batch_size: int, score: float
 ) -> Iterator[Detections]:
     while batch := list(islice(images, batch_size)):
         pixels = [_as_pixels(image) for image in batch]
-        yield from _predict_batch(model, pixels, score)
+        yield from _predict_batch(inference, pixels, score)
 
 
 @torch.inference_mode()
-def _predict_batch(model: FasterRCNN, images: Sequence[np.ndarray], score: float) -> list[Detections]:
+def _predict_batch(inference: Inference, images: Sequence[np.ndarray], score: float) -> list[Detections]:
+    model = inference.model
     resized_images = []
     resize_factors = []
     for image in images:
@@ -104,11 +117,11 @@ def _predict_batch(model: FasterRCNN, images: Sequence[np.ndarray], score: float
         resize_factors.append(factors)
 
     stacked, sizes = stack_images(resized_images)
-    device = next(model.parameters()).device
-    batch = Batch(stacked, sizes).to(device)
+    batch = Batch(stacked, sizes).to(_device_of(model))
+    wait = inference.start(batch)
 
     batch_detections = []
-    for detections, factors in zip(model(batch), resize_factors, strict=True):
+    for detections, factors in zip(wait(), resize_factors, strict=True):
         detections = undo_resize(detections, factors)
         batch_detections.append(_keep_scores_from(detections, score))
     return batch_detections
@@ -223,12 +236,14 @@ def predict_files(options: PredictOptions) -> list[str]:
 
     device = None if options.device == "auto" else options.device
     model, class_names = load(options.weights, device)
+    inference, precision = _prepare(model, options)
     options.out.mkdir(parents=True, exist_ok=True)
 
     results = _Results(len(files))
     is_interrupted = False
     try:
-        _predict_into(folder, results, files, model, class_names, options, messages)
+        with product_settings(precision), autocast(_device_of(model), precision):
+            _predict_into(folder, results, files, inference, class_names, options, messages)
     except KeyboardInterrupt:
         is_interrupted = True
         messages.append(f"stopped by Ctrl-C {results.position}")
@@ -240,6 +255,25 @@ def predict_files(options: PredictOptions) -> list[str]:
     if is_interrupted:
         raise KeyboardInterrupt(*messages)
     return messages
+
+
+def _prepare(model: FasterRCNN, options: PredictOptions) -> tuple[Inference, PrecisionName]:
+    """Return what detects, and in which precision.
+
+    Raises:
+        ValueError: the device of the model does not have what an option asks for.
+    """
+    device = _device_of(model)
+    check_precision(options.precision, device)
+    if options.graph and device.type != "cuda":
+        raise ValueError("--graph: expected a GPU, got a CPU, which has no CUDA graphs")
+    recorder = CudaRecorder(device) if options.graph else None
+    default: PrecisionName = "float32" if what_is_missing("tf32", device) else "tf32"
+    return Inference(for_inference(model), recorder), options.precision or default
+
+
+def _device_of(model: FasterRCNN) -> torch.device:
+    return next(model.parameters()).device
 
 
 @dataclass
@@ -275,7 +309,7 @@ def _predict_into(
     folder: ResultsFolder,
     results: _Results,
     files: Sequence[Path],
-    model: FasterRCNN,
+    inference: Inference,
     class_names: Sequence[str],
     options: PredictOptions,
     messages: list[str],
@@ -292,7 +326,7 @@ def _predict_into(
                     messages.append(str(error))
 
             images = [image for _, _, image in readable]
-            batch_detections = predict_images(model, images, batch_size=options.batch_size, score=options.score)
+            batch_detections = predict_images(inference, images, batch_size=options.batch_size, score=options.score)
             for (number, file, image), detections in zip(readable, batch_detections, strict=True):
                 height, width = image.shape[:2]
                 results.rows += image_rows(detections, class_names, number, str(file), (height, width))

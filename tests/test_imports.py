@@ -28,12 +28,12 @@ LAYERS = {
         {"compat", "onnx"},
     ],
     "detector": [
-        {"files", "graph", "image", "image_header", "picture", "structures", "text"},
+        {"files", "graph", "image", "image_header", "picture", "precision", "structures", "text"},
         {"ops"},
         {"model"},
         {"weights"},
         {"onnx"},
-        {"results", "draw", "results_folder"},
+        {"inference", "results", "draw", "results_folder"},
         {"predict", "export", "visualize_offsets"},
     ],
     "train": [

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detector import FasterRCNN
 from detector.graph import CudaRecorder
+from detector.precision import autocast
 from detector.weights.checkpoint import Checkpoint, read_checkpoint
 from detector.weights.checkpoint_name import parse_name
 from detector.weights.load_detector import find_config, is_detector
@@ -34,7 +35,6 @@ from train.data.identity import describe_change, identify_images
 from train.data.transforms import Transform
 from train.distributed import World
 from train.fine_tuning import find_new_layers
-from train.precision import autocast
 from train.pretrained import ensure_imagenet_file, imagenet_file
 from train.run_folder import ROOT, RunFolder
 from train.schedule import make_optimizer, prepare_for_graphs

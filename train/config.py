@@ -11,6 +11,7 @@ from tyro.conf import Suppress, arg
 from detector import FasterRCNNConfig
 from detector.image import MAX_PIXELS
 from detector.model.config import RENAMED_FIELDS
+from detector.precision import PrecisionName
 
 BASE_BATCH_SIZE = 16  # `optim.lr` is meant for this many images per step
 MAX_UNREADABLE_SHARE = 0.01  # a run stops when a larger share of the images cannot be read
@@ -32,7 +33,6 @@ REMOVED = {
 """Name of a value that was removed -> what happens instead. Its flag is accepted, with a note."""
 
 PresetName = Literal["coco-1x", "small", "tiny"]
-PrecisionName = Literal["float32", "tf32", "bf16", "fp16"]
 InitialWeights = Literal["imagenet", "none"] | Path
 
 

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from detector.precision import PrecisionName, autocast
 from train.checkpoint import TrainState
-from train.config import PrecisionName
 from train.data.collate import LoadedBatch
 from train.data.prefetch import prefetch_to_device
 from train.log import TrainLog
-from train.precision import autocast
 from train.schedule import Schedule, set_learning_rate
 from train.step import apply_gradients, compute_gradients, count_step
 from train.step_graphs import StepGraphs
@@ -51,7 +50,7 @@ def train_one_epoch(
         rank: number of this process.
         accumulate: batches per step; the last step of an epoch takes what is left.
         clip_grad: largest norm of the gradient; 0 does not clip.
-        precision: of the forward and backward pass, see `train.precision`.
+        precision: of the forward and backward pass, see `detector.precision`.
         graphs: make the steps in the place of `network`, with a `clip_grad` and a precision of their own.
 
     Raises:

@@ -28,6 +28,8 @@ if __name__ == "__main__":
 
 import torch
 
+from detector import FasterRCNN
+from detector.precision import check_precision, product_settings
 from detector.text import lasting_output, show
 from detector.weights.checkpoint import read_checkpoint
 from detector.weights.load_detector import build_detector
@@ -60,7 +62,7 @@ from train.evaluation.evaluate import evaluate
 from train.fine_tuning import adapt_to_weights
 from train.log import TrainLog
 from train.loop import train_one_epoch
-from train.precision import check_precision, choose_precision, product_settings
+from train.precision import choose_precision
 from train.run_folder import RunFolder, provenance
 from train.schedule import Schedule, choose_warmup, unreached_rates
 from train.signals import Interrupted, StopRequest
@@ -352,8 +354,10 @@ def _evaluate_if_due(
     """
     if not _is_evaluation_due(state, config, world, run_folder):
         return
+    model = state.evaluated_model
+    assert isinstance(model, FasterRCNN)
     metrics = evaluate(
-        state.evaluated_model,
+        model,
         val_set,
         config,
         world,

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from detector.precision import PrecisionName
 from detector.text import message_line, printable, short_list, short_name
-from train.config import BASE_BATCH_SIZE, Config, OptimConfig, PrecisionName
+from train.config import BASE_BATCH_SIZE, Config, OptimConfig
 from train.data.coco_dataset import CocoDetection
 from train.distributed import World
 from train.evaluation.coco_metrics import DEFAULT_EVALUATOR, METRIC_NAMES

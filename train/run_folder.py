@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from detector.files import open_regular, remove_leftovers, write_json
+from detector.precision import PrecisionName
 from detector.text import shown
-from train.config import RENAMED, RENAMED_VALUES, Config, PrecisionName, as_dict
+from train.config import RENAMED, RENAMED_VALUES, Config, as_dict
 from train.folder_lock import locked
 from train.metrics_file import append_lines, parse_lines, read_lines, rewind
 

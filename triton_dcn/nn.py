@@ -217,7 +217,7 @@ class ModulatedDeformConv2dPack(DeformConv2dPack):
 
 
 def fuse_batch_norm(
-    layer: DeformConv2d | DeformConv2dPack, norm: nn.BatchNorm2d, relu: bool = False
+    layer: DeformConv2d | DeformConv2dPack, norm: nn.BatchNorm2d | nn.SyncBatchNorm, relu: bool = False
 ) -> DeformConv2d | DeformConv2dPack:
     """Return a copy of `layer` that computes `norm(layer(...))`, for inference.
 
@@ -240,7 +240,7 @@ def fuse_batch_norm(
     """
     if not isinstance(layer, (DeformConv2d, DeformConv2dPack)):
         raise TypeError(f"layer: expected a DeformConv2d or a pack, got {type(layer).__name__}")
-    if not isinstance(norm, nn.BatchNorm2d):
+    if not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
         raise TypeError(f"norm: expected a BatchNorm2d, got {type(norm).__name__}")
     if layer.relu:
         raise ValueError("layer: expected one without relu, got one that is fused already")

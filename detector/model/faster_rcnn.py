@@ -117,19 +117,7 @@ class FasterRCNN(nn.Module):
             _check_targets(batch, self.config.mask)
             return self.losses(batch)
 
-        boxes, scores, labels, valid, *masks = self.detect(batch)
-        counts = valid.sum(1).tolist()  # the only time that evaluation waits for the device
-        detections = []
-        for index, count in enumerate(counts):
-            detections.append(
-                Detections(
-                    boxes=boxes[index, :count],
-                    scores=scores[index, :count],
-                    labels=labels[index, :count],
-                    masks=masks[0][index, :count] if masks else None,
-                )
-            )
-        return detections
+        return split_detections(self.detect(batch))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the losses of a batch with targets; on a GPU no tensor is read back to the host."""
@@ -200,6 +188,26 @@ class FasterRCNN(nn.Module):
         is_image = (inside_y[:, :, None] & inside_x[:, None, :])[:, None]
         images = torch.where(is_image, images, 0)
         return images.to(self.pixel_mean.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def split_detections(tensors: Sequence[Tensor]) -> list[Detections]:
+    """Return the detections of each image, without padding; waits for the device once.
+
+    Args:
+        tensors: of `FasterRCNN.detect`.
+    """
+    boxes, scores, labels, valid, *masks = tensors
+    detections = []
+    for index, count in enumerate(valid.sum(1).tolist()):
+        detections.append(
+            Detections(
+                boxes=boxes[index, :count],
+                scores=scores[index, :count],
+                labels=labels[index, :count],
+                masks=masks[0][index, :count] if masks else None,
+            )
+        )
+    return detections
 
 
 def _level_shapes(features: Sequence[Tensor]) -> list[tuple[int, int]]:

@@ -12,6 +12,8 @@ from detector.model.resnet import Bottleneck
 from triton_dcn import DeformConv2d, fuse_batch_norm
 from triton_dcn.nn import DeformConv2dPack
 
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
 
 def fuse_batch_norms(model: FasterRCNN) -> FasterRCNN:
     """Return a copy of a detector without batch norms, which gives the same detections.
@@ -31,7 +33,7 @@ def fuse_batch_norms(model: FasterRCNN) -> FasterRCNN:
         raise ValueError("model: expected batch norms, which are fixed in evaluation, got group norms (norm 'gn')")
     model = copy.deepcopy(model)
     for module in list(model.backbone.modules()):
-        if isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[1], nn.BatchNorm2d):
+        if isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[1], BATCH_NORMS):
             _fuse_shortcut(module)
         _fuse_numbered_layers(module)
     return model
@@ -57,7 +59,7 @@ def _fuse_numbered_layers(module: nn.Module) -> None:
 
 def _fuse(conv: nn.Module, norm: nn.Module, relu: bool) -> nn.Module:
     """Return a convolution with `norm` folded in; with `relu` a deformable one also applies the ReLU."""
-    assert isinstance(norm, nn.BatchNorm2d)
+    assert isinstance(norm, BATCH_NORMS)
     if isinstance(conv, nn.Conv2d):
         return fuse_conv_bn_eval(conv, norm)
     assert isinstance(conv, DeformConv2d | DeformConv2dPack)

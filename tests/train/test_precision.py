@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from detector.precision import autocast, check_precision, product_settings
 from train.command_line import parse
 from train.config import PRESETS
 from train.distributed import World
-from train.precision import autocast, check_precision, choose_precision, product_settings
+from train.precision import choose_precision
 from train.run_folder import RunFolder
 
 CPU = "cpu"

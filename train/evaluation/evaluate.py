@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
+from detector import FasterRCNN
 from detector.files import write_json
+from detector.inference import Inference, for_inference
+from detector.precision import PrecisionName, autocast
 from detector.results import CocoRow, coco_rows, encode_masks, undo_resize
 from detector.structures import Detections
-from train.config import MAX_UNREADABLE_SHARE, Config, PrecisionName
+from train.config import MAX_UNREADABLE_SHARE, Config
 from train.data.coco_dataset import CocoDetection
 from train.data.collate import LoadedBatch
 from train.data.loader import evaluation_loader
@@ -25,7 +27,6 @@ from train.data.prefetch import prefetch_to_device
 from train.distributed import World
 from train.evaluation.coco_metrics import coco_metrics
 from train.evaluation.pictures import draw_pictures
-from train.precision import autocast
 from train.progress import evaluation_progress, print_above_progress
 from train.run_folder import RunFolder
 
@@ -39,7 +40,7 @@ def _never_stop() -> None:
 
 
 def evaluate(
-    model: nn.Module,
+    model: FasterRCNN,
     dataset: CocoDetection,
     config: Config,
     world: World,
@@ -53,7 +54,7 @@ def evaluate(
     No image is evaluated twice, so the numbers are the same for any number of processes.
 
     Args:
-        model: returns `Detections` per image; is in evaluation mode afterwards.
+        model: is in evaluation mode afterwards; `for_inference` makes the one that detects.
         dataset: the images.
         config: of the run.
         world: the processes.
@@ -72,7 +73,8 @@ def evaluate(
     loader = evaluation_loader(dataset, config.data.workers, pin_memory, world.rank, world.size, config.timeout)
     batches = evaluation_progress(loader, enabled=world.is_main)
     precision = config.precision or "float32"
-    rows, unreadable = detect(model, batches, dataset.category_ids, precision=precision, check_stop=check_stop)
+    fast_model = for_inference(model)
+    rows, unreadable = detect(fast_model, batches, dataset.category_ids, precision=precision, check_stop=check_stop)
     _check_unreadable_images(unreadable, dataset, world)
 
     rows_of_ranks = world.gather(rows)
@@ -91,48 +93,59 @@ def evaluate(
 
 @torch.no_grad()
 def detect(
-    model: nn.Module,
+    model: FasterRCNN,
     batches: Iterable[LoadedBatch],
     category_ids: np.ndarray,
     *,
     precision: PrecisionName = "float32",
     check_stop: Callable[[], None] = _never_stop,
 ) -> tuple[list[CocoRow], dict[int, str]]:
-    """Detect in every image of `batches`.
+    """Detect in every image of `batches`; a GPU works on the next batch while the host reads the results of this one.
 
     Args:
-        model: returns `Detections` per image; is in evaluation mode afterwards.
+        model: in evaluation mode.
         batches: images of this process.
         category_ids: (classes,) int64, by label.
-        precision: of the model, see `train.precision`.
+        precision: of the model, see `detector.precision`.
         check_stop: is called before every batch and may raise.
 
     Returns:
         The detections in pixels of the image files, and image id -> reason of the images that could not be read.
     """
-    model.eval()
     device = next(model.parameters()).device
+    inference = Inference(model)
     rows: list[CocoRow] = []
     unreadable: dict[int, str] = {}
+    started: tuple[Callable[[], list[Detections]], LoadedBatch] | None = None
     for loaded in prefetch_to_device(batches, device):
         check_stop()
         unreadable |= loaded.unreadable
         if loaded.batch is None:
             continue
         with autocast(device, precision):
-            detections_of_images = model(loaded.batch)
-
-        images = zip(
-            detections_of_images,
-            loaded.image_ids,
-            loaded.scale_factors,
-            loaded.original_sizes,
-            strict=True,
-        )
-        for detections, image_id, scale_factors, original_size in images:
-            detections_in_file = undo_resize(detections, scale_factors)
-            rows += _to_rows(detections_in_file, image_id, original_size, category_ids)
+            wait = inference.start(loaded.batch)
+        if started is not None:
+            rows += _batch_rows(*started, category_ids)
+        started = wait, loaded
+    if started is not None:
+        rows += _batch_rows(*started, category_ids)
     return rows, unreadable
+
+
+def _batch_rows(wait: Callable[[], list[Detections]], loaded: LoadedBatch, category_ids: np.ndarray) -> list[CocoRow]:
+    """Wait for the detections of a batch and return them in COCO's results format."""
+    images = zip(
+        wait(),
+        loaded.image_ids,
+        loaded.scale_factors,
+        loaded.original_sizes,
+        strict=True,
+    )
+    rows: list[CocoRow] = []
+    for detections, image_id, scale_factors, original_size in images:
+        detections_in_file = undo_resize(detections, scale_factors)
+        rows += _to_rows(detections_in_file, image_id, original_size, category_ids)
+    return rows
 
 
 def _to_rows(

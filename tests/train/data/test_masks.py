@@ -118,8 +118,10 @@ class OneImage(nn.Module):
         self.layer = nn.Linear(1, 1)
         self.detections = detections
 
-    def forward(self, batch):
-        return [self.detections]
+    def detect(self, batch):
+        found = self.detections
+        valid = torch.ones_like(found.labels, dtype=torch.bool)
+        return tuple(tensor[None] for tensor in (found.boxes, found.scores, found.labels, valid, found.masks))
 
 
 def detect_one(detections, scale_factors, original_size):

@@ -19,9 +19,9 @@ class OneBox(nn.Module):
         super().__init__()
         self.layer = nn.Linear(1, 1)
 
-    def forward(self, batch):
-        box = torch.tensor([[2.0, 2.0, 6.0, 8.0]])
-        return [Detections(box, torch.tensor([0.9]), torch.tensor([0])) for _ in batch.images]
+    def detect(self, batch):
+        boxes = torch.tensor([[[2.0, 2.0, 6.0, 8.0], [0.0, 0.0, 0.0, 0.0]]])
+        return boxes, torch.tensor([[0.9, -1]]), torch.tensor([[0, 0]]), torch.tensor([[True, False]])
 
 
 def load(image_id):
