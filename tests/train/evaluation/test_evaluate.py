@@ -40,6 +40,23 @@ def test_detect_returns_to_the_pixels_of_the_file():
     assert len(calls) == 4
 
 
+def test_each_batch_is_waited_for_once_when_the_next_one_has_begun(monkeypatch):
+    calls = []
+
+    class Recorded(OneBox):
+        def detect(self, batch):
+            calls.append("detect")
+            return super().detect(batch)
+
+    def start_copy(tensors):
+        calls.append("copy")
+        return lambda: calls.append("wait") or tensors
+
+    monkeypatch.setattr("detector.inference.start_copy", start_copy)
+    detect(Recorded(), [load(0), load(1), load(2)], CATEGORY_IDS)
+    assert calls == ["detect", "copy", "detect", "copy", "wait", "detect", "copy", "wait", "wait"]
+
+
 def test_rows_are_in_coco_format():
     detections = Detections(torch.tensor([[1.0, 8.0, 6.0, 20.0]]), torch.tensor([0.5]), torch.tensor([1]))
     rows = _to_rows(detections, 42, (32, 8), CATEGORY_IDS)
