@@ -148,11 +148,13 @@ def _fetch_under_lock(url: str, path: Path, patience: _Patience, show_progress: 
 
 
 def _lock(stack: contextlib.ExitStack, path: Path, patience: _Patience, show_progress: bool) -> bool:
-    """Wait for the lock of the folder; return whether its file system has locks at all."""
+    """Wait for the lock of the folder; return whether there is one, without which two processes may fetch at once."""
     notice = time.monotonic() + NOTICE_SECONDS
     while True:
         try:
             return stack.enter_context(locked(path.parent))
+        except PermissionError:
+            return False  # another user made the lock, in a cache that several share
         except BlockingIOError as holder:
             now = time.monotonic()
             if now > patience.deadline:

@@ -19,7 +19,7 @@ FORMER_MODEL_NAMES = {name: former for former, name in RENAMED_FIELDS.items()}
 
 def with_former_names(config):
     """Return the values of a run as an earlier version wrote them."""
-    old = {**config, "eval_overlap": 1000, "evaluator": "pycocotools"}
+    old = {**config, "weights": None, "eval_overlap": 1000, "evaluator": "pycocotools"}
     old["data"] = {("batch" if name == "batch_size" else name): value for name, value in config["data"].items()}
     old["model"] = former_model(config["model"])
     old["amp"] = {"float32": "none"}.get(old["precision"], old["precision"])

@@ -279,14 +279,22 @@ def test_read_only_cache(server, monkeypatch):
     assert server.paths == []
 
 
-def test_cache_of_somebody_else(server, cache, monkeypatch):
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_lock_that_cannot_be_opened(server, cache, monkeypatch, number):
+    """In a cache that users share, the lock may be another user's; a disk that is read-only has no way around."""
+
     def refuse(path, *_, **__):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        raise OSError(number, os.strerror(number), str(path))
 
     cache.mkdir(parents=True)
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(SharedError, match=f"cannot write {cache / NAME}: Permission denied"):
+    if number == errno.EACCES:
         fetch()
+        assert (cache / NAME).read_bytes() == CONTENT
+    else:
+        with pytest.raises(SharedError, match=f"cannot write {cache / NAME}: Read-only file system"):
+            fetch()
+        assert server.paths == []
 
 
 def test_full_disk(server, cache):
