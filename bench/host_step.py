@@ -58,15 +58,15 @@ from detector import Batch, Target
 from detector.model import faster_rcnn, resnet
 from detector.ops import nms
 from detector.ops.kernels import nms as nms_kernels
+from detector.precision import PrecisionName, product_settings
 from train import log as log_module
 from train import loop
 from train.build import build
 from train.checkpoint import TrainState
-from train.config import PRESETS, Config, PrecisionName
+from train.config import PRESETS, Config
 from train.data.collate import LoadedBatch
 from train.distributed import World
 from train.log import LossBuffer, TrainLog
-from train.precision import product_settings
 from train.progress import training_progress
 from train.run_folder import RunFolder
 from train.schedule import Schedule
@@ -242,7 +242,7 @@ def as_on_a_gpu(stages: Stages, precision: PrecisionName) -> Iterator[None]:
 
     Args:
         stages: receives the launches.
-        precision: of the products, see `train.precision`.
+        precision: of the products, see `detector.precision`.
     """
     kernel = _LaunchedKernel(stages)
 
@@ -333,7 +333,7 @@ class HostStep:
     Args:
         folder: of the run.
         ema: whether a moving average of the weights is kept.
-        precision: see `train.precision`.
+        precision: see `detector.precision`.
     """
 
     def __init__(self, folder: Path, *, ema: bool = False, precision: PrecisionName = "tf32"):
