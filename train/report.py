@@ -12,7 +12,7 @@ from torch import nn
 
 from detector.precision import PrecisionName
 from detector.text import message_line, printable, short_list, short_name
-from train.config import BASE_BATCH_SIZE, Config, OptimConfig
+from train.config import BASE_BATCH_SIZE, Config
 from train.data.coco_dataset import CocoDetection
 from train.distributed import World
 from train.evaluation.coco_metrics import DEFAULT_EVALUATOR, METRIC_NAMES
@@ -60,7 +60,7 @@ def run_table(
         ("device", describe_device(world)),
         ("precision", describe_precision(config.precision or "float32")),
         ("batch", _describe_batch(config, world, schedule)),
-        ("learning rate", _describe_learning_rate(config.optim, schedule)),
+        ("learning rate", _describe_learning_rate(schedule)),
         ("length", _describe_length(config, batches_per_epoch)),
     ]
     entries += [("note", note) for note in [*training_notes(train_set), *validation_notes(val_set), *notes]]
@@ -220,7 +220,8 @@ def _describe_batch(config: Config, world: World, schedule: Schedule) -> str:
     )
 
 
-def _describe_learning_rate(optim: OptimConfig, schedule: Schedule) -> str:
+def _describe_learning_rate(schedule: Schedule) -> str:
+    optim = schedule.config
     fall = "cosine to 0"
     if optim.schedule == "steps":
         fall = f"x{optim.gamma:g} after epoch {', '.join(map(str, optim.milestones))}"

@@ -73,7 +73,7 @@ def choose_warmup(config: Config, steps_per_epoch: int, recorded: int | None) ->
     longest = steps // 10
     if asked <= longest:
         return asked, []
-    return longest, [f"warm-up shortened from {asked} to {longest} steps, a tenth of the {steps} of all epochs"]
+    return longest, [f"warm-up shortened from {asked} to {longest} steps, a tenth of the {steps} of the run"]
 
 
 def unreached_rates(schedule: Schedule, steps_per_epoch: int, max_steps: int) -> list[str]:
@@ -86,7 +86,7 @@ def unreached_rates(schedule: Schedule, steps_per_epoch: int, max_steps: int) ->
     """
     optim = schedule.config
     steps = schedule.epochs * steps_per_epoch
-    end = f"the run has {schedule.epochs} epochs, {steps} steps"
+    end = f"the run has {schedule.epochs} x {steps_per_epoch} steps"
     is_stopped = 0 < max_steps < steps
     if is_stopped:
         steps = max_steps

@@ -86,7 +86,9 @@ def test_old_run_keeps_its_long_warm_up(start, coco, tmp_path):
     common = ("--data.root", coco, "--pictures", 0, "--eval-every", 9, "--optim.warmup", 6, "--out", out)
     status, stdout, _ = start(*common, "--max-steps", 1, "--amp", "none")
     assert status == 0
-    assert "note warm-up shortened from 6 to 0 steps" in " ".join(stdout.split())
+    table = " ".join(stdout.split())
+    assert "note warm-up shortened from 6 to 0 steps" in table
+    assert "sgd, warm-up 0 steps" in table
     make_old(out)
 
     status, stdout, _ = start(*common)

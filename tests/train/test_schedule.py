@@ -80,8 +80,8 @@ COSINE = OptimConfig(schedule="cosine")
     [
         pytest.param(STEPS, 12, 7330, 0, [], id="recipe"),
         pytest.param(STEPS, 12, 7330, 12 * 7330, [], id="as-many-steps"),
-        pytest.param(STEPS, 6, 7330, 0, ["not fall after epoch 8, 11: the run has 6 epochs, 43980"], id="6-epochs"),
-        pytest.param(STEPS, 11, 7330, 0, ["does not fall after epoch 11: the run has 11 epochs"], id="11-epochs"),
+        pytest.param(STEPS, 6, 7330, 0, ["not fall after epoch 8, 11: the run has 6 x 7330 steps"], id="6-epochs"),
+        pytest.param(STEPS, 11, 7330, 0, ["does not fall after epoch 11: the run has 11 x 7330"], id="11-epochs"),
         pytest.param(replace(STEPS, milestones=()), 6, 7330, 0, [], id="no-milestones"),
         pytest.param(STEPS, 12, 7330, 9 * 7330, ["epoch 11: --max-steps ends the run after 65970"], id="max-steps"),
         pytest.param(STEPS, 12, 7330, 8 * 7330, ["does not fall after epoch 8, 11: --max"], id="to-the-milestone"),
