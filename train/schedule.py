@@ -119,8 +119,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> optim.Optimizer:
 
     A fused one is one operator for all parameters of a group; on a GPU the host then does not wait, with a loss scaler,
     to learn whether a gradient is finite. On a CPU PyTorch's fused optimizers take no notice of strides: where those of
-    a gradient differ from its parameter's, the update is wrong. Autograd stores gradients as their parameters are. AdamW
-    is fused on a CPU too, which saves more than half of its time; SGD there has less to gain.
+    a gradient differ from its parameter's, the update is wrong. Autograd stores gradients as their parameters are.
+    AdamW is fused on a CPU too, which saves more than half of its time; SGD there has less to gain.
     """
     offset_parameters = []
     other_parameters = []
