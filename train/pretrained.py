@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import BadStatusLine, HTTPException, IncompleteRead
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -224,10 +224,18 @@ def _network_errors(url: str, silence: float) -> Iterator[None]:
         raise ValueError(f"cannot fetch {url}: the server answered {one_line(error)}") from error
     except (OSError, HTTPException, ValueError) as error:
         cause = error.reason if isinstance(error, URLError) else error
-        reason = str(getattr(cause, "strerror", None) or cause or type(cause).__name__)
-        if isinstance(cause, TimeoutError):
-            reason = f"the server was silent for {silence:g} s"
-        raise ValueError(f"cannot fetch {url}: {reason}") from error
+        raise ValueError(f"cannot fetch {url}: {_describe(cause, silence)}") from error
+
+
+def _describe(cause: object, silence: float) -> str:
+    """Return in a few words why there is no answer, or no more of it."""
+    if isinstance(cause, TimeoutError):
+        return f"the server was silent for {silence:g} s"
+    if isinstance(cause, IncompleteRead):
+        return "the connection ended in the middle"
+    if isinstance(cause, BadStatusLine) and not isinstance(cause, OSError):
+        return f"expected the answer of a web server, got {cause}"
+    return str(getattr(cause, "strerror", None) or cause or type(cause).__name__)
 
 
 @contextlib.contextmanager

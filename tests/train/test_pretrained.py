@@ -168,6 +168,10 @@ def talk_nonsense(handler):
     handler.wfile.write(b"hello\r\n\r\n")
 
 
+def stop_in_a_chunk(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4B000\r\n" + CONTENT[:100_000])
+
+
 MISBEHAVIOR = {
     "404": (lambda handler: handler.send_error(404), "the server answered HTTP Error 404: Not Found"),
     "500": (lambda handler: handler.send_error(500), "the server answered HTTP Error 500: Internal Server Error"),
@@ -189,7 +193,8 @@ MISBEHAVIOR = {
     "hang in the middle": (stop_in_the_middle, "the server was silent for 0.3 s"),
     "drip": (drip, "bytes came before --timeout"),
     "hang up": (lambda handler: handler.connection.shutdown(socket.SHUT_RDWR), "Remote end closed connection"),
-    "no HTTP": (talk_nonsense, "hello"),
+    "cut off in a chunk": (stop_in_a_chunk, "the connection ended in the middle"),
+    "no HTTP": (talk_nonsense, "expected the answer of a web server, got hello"),
 }
 
 
