@@ -16,10 +16,11 @@ if not torch.cuda.is_available():
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def patch_language_once_per_launch():
-    """Spare Triton's interpreter from replacing every function of `triton.language` in each call of a device function.
+def speed_up_interpreter():
+    """Spare Triton's interpreter what it does again and again, which takes longer than what most kernels compute.
 
-    The launch has replaced them already; to do it again takes longer than what most device functions compute.
+    In each call of a device function it replaces every function of `triton.language`, as the launch has already done;
+    for each operation it makes a dictionary of all dtypes.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -34,9 +35,19 @@ def patch_language_once_per_launch():
 
     interpreter._patch_lang = patch_unless_done
 
+    find_dtype = interpreter._get_np_dtype
+    found = {}
+
+    def find_dtype_once(dtype):
+        if dtype.name not in found:
+            found[dtype.name] = find_dtype(dtype)
+        return found[dtype.name]
+
+    interpreter._get_np_dtype = find_dtype_once
+
 
 if "TRITON_INTERPRET" in os.environ and importlib.util.find_spec("triton"):
-    patch_language_once_per_launch()
+    speed_up_interpreter()
 
 
 @pytest.fixture(autouse=True)
