@@ -6,17 +6,11 @@ import multiprocessing
 import os
 import signal
 import socket
-import subprocess
-import sys
 
 import pytest
 
 from train.folder_lock import locked
 from train.run_folder import RunFolder
-
-HOLD = "import sys; from pathlib import Path; from train.folder_lock import locked\n" + (
-    "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
-)
 
 
 def lock(path):
@@ -24,18 +18,25 @@ def lock(path):
         return notes
 
 
+def hold(path, is_held):
+    with locked(path):
+        is_held.set()
+        signal.pause()
+
+
 def test_the_holder_is_named_and_its_end_frees_the_folder(tmp_path):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout.readline() == "held\n"
+    context = multiprocessing.get_context("fork")
+    is_held = context.Event()
+    holder = context.Process(target=hold, args=(tmp_path, is_held))
+    holder.start()
+    assert is_held.wait(60)
     with pytest.raises(ValueError, match="expected a folder that no other run uses") as caught:
         lock(tmp_path)
     message = str(caught.value)
     assert message.startswith(f"--out {tmp_path}: ")
     assert f"in use by process {holder.pid} on {socket.gethostname()}" in message
-    os.kill(holder.pid, signal.SIGKILL)
-    holder.communicate()
+    holder.kill()
+    holder.join()
     assert lock(tmp_path) == []
 
 

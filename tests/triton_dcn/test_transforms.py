@@ -203,7 +203,9 @@ def run_process(rank, folder):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
 def test_two_processes_average_their_gradients(tmp_path):
-    torch.multiprocessing.spawn(run_process, (str(tmp_path),), nprocs=2)
+    # forked, there is nothing left to import, but PyTorch on a GPU does not allow that
+    start_method = "spawn" if torch.cuda.is_available() else "fork"
+    torch.multiprocessing.start_processes(run_process, (str(tmp_path),), nprocs=2, start_method=start_method)
     grads_alone = []
     for rank in range(2):
         pack = make_pack()

@@ -132,13 +132,16 @@ def test_failure_leaves_nothing_half_done(tmp_path, monkeypatch):
 def test_two_processes_make_one_set(tmp_path):
     code = (
         "import sys; from pathlib import Path; from train.synthetic.generate import ensure_generated;"
+        "print('begins', flush=True);"
         "ensure_generated(Path(sys.argv[1]), train_images=6, val_images=2, progress=False)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "set")]
     repository = Path(generate.__file__).parents[2]
-    processes = [subprocess.Popen(command, cwd=repository, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    other = subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "begins\n"
+    ensure_generated(tmp_path / "set", train_images=6, val_images=2, progress=False)
+    _, errors = other.communicate(timeout=120)
+    assert other.returncode == 0, errors
     expected = ensure_generated(tmp_path / "alone", train_images=6, val_images=2, progress=False)
     assert read_files(tmp_path / "set") == read_files(expected)
 
