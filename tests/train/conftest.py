@@ -5,11 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import torch
 
 import train.main
 
@@ -62,6 +64,17 @@ def coco(tmp_path) -> Path:
     return tmp_path / "coco"
 
 
+@contextmanager
+def one_thread():
+    """Compute as a process of `run` and `command` does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def start(monkeypatch, capsys):
     """Function: command line -> (exit status, stdout, stderr) of the script, run in this process."""
@@ -75,7 +88,8 @@ def start(monkeypatch, capsys):
         status = train.main.main()
         return status, *capsys.readouterr()
 
-    yield run
+    with one_thread():
+        yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

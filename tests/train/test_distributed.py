@@ -1,7 +1,9 @@
 """Several processes on this machine: equal to one, and what becomes of them when something breaks."""
 
 import contextlib
+import multiprocessing
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -14,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.train.conftest import command, environment, lines, run
+import train.main
+from tests.train.conftest import command, environment, lines
 from train.checkpoint import list_checkpoints, load_checkpoint
 from train.distributed import _bind, _connect, join_processes
 
@@ -76,11 +79,15 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(list_checkpoints(out / "checkpoints")[0])["model"]
 
 
-def test_two_processes_equal_one_with_the_doubled_batch(coco, tmp_path):
+def test_two_processes_equal_one_with_the_doubled_batch(coco, tmp_path, launch, start):
     common = ("--data.root", coco, "--epochs", 2, "--checkpoint.every", 0, "--pictures", 0)
-    one = run(*common, "--data.batch-size", 4, "--out", tmp_path / "one")
-    two = run(*common, "--data.batch-size", 2, "--out", tmp_path / "two", processes=2)
-    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    port = free_port()
+    two = ("--data.batch-size", 2, "--out", tmp_path / "two")
+    ranks = [start_rank(launch, port, rank, 2, *common, *two) for rank in range(2)]
+    status, _, stderr = start(*common, "--data.batch-size", 4, "--out", tmp_path / "one")
+    assert status == 0, stderr
+    texts = [rank.communicate(timeout=200)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], texts
     first = lines(tmp_path / "one")
     second = lines(tmp_path / "two")
     assert len(first) == len(second) == 6
@@ -100,7 +107,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(coco, tmp_path):
     assert (first_weights - second_weights).norm() <= 1e-4 * first_weights.norm()
 
 
-def test_killed_rank_is_named_and_the_run_goes_on_elsewhere(coco, tmp_path, launch):
+def test_killed_rank_is_named_and_the_run_goes_on_elsewhere(coco, tmp_path, launch, start):
     common = ("--data.root", coco, "--pictures", 0, "--checkpoint.every", 2, "--eval-every", 999, "--timeout", 60)
     out = tmp_path / "run"
     process = launch(command(*common, "--epochs", 500, "--out", out, processes=2))
@@ -112,10 +119,12 @@ def test_killed_rank_is_named_and_the_run_goes_on_elsewhere(coco, tmp_path, laun
     assert "no word from rank 1: killed" in text
 
     step = load_checkpoint(list_checkpoints(out / "checkpoints")[0])["step"]
-    more = run(*common, "--epochs", 500, "--max-steps", step + 1, "--out", out)  # now with one process
-    assert more.returncode == 0, more.stderr
-    assert "number of processes: 2 before, 1 now" in more.stdout
-    assert "4 images per batch before, 2 now" in more.stdout
+    # now with one process, this one
+    status, stdout, stderr = start(*common, "--epochs", 500, "--max-steps", step + 1, "--out", out)
+    assert status == 0, stderr
+    stdout = " ".join(stdout.split())
+    assert "number of processes: 2 before, 1 now" in stdout
+    assert "4 images per batch before, 2 now" in stdout
     assert [line["step"] for line in lines(out) if "loss" in line] == list(range(1, step + 2))
 
 
@@ -178,28 +187,43 @@ def start_rank(launch, port, rank, size, *arguments):
     return launch(command(*arguments), LOCAL_RANK=str(rank), **env)
 
 
-def test_missing_rank_is_named(coco, tmp_path, launch):
-    arguments = ("--data.root", coco, "--out", tmp_path / "run", "--timeout", 15)
-    port = free_port()
-    first = start_rank(launch, port, 0, 3, *arguments)
-    second = start_rank(launch, port, 1, 3, *arguments)
-    text, _ = first.communicate(timeout=120)
-    assert first.returncode == 1
-    assert "rank 2 did not come within 15 s" in text
-    assert second.wait(timeout=120) == 1
+def be_rank(variables: dict[str, str], arguments: list[str], file: Path) -> None:
+    """Run the script in a forked process, which has nothing left to import; what it prints to stderr is in `file`."""
+    os.environ.update(variables)
+    sys.argv = arguments
+    with file.open("w") as sys.stderr:
+        status = train.main.main()
+    sys.exit(status)
+
+
+def test_missing_rank_is_named(coco, tmp_path):
+    arguments = command("--data.root", coco, "--out", tmp_path / "run", "--timeout", 5)[1:]
+    variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3"}
+    context = multiprocessing.get_context("fork")
+    ranks = []
+    for rank in range(2):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(context.Process(target=be_rank, args=(variables | own, arguments, tmp_path / f"stderr{rank}")))
+        ranks[-1].start()
+    for process in ranks:
+        process.join(timeout=120)
+    assert [process.exitcode for process in ranks] == [1, 1]
+    assert "rank 2 did not come within 5 s" in (tmp_path / "stderr0").read_text()
     assert not (tmp_path / "run").exists()
 
 
-def test_taken_port_is_named(coco, tmp_path, launch):
+def test_taken_port_is_named(coco, tmp_path, start, monkeypatch):
     with socket.socket() as server:
         server.bind(("", 0))
         server.listen()
         port = server.getsockname()[1]
-        process = start_rank(launch, port, 0, 2, "--data.root", coco, "--out", tmp_path / "run", "--timeout", 5)
-        text, _ = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert f"localhost:{port}" in text
-    assert "address already in use" in text
+        variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "2"}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        status, _, stderr = start("--data.root", coco, "--out", tmp_path / "run", "--timeout", 5)
+    assert status == 1
+    assert f"localhost:{port}" in stderr
+    assert "address already in use" in stderr
 
 
 def resolve_to(monkeypatch, *addresses: str) -> None:
@@ -310,14 +334,15 @@ def test_dead_loader_is_one_line(coco, tmp_path, launch):
     assert "Traceback" not in text
 
 
-def test_kill_in_the_middle_of_an_epoch_changes_nothing(coco, tmp_path, launch):
+def test_kill_in_the_middle_of_an_epoch_changes_nothing(coco, tmp_path, launch, start):
     common = ("--data.root", coco, "--pictures", 0, "--checkpoint.every", 1, "--eval-every", 999, "--epochs", 3)
     process = launch(command(*common, "--out", tmp_path / "killed"))
     wait_for_step(tmp_path / "killed", 6, process)
     process.kill()
     process.wait()
-    texts = [run(*common, "--out", tmp_path / name) for name in ("killed", "whole")]
-    assert [text.returncode for text in texts] == [0, 0], texts
+    for name in ("killed", "whole"):
+        status, _, stderr = start(*common, "--out", tmp_path / name)
+        assert status == 0, stderr
     killed_losses = [line["loss"] for line in lines(tmp_path / "killed") if "loss" in line]
     whole_losses = [line["loss"] for line in lines(tmp_path / "whole") if "loss" in line]
     assert len(killed_losses) == 12
@@ -327,11 +352,14 @@ def test_kill_in_the_middle_of_an_epoch_changes_nothing(coco, tmp_path, launch):
     assert all(torch.equal(value, whole_weights[name]) for name, value in killed_weights.items())
 
 
-def test_full_disk_is_one_line_and_spares_what_is_there(coco, tmp_path, launch):
+def test_full_disk_is_one_line_and_spares_what_is_there(coco, tmp_path, start):
     out = tmp_path / "run"
-    line = command("--data.root", coco, "--pictures", 0, "--checkpoint.every", 1, "--out", out)
-    process = launch(["bash", "-c", 'ulimit -f 4000; exec "$@"', "bash", *line])  # no file above 4 MB
-    text, _ = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert f"error: cannot write a checkpoint into {out / 'checkpoints'}: File too large" in text
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, limits[1]))  # no file above 4 MB
+    try:
+        status, _, stderr = start("--data.root", coco, "--pictures", 0, "--checkpoint.every", 1, "--out", out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 1
+    assert f"error: cannot write a checkpoint into {out / 'checkpoints'}: File too large" in stderr
     assert list((out / "checkpoints").iterdir()) == []

@@ -2,12 +2,13 @@
 
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
 import train.main
-from tests.train.conftest import command, environment, lines, make_split, run
+from tests.train.conftest import command, environment, lines, make_split, one_thread
 from train.checkpoint import list_checkpoints, load_checkpoint
 
 COMMON = ("--pictures", 0, "--epochs", 2, "--checkpoint.every", 1, "--checkpoint.keep", 1)  # epochs of 4 steps
@@ -42,8 +43,10 @@ def whole(tmp_path_factory):
     root = tmp_path_factory.mktemp("whole")
     make_split(root / "coco", "train2017", 8, 100)
     make_split(root / "coco", "val2017", 3, 500)
-    result = run("--data.root", root / "coco", *COMMON, "--out", root / "run")
-    assert result.returncode == 0, result.stderr
+    arguments = command("--data.root", root / "coco", *COMMON, "--out", root / "run")[1:]
+    with pytest.MonkeyPatch.context() as patch, one_thread():
+        patch.setattr(sys, "argv", arguments)
+        assert train.main.main() == 0
     numbers = evaluations(root / "run")
     assert [line["step"] for line in numbers] == [4, 8]
     assert numbers[0]["AP"] > numbers[1]["AP"]
@@ -73,19 +76,18 @@ def test_signal_during_the_evaluation(whole, start, tmp_path, monkeypatch):
     assert_finished(tmp_path / "run", numbers)
 
 
-def test_kill_before_the_numbers_are_written(whole, tmp_path):
+def test_kill_before_the_numbers_are_written(whole, start, tmp_path):
     coco, numbers = whole
     out = tmp_path / "run"
     arguments = ("--data.root", coco, *COMMON, "--out", out)
     process = subprocess.Popen(command(*arguments), env=environment(), stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 200
     while time.monotonic() < deadline and not list(out.glob("checkpoints/step-00000004-*")):
         time.sleep(0.002)
     process.kill()
     process.wait()
     assert_evaluation_is_missing(out)
-    result = run(*arguments)
-    assert result.returncode == 0, result.stderr
+    assert start(*arguments)[0] == 0
     assert_finished(out, numbers)
 
 
