@@ -1,6 +1,6 @@
 """What the host does in one training step of the recipe, counted on a machine without a GPU.
 
-    python -m bench.host_step [--ema] [--precision bf16] [--steps 100]
+    python -m bench.host_step [--ema] [--graph] [--precision bf16] [--steps 100]
 
 A GPU waits for its host wherever launching takes longer than computing. So the step is run as on a GPU, the loop of
 `train.loop` included, but the tensors are on the CPU and so small that computing them takes next to no time; what is
@@ -23,7 +23,8 @@ What a figure is:
 The time is that of this machine. It has the CPU's kernels on a few numbers where a GPU has launches, two to three
 microseconds each. Convolutions only allocate their results: a Python function, whose time the table tells, stands for
 the call of cuDNN. There are no copies to the device, which are few (see `train.data.prefetch`), no driver's launches of
-the Triton kernels, and no exchange between processes.
+the Triton kernels, and no exchange between processes. With `--graph` the two replays of a step do nothing, and what is
+counted is what remains around them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -58,7 +59,7 @@ from detector import Batch, Target
 from detector.model import faster_rcnn, resnet
 from detector.ops import nms
 from detector.ops.kernels import nms as nms_kernels
-from detector.precision import PrecisionName, product_settings
+from detector.precision import PrecisionName, autocast, product_settings
 from train import log as log_module
 from train import loop
 from train.build import build
@@ -70,6 +71,7 @@ from train.log import LossBuffer, TrainLog
 from train.progress import training_progress
 from train.run_folder import RunFolder
 from train.schedule import Schedule
+from train.step_graphs import Grid, StepGraphs
 from triton_dcn import functional, tile_table, workspace
 from triton_dcn.geometry import conv_output_size
 
@@ -327,6 +329,16 @@ def make_config(ema: bool) -> Config:
     return replace(config, model=model, optim=replace(config.optim, ema=0.999 if ema else 0.0))
 
 
+class _NoReplays:
+    """A recorder of graphs whose replays do nothing."""
+
+    def run(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+    def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        return function(), lambda: None
+
+
 class HostStep:
     """The training loop of the recipe on a pretended GPU, with its stages.
 
@@ -334,25 +346,29 @@ class HostStep:
         folder: of the run.
         ema: whether a moving average of the weights is kept.
         precision: see `detector.precision`.
+        graph: whether the steps come from CUDA graphs.
     """
 
-    def __init__(self, folder: Path, *, ema: bool = False, precision: PrecisionName = "tf32"):
+    def __init__(
+        self, folder: Path, *, ema: bool = False, precision: PrecisionName = "tf32", graph: bool = False
+    ) -> None:
         self.stages = Stages()
         self._precision = precision
-        self._config = make_config(ema)
+        self._config = replace(make_config(ema), graph=graph)
         self._world = World(0, 1, 0, torch.device("cpu"))
         self._loaded = make_batch()
         self._run_folder = RunFolder(folder)
         self._log: TrainLog | None = None
         with as_on_a_gpu(self.stages, precision):
             self._state, self._network = build(self._config, self._world)
+        self._graphs = self._make_graphs() if graph else None
 
     def run(self, steps: int, watch: AbstractContextManager[Any] = NO_CONTEXT) -> list[dict[str, float]]:
         """Begin an epoch, make a step, then some more under watch; return the seconds of these by stage."""
         state = self._state
         state.batch = 0
         schedule = Schedule(self._config.optim, 16, self._config.epochs)
-        options = {"batches_per_epoch": 2 * steps + 2, "precision": self._precision}
+        options = {"batches_per_epoch": 2 * steps + 2, "precision": self._precision, "graphs": self._graphs}
         seconds = []
         with ExitStack() as stack:
             stack.enter_context(as_on_a_gpu(self.stages, self._precision))
@@ -373,6 +389,17 @@ class HostStep:
                     self.stages.stop()
                     seconds.append(dict(self.stages.seconds))
         return seconds
+
+    def _make_graphs(self) -> StepGraphs:
+        return StepGraphs(
+            self._state,
+            Grid(SIDE, SIDE),
+            _NoReplays(),
+            self._world,
+            clip_grad=0.0,
+            autocast=partial(autocast, self._world.device, self._precision),
+            tell=print,
+        )
 
     def _stage_functions(self, state: TrainState, log: TrainLog) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
         """Yield what to replace for the stages to be known: owner, name of the function, function."""
@@ -516,13 +543,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, count, print the table; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.host_step", description=__doc__.splitlines()[0])
     parser.add_argument("--ema", action="store_true", help="with a moving average of the weights")
+    parser.add_argument("--graph", action="store_true", help="with the steps from CUDA graphs")
     parser.add_argument("--precision", choices=("float32", "tf32", "bf16"), default="tf32", help="of the products")
     parser.add_argument("--steps", type=int, default=100, help="steps to time")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as folder:
-        step = HostStep(Path(folder), ema=options.ema, precision=options.precision)
+        step = HostStep(Path(folder), ema=options.ema, precision=options.precision, graph=options.graph)
         print(table(count(step, options.steps)))
     return 0
 
