@@ -57,7 +57,7 @@ def run_table(
         ("model", _describe_model(config)),
         ("weights", weights),
         ("parameters", _describe_parameters(model)),
-        ("device", describe_device(world)),
+        ("device", describe_device(world) + (", steps from CUDA graphs" if config.graph else "")),
         ("precision", describe_precision(config.precision or "float32")),
         ("batch", _describe_batch(config, world, schedule)),
         ("learning rate", _describe_learning_rate(schedule)),
