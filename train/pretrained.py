@@ -61,7 +61,7 @@ def imagenet_file(depth: int) -> Path:
     return Path(torch.hub.get_dir()).absolute() / "checkpoints" / FILES[depth]
 
 
-def hash_of_name(path: Path) -> str:
+def _hash_of_name(path: Path) -> str:
     """Return the first digits of the SHA-256 that torchvision's file must have: its name ends in them."""
     return path.stem.rpartition("-")[2]
 
@@ -116,7 +116,7 @@ def _find_damage(path: Path) -> str:
     Raises:
         OSError: it cannot be read, or is a folder, a pipe or a device.
     """
-    expected = hash_of_name(path)
+    expected = _hash_of_name(path)
     digest = file_digest(path)
     if digest.startswith(expected):
         return ""
@@ -195,7 +195,7 @@ def _fetch(url: str, path: Path, patience: _Patience, show_progress: bool) -> No
                 raise ValueError(f"cannot fetch {url}: only {_amount(received, size)} came before --timeout")
         if size is not None and received != size:
             raise ValueError(f"cannot fetch {url}: the connection ended after {_amount(received, size)}")
-        expected_hash = hash_of_name(path)
+        expected_hash = _hash_of_name(path)
         if not sha256.hexdigest().startswith(expected_hash):
             raise ValueError(
                 f"cannot fetch {url}: expected a file whose SHA-256 begins with {expected_hash}, "
