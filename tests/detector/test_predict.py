@@ -28,6 +28,7 @@ def small_config(mask=False):
         dcn=None,
         mask=mask,
         norm="gn",
+        base_channels=16,
         fpn_channels=32,
         fc_channels=16,
         image_scale=(96, 64),

@@ -16,6 +16,7 @@ CONFIG = FasterRCNNConfig(
     dcn="v2",
     dcn_stages=(False, True, False, True),
     norm="gn",
+    base_channels=16,
     fpn_channels=32,
     fc_channels=16,
     image_scale=(96, 64),

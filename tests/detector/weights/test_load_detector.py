@@ -17,7 +17,13 @@ from detector.weights.checkpoint import save_weights
 from detector.weights.load_detector import infer_config
 
 CONFIG = FasterRCNNConfig(
-    depth=18, num_classes=3, fpn_channels=32, fc_channels=16, image_scale=(96, 64), score_threshold=0.1
+    depth=18,
+    num_classes=3,
+    base_channels=16,
+    fpn_channels=32,
+    fc_channels=16,
+    image_scale=(96, 64),
+    score_threshold=0.1,
 )
 CLASSES = ["disc", "ring", "star"]
 

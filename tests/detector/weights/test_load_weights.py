@@ -4,6 +4,7 @@ import re
 import sys
 import types
 from collections import OrderedDict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from detector.model.resnet import ResNet
 from detector.weights.checkpoint import read_checkpoint, save_weights
 from detector.weights.load_weights import HEADS, load_weights
 
-CONFIG = FasterRCNNConfig(depth=18, num_classes=3, fpn_channels=32, fc_channels=16)
+CONFIG = FasterRCNNConfig(depth=18, num_classes=3, base_channels=16, fpn_channels=32, fc_channels=16)
 CLASSES = ["disc", "ring", "star"]
 
 
@@ -201,14 +202,14 @@ def test_imagenet_file_goes_into_the_backbone(tmp_path, dcn, whole):
 def test_imagenet_file_of_another_depth_is_an_error(tmp_path):
     torch.save(ResNet(18).state_dict(), tmp_path / "resnet18.pth")
     with pytest.raises(ValueError, match=r"resnet18\.pth does not fit the model"):
-        load_weights(FasterRCNN(FasterRCNNConfig(depth=50, num_classes=3)), tmp_path / "resnet18.pth")
+        load_weights(FasterRCNN(replace(CONFIG, base_channels=64, depth=50)), tmp_path / "resnet18.pth")
 
 
 def test_class_count_error_and_its_remedy(tmp_path, source):
     path = tmp_path / "weights.pth"
     torch.save({"state_dict": source.state_dict()}, path)
     torch.manual_seed(7)
-    model = FasterRCNN(FasterRCNNConfig(depth=18, num_classes=5, fpn_channels=32, fc_channels=16))
+    model = FasterRCNN(replace(CONFIG, num_classes=5))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     message = r"expected 5 classes, as the model has, got 3 \(.*fc_cls.*fc_reg.*skip_heads=True"
     with pytest.raises(ValueError, match=message) as error:
