@@ -27,7 +27,12 @@ SHOWN = {
 }
 """What to show of the output of a benchmark; a table by default."""
 FIRST = ("smoke", "kernels-n16", "stages-n16", "video")
-GPU_TESTS = ("tests/triton_dcn/test_gpu.py", "tests/triton_dcn/test_torch_backend.py", "tests/detector")
+GPU_TESTS = (
+    "tests/triton_dcn/test_gpu.py",
+    "tests/triton_dcn/test_torch_backend.py",
+    "tests/detector",
+    "tests/train/test_step_graphs.py",
+)
 COUNTERS = (
     "SpeedOfLight",
     "MemoryWorkloadAnalysis",

@@ -1,12 +1,14 @@
 """Steps from graphs beside steps without; `tests/replay.py` stands in for CUDA graphs."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from detector import Batch, FasterRCNN, FasterRCNNConfig, Target
+from detector.graph import CudaRecorder
 from detector.structures import NO_OBJECT
 from tests.replay import OperatorRecorder
 from train.average import WeightAverage
@@ -85,9 +87,9 @@ def loaded(batch):
     return LoadedBatch(batch, [0, 1], [(1.0, 1.0)] * 2, [(64, 96)] * 2, {})
 
 
-def make_state(make_model=lambda: FasterRCNN(MODEL), optim="sgd", ema=0.0, graph=False):
+def make_state(make_model=lambda: FasterRCNN(MODEL), optim="sgd", ema=0.0, graph=False, device="cpu"):
     torch.manual_seed(0)
-    model = make_model().to(memory_format=torch.channels_last)
+    model = make_model().to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, OptimConfig(name=optim))
     for group in optimizer.param_groups:
         group["fused"] = True  # as on a GPU
@@ -156,9 +158,9 @@ class Toy(nn.Module):
         }
 
 
-def compare(state, graph_state, sizes=SIZES, accumulate=1, clip_grad=0.0):
+def compare(state, graph_state, sizes=SIZES, accumulate=1, clip_grad=0.0, masks=False):
     """Train on batches of these sizes without graphs and with them; check that both are equal."""
-    batches = [make_batch(size, seed) for seed, size in enumerate(sizes)]
+    batches = [make_batch(size, seed, masks) for seed, size in enumerate(sizes)]
     expected_log = train(state, [padded(batch) for batch in batches], accumulate=accumulate, clip_grad=clip_grad)
     assert torch.isfinite(torch.tensor(expected_log.losses)).all()
 
@@ -191,6 +193,32 @@ def test_steps_of_the_detector():
     sizes = [(64, 96), (40, 64), (50, 90), (64, 96), (64, 50)]
     recorder = compare(make_state(), make_state(graph=True), sizes, clip_grad=0.5)
     assert (recorder.runs, recorder.recordings, recorder.replays) == (3, 3, 4)
+
+
+def test_steps_of_the_detector_with_masks(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # masks take the way of a GPU
+
+    def make_model():
+        return FasterRCNN(replace(MODEL, mask=True, dcn=None))
+
+    sizes = [(64, 96), (50, 90), (40, 70)]
+    recorder = compare(make_state(make_model), make_state(make_model, graph=True), sizes, masks=True)
+    assert (recorder.runs, recorder.recordings, recorder.replays) == (2, 2, 2)
+
+
+@pytest.mark.gpu
+def test_steps_from_cuda_graphs():
+    """Atomic sums round differently from call to call, so the numbers are not equal."""
+    device = torch.device("cuda")
+    batches = [make_batch(size, seed).to(device) for seed, size in enumerate(SIZES)]
+    state = make_state(ema=0.9, device=device)
+    expected = train(state, [padded(batch) for batch in batches], clip_grad=0.5)
+    graph_state = make_state(ema=0.9, device=device, graph=True)
+    graphs = make_graphs(graph_state, CudaRecorder(device), clip_grad=0.5)
+    log = train(graph_state, batches, graphs)
+    torch.testing.assert_close(torch.tensor(log.losses), torch.tensor(expected.losses), rtol=2e-2, atol=2e-2)
+    for name, weight in state.average.module.named_parameters():
+        torch.testing.assert_close(graph_state.average.module.get_parameter(name), weight, rtol=1e-2, atol=1e-3)
 
 
 def test_a_resumed_run(tmp_path):
