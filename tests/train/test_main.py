@@ -256,14 +256,14 @@ def test_run_without_network_ends_before_anything_else_starts(start, coco, tmp_p
 
 
 def test_signal_writes_a_checkpoint_first(start, coco, tmp_path, monkeypatch):
-    update = train.loop._update_weights
+    count = train.loop.count_step
 
-    def update_and_signal(state, *rest):
-        update(state, *rest)
+    def count_and_signal(state):
+        count(state)
         if state.step == 2:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(train.loop, "_update_weights", update_and_signal)
+    monkeypatch.setattr(train.loop, "count_step", count_and_signal)
     common = ("--data.root", coco, "--checkpoint.every", 0, "--pictures", 0)
     status, _, stderr = start(*common, "--out", tmp_path / "run")
     assert status == 128 + signal.SIGTERM
