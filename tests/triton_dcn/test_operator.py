@@ -166,8 +166,8 @@ def test_each_gradient_alone(needed):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_fullgraph(dynamic):
-    """Without a break, static and dynamic shapes, forward and backward."""
-    compiled = torch.compile(deform_conv2d, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    """Without a break, static and dynamic shapes, forward and backward, by the default backend."""
+    compiled = torch.compile(deform_conv2d, fullgraph=True, dynamic=dynamic)
     for size in ((7, 9), (8, 6)):
         case = make_case(replace(CASES["plain"], height=size[0], width=size[1]), torch.float32)
         leaves = [t.clone().requires_grad_() for t in case.tensors]
