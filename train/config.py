@@ -182,11 +182,16 @@ PRESETS: dict[PresetName, Config] = {
     "small": Config(
         preset="small",
         weights="none",
-        epochs=8,
-        eval_every=2,
+        epochs=6,
+        eval_every=3,
         log_every=1,
-        data=DataConfig(batch_size=4, workers=1),
-        model=_FROM_SCRATCH,
+        data=DataConfig(batch_size=4, workers=1, half_size=0.67),
+        model=replace(
+            _FROM_SCRATCH,
+            dcn_stages=(False, True, True, False),  # c5 has 4 x 3 cells at half the size
+            anchor_scale=4.0,
+            roi_positive_fraction=0.5,
+        ),
         optim=OptimConfig(
             name="adamw",
             lr=4e-3,
@@ -196,7 +201,7 @@ PRESETS: dict[PresetName, Config] = {
             schedule="cosine",
             clip_grad=5.0,
         ),
-        checkpoint=CheckpointConfig(every=100),
+        checkpoint=CheckpointConfig(every=500),
     ),
     "tiny": Config(
         preset="tiny",

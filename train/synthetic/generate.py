@@ -29,7 +29,7 @@ FIRST_ID = {"train": 1, "val": MAX_IMAGES + 1}  # the splits have no image id in
 
 
 def ensure_generated(
-    root: Path, *, train_images: int = 600, val_images: int = 100, seed: int = 0, progress: bool = True
+    root: Path, *, train_images: int = 1200, val_images: int = 100, seed: int = 0, progress: bool = True
 ) -> Path:
     """Make the generated data set at `root`, unless it is there already.
 
