@@ -125,7 +125,7 @@ class FasterRCNN(nn.Module):
         features = self.features(self.normalize(batch))
         level_shapes = _level_shapes(features)
         anchors = self.rpn_head.anchor_generator(level_shapes)
-        all_anchors = torch.cat(anchors)
+        all_anchors = self.rpn_head.anchor_generator.all_levels(level_shapes)
         targets = pad_targets(batch.targets, all_anchors.dtype)
         seeds = batch.seeds
         if seeds is None:

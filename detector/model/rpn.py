@@ -6,6 +6,7 @@ Letters: B images, A anchors per cell, n anchors of a level, N anchors of all le
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,20 @@ from detector.ops import boxes as box_ops
 from detector.ops.nms import batched_nms
 
 DELTA_STDS = (1.0, 1.0, 1.0, 1.0)
+
+
+class Predictions(NamedTuple):
+    """What the RPN says of some anchors.
+
+    Attributes:
+        scores: (..., k).
+        deltas: (..., k, 4), from the anchors to the boxes.
+        anchors: (..., k, 4).
+    """
+
+    scores: Tensor
+    deltas: Tensor
+    anchors: Tensor
 
 
 class RPN(nn.Module):
@@ -100,13 +115,11 @@ class RPN(nn.Module):
             boxes (B, P, 4), scores (B, P) descending, valid (B, P) bool; P = `post_nms_top_n` or the number of boxes
             before the suppression, if that is smaller.
         """
-        level_boxes = []
-        level_scores = []
-        for logits_of_level, deltas_of_level, anchors_of_level in zip(logits, deltas, anchors, strict=True):
-            boxes, scores = self._top_of_level(logits_of_level, deltas_of_level, anchors_of_level, sizes)
-            level_boxes.append(boxes)
-            level_scores.append(scores)
-        boxes, scores = _stack_levels(level_boxes, level_scores)  # (B, levels, max_boxes, 4), (B, levels, max_boxes)
+        levels = [self._top_of_level(*level) for level in zip(logits, deltas, anchors, strict=True)]
+        tops = _stack_levels(levels)
+        boxes = box_ops.decode(tops.anchors, tops.deltas, DELTA_STDS)  # (B, levels, max_boxes, 4)
+        boxes = box_ops.clip(boxes, sizes)
+        scores = tops.scores
         valid = (boxes[..., 2:] - boxes[..., :2] > self.min_size).all(-1)  # false on padding, whose boxes are empty
 
         # Each level of each image is one group of the suppression.
@@ -120,14 +133,8 @@ class RPN(nn.Module):
         boxes = gather_boxes(boxes.flatten(1, 2), index)
         return boxes, scores, scores >= 0
 
-    def _top_of_level(
-        self,
-        logits: Tensor,
-        deltas: Tensor,
-        anchors: Tensor,
-        sizes: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the boxes (B, k, 4) with the highest scores (B, k) of one level, k at most `pre_nms_top_n`."""
+    def _top_of_level(self, logits: Tensor, deltas: Tensor, anchors: Tensor) -> Predictions:
+        """Return the predictions with the highest scores of one level, at most `pre_nms_top_n`."""
         top_n_training, top_n_evaluation = self.pre_nms_top_n
         top_n = top_n_training if self.training else top_n_evaluation
         count = min(top_n, logits.shape[1])
@@ -137,9 +144,7 @@ class RPN(nn.Module):
         scores = scores.narrow_copy(1, 0, count)
         index = index.narrow_copy(1, 0, count)
 
-        deltas = gather_boxes(deltas.to(anchors.dtype), index)
-        boxes = box_ops.decode(anchors[index], deltas, DELTA_STDS)
-        return box_ops.clip(boxes, sizes), scores
+        return Predictions(scores, gather_boxes(deltas.to(anchors.dtype), index), anchors[index])
 
     def sample(self, anchors: Tensor, valid: Tensor, targets: PaddedTargets, seeds: Tensor) -> SamplingResult:
         """Choose the anchors of the loss.
@@ -197,13 +202,22 @@ class RPN(nn.Module):
         }
 
 
-def _stack_levels(boxes: Sequence[Tensor], scores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _stack_levels(levels: Sequence[Predictions]) -> Predictions:
     """Stack levels behind the batch dimension, padded with zeros to the level with the most boxes."""
-    max_boxes = max(level_scores.shape[1] for level_scores in scores)
-    padded_boxes = []
-    padded_scores = []
-    for level_boxes, level_scores in zip(boxes, scores, strict=True):
-        padding = max_boxes - level_scores.shape[1]
-        padded_boxes.append(F.pad(level_boxes, (0, 0, 0, padding)))
-        padded_scores.append(F.pad(level_scores, (0, padding)))
-    return torch.stack(padded_boxes, 1), torch.stack(padded_scores, 1)
+    max_boxes = max(level.scores.shape[1] for level in levels)
+    scores = []
+    deltas = []
+    anchors = []
+    for level in levels:
+        padding = max_boxes - level.scores.shape[1]
+        if padding:  # without any, `pad` would copy
+            level = Predictions(*(_pad_boxes(tensor, padding) for tensor in level))
+        scores.append(level.scores)
+        deltas.append(level.deltas)
+        anchors.append(level.anchors)
+    return Predictions(torch.stack(scores, 1), torch.stack(deltas, 1), torch.stack(anchors, 1))
+
+
+def _pad_boxes(tensor: Tensor, count: int) -> Tensor:
+    """Add zeros for `count` boxes behind those of (B, k) or (B, k, 4)."""
+    return F.pad(tensor, (0, count) if tensor.dim() == 2 else (0, 0, 0, count))

@@ -80,7 +80,9 @@ class BoxSampler:
         is_negative = assigned == 0
         keys = None
         if self.rule == "random":
-            keys = random_keys(seeds, num_boxes).roll(num_targets, 1)
+            keys = random_keys(seeds, num_boxes)
+            if num_targets:
+                keys = keys.roll(num_targets, 1)
 
         num_positives = is_positive.sum(1).clamp(max=self.max_positives)
         positives = self._choose(is_positive, num_positives, min(self.max_positives, num_boxes), keys)

@@ -11,8 +11,12 @@ import math
 import torch
 from torch import Tensor
 
+from detector.ops.tensor_memory import TensorMemory
+
 LOG_RATIO_LIMIT = abs(math.log(16 / 1000))
 """Largest |dw| and |dh| that `decode` applies."""
+
+_CONSTANTS: TensorMemory[Tensor] = TensorMemory(64)
 
 
 def area(boxes: Tensor) -> Tensor:
@@ -100,4 +104,4 @@ def _tensor_of(values: tuple[float, ...], like: Tensor) -> Tensor:
 
     Each value is filled in on the device: a copy from the host would make the host wait for the GPU.
     """
-    return torch.stack([like.new_full((), value) for value in values])
+    return _CONSTANTS.get(like, values, lambda: torch.stack([like.new_full((), value) for value in values]))
