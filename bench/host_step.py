@@ -60,6 +60,7 @@ from detector.model import faster_rcnn, resnet
 from detector.ops import nms
 from detector.ops.kernels import nms as nms_kernels
 from detector.precision import PrecisionName, autocast, product_settings
+from detector.structures import StackedTargets
 from train import log as log_module
 from train import loop
 from train.build import build
@@ -313,7 +314,7 @@ def make_batch() -> LoadedBatch:
         size = torch.rand(number, 2, generator=generator) * SIDE / 2
         labels = torch.randint(80, (number,), generator=generator)
         targets.append(Target(torch.cat([corner, corner + size], 1), labels))
-    batch = Batch(images, torch.full((count, 2), SIDE), targets, torch.arange(count))
+    batch = Batch(images, torch.full((count, 2), SIDE), StackedTargets.of(targets), torch.arange(count))
     return LoadedBatch(batch, list(range(count)), [(1.0, 1.0)] * count, [(SIDE, SIDE)] * count, {})
 
 

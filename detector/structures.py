@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -58,6 +59,84 @@ class Target:
 
 
 @dataclass(frozen=True)
+class StackedTargets(Sequence[Target]):
+    """Ground truths of a batch in one tensor of boxes and one of labels; a sequence with a `Target` for each image.
+
+    To copy them to a device, or to pad them for the model, takes the same few calls for any number of images.
+
+    Attributes:
+        boxes: (B, G, 4) float32, with zeros behind the boxes of an image.
+        labels: (B, G) int64, with `NO_OBJECT` there.
+        counts: ground truths of each image.
+        masks: (N, H, W) of each image; None where the model predicts boxes only.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    counts: tuple[int, ...]
+    masks: tuple[Tensor, ...] | None = None
+
+    @staticmethod
+    def of(targets: Sequence[Target], capacity: int = 1) -> StackedTargets:
+        """Stack targets, all with masks or all without, and copy boxes and labels.
+
+        Args:
+            targets: one per image, at least one.
+            capacity: G, if no image has more ground truths; else G is the largest number of an image.
+        """
+        counts = tuple(len(target.labels) for target in targets)
+        first = targets[0]
+        capacity = max(capacity, *counts)
+        boxes = first.boxes.new_zeros(len(targets), capacity, 4)
+        labels = first.labels.new_full((len(targets), capacity), NO_OBJECT)
+        for target, count, boxes_of_image, labels_of_image in zip(targets, counts, boxes, labels, strict=True):
+            boxes_of_image[:count] = target.boxes
+            labels_of_image[:count] = target.labels
+        masks = tuple(target.masks for target in targets if target.masks is not None)
+        return StackedTargets(boxes, labels, counts, masks or None)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @overload
+    def __getitem__(self, index: int) -> Target: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Target]: ...
+
+    def __getitem__(self, index: int | slice) -> Target | list[Target]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        count = self.counts[index]
+        masks = None if self.masks is None else self.masks[index]
+        return Target(self.boxes[index, :count], self.labels[index, :count], masks)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> StackedTargets:
+        """Return the targets on `device`."""
+        masks = self.masks
+        if masks is not None:
+            masks = tuple(mask.to(device, non_blocking=non_blocking) for mask in masks)
+        return StackedTargets(
+            boxes=self.boxes.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            counts=self.counts,
+            masks=masks,
+        )
+
+    def pin_memory(self) -> StackedTargets:
+        """Return the targets in page-locked memory."""
+        masks = self.masks
+        if masks is not None:
+            masks = tuple(mask.pin_memory() for mask in masks)
+        return StackedTargets(
+            boxes=self.boxes.pin_memory(),
+            labels=self.labels.pin_memory(),
+            counts=self.counts,
+            masks=masks,
+        )
+
+
+@dataclass(frozen=True)
 class Batch:
     """Images of one step, padded to a common size.
 
@@ -65,7 +144,7 @@ class Batch:
         images: (B, 3, Hp, Wp) uint8 RGB, Hp and Wp multiples of `SIZE_DIVISOR`; every row and column outside an image's
             own size is padding of any value.
         sizes: (B, 2) int64, height and width of each image before padding.
-        targets: one `Target` per image, or None when there is no ground truth.
+        targets: one `Target` per image, for example `StackedTargets`, or None when there is no ground truth.
         seeds: (B,) int64, one per image, for the random samplers of the model: the samples of an image depend on its
             seed and the padded size, not on the other images of the batch. None draws seeds from torch's global
             generator.
@@ -79,7 +158,9 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch on `device`."""
         targets = self.targets
-        if targets is not None:
+        if isinstance(targets, StackedTargets):
+            targets = targets.to(device, non_blocking)
+        elif targets is not None:
             targets = [target.to(device, non_blocking) for target in targets]
         seeds = self.seeds
         if seeds is not None:
@@ -94,7 +175,9 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory, so that `to(..., non_blocking=True)` does not wait."""
         targets = self.targets
-        if targets is not None:
+        if isinstance(targets, StackedTargets):
+            targets = targets.pin_memory()
+        elif targets is not None:
             targets = [target.pin_memory() for target in targets]
         seeds = self.seeds
         if seeds is not None:

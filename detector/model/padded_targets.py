@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from detector.structures import NO_OBJECT, Target
+from detector.structures import NO_OBJECT, StackedTargets, Target
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class PaddedTargets:
     """Ground truth of a batch as three tensors.
 
     Attributes:
-        boxes: (B, G, 4); G is the largest count of the batch and at least 1.
+        boxes: (B, G, 4); G is the largest count of the batch and at least 1, or as `StackedTargets` has it.
         labels: (B, G) int64.
         valid: (B, G) bool, false on padding.
     """
@@ -33,9 +33,12 @@ def pad_targets(targets: Sequence[Target], dtype: torch.dtype) -> PaddedTargets:
     """Put the boxes and labels of a batch into one tensor each; no value is read from the device.
 
     Args:
-        targets: one per image, on one device.
+        targets: one per image, on one device; `StackedTargets` are padded already.
         dtype: of the boxes in the result.
     """
+    if isinstance(targets, StackedTargets):
+        return _hide_padding(targets.boxes.to(dtype), targets.labels)
+
     num_images = len(targets)
     num_targets = max(1, *(len(target.labels) for target in targets))
     device = targets[0].boxes.device
@@ -47,6 +50,11 @@ def pad_targets(targets: Sequence[Target], dtype: torch.dtype) -> PaddedTargets:
         count = len(target.labels)
         boxes[index, :count] = target.boxes
         labels[index, :count] = target.labels
+    return _hide_padding(boxes, labels)
+
+
+def _hide_padding(boxes: Tensor, labels: Tensor) -> PaddedTargets:
+    """Return the targets with a class in place of `NO_OBJECT`, since labels are also indices."""
     return PaddedTargets(boxes, labels.clamp(min=0), labels != NO_OBJECT)
 
 

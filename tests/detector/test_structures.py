@@ -1,8 +1,10 @@
 """Moving the types that travel through the detector."""
 
+import pytest
 import torch
 
 from detector import Batch, Target
+from detector.structures import NO_OBJECT, StackedTargets
 
 
 def make_target(masks=None):
@@ -29,3 +31,41 @@ def test_batch_moves_with_targets_and_seeds():
     batch = Batch(images, sizes).to("meta")
     assert batch.targets is None
     assert batch.seeds is None
+
+
+def images_with_boxes(counts, masks=False):
+    targets = []
+    for count in counts:
+        mask = torch.ones(count, 4, 4 + count, dtype=torch.uint8) if masks else None
+        targets.append(Target(torch.rand(count, 4), torch.arange(count), mask))
+    return targets
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize(
+    ("counts", "capacity", "width"), [((2, 0, 3), 1, 3), ((0,), 1, 1), ((0, 0), 5, 5), ((4, 1), 3, 4)], ids=str
+)
+def test_stacked_targets_are_the_targets(counts, capacity, width, masks):
+    targets = images_with_boxes(counts, masks)
+    stacked = StackedTargets.of(targets, capacity)
+    assert stacked.boxes.shape == (len(counts), width, 4)
+    assert (stacked.labels == NO_OBJECT).sum() == len(counts) * width - sum(counts)
+    assert len(stacked) == len(targets) == len(stacked[:]) == len(stacked.to("cpu"))
+    for stacked_target, target in zip(stacked, targets, strict=True):
+        assert torch.equal(stacked_target.boxes, target.boxes)
+        assert torch.equal(stacked_target.labels, target.labels)
+        assert stacked_target.masks is target.masks
+    assert torch.equal(stacked[-1].boxes, targets[-1].boxes)
+    with pytest.raises(IndexError):
+        stacked[len(counts)]
+
+
+def test_stacked_targets_move_with_their_masks():
+    batch = Batch(
+        torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
+        torch.zeros(2, 2),
+        StackedTargets.of(images_with_boxes((2, 1), masks=True)),
+    ).to("meta")
+    assert isinstance(batch.targets, StackedTargets)
+    assert all(tensor.is_meta for tensor in (batch.targets.boxes, batch.targets.labels, *batch.targets.masks))
+    assert batch.targets[1].boxes.shape == (1, 4)

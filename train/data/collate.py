@@ -13,6 +13,7 @@ from torch.utils.data import get_worker_info
 
 from detector import Batch, Target
 from detector.image import stack_images
+from detector.structures import StackedTargets
 from train.data.transforms import Sample
 
 
@@ -105,7 +106,9 @@ def _rebuild(batch: Batch | None, *fields: Any) -> LoadedBatch:
 def _convert_small_tensors(batch: Batch, convert: Callable[[Any], Any]) -> Batch:
     """Apply `convert`, from tensor to array or back, to everything but images and masks."""
     targets = batch.targets
-    if targets is not None:
+    if isinstance(targets, StackedTargets):
+        targets = replace(targets, boxes=convert(targets.boxes), labels=convert(targets.labels))
+    elif targets is not None:
         targets = [replace(target, boxes=convert(target.boxes), labels=convert(target.labels)) for target in targets]
     seeds = batch.seeds
     if seeds is not None:
@@ -114,7 +117,7 @@ def _convert_small_tensors(batch: Batch, convert: Callable[[Any], Any]) -> Batch
 
 
 def collate(samples: Sequence[Sample], unreadable: Mapping[int, str] | None = None) -> LoadedBatch:
-    """Put the images of a batch into one tensor, padded with zeros; boxes and masks become one `Target` per image.
+    """Put the images of a batch into one tensor, padded with zeros; boxes and masks become `StackedTargets`.
 
     Args:
         samples: images of the batch; may be empty if none could be read.
@@ -123,7 +126,7 @@ def collate(samples: Sequence[Sample], unreadable: Mapping[int, str] | None = No
     batch = None
     if samples:
         images, sizes = stack_images([sample.image for sample in samples])
-        targets = [_target(sample) for sample in samples]
+        targets = StackedTargets.of([_target(sample) for sample in samples])
         seeds = torch.tensor([sample.seed for sample in samples])
         batch = Batch(images, sizes, targets, seeds)
     return LoadedBatch(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from detector import Batch
+from detector.structures import StackedTargets
 from train.data.collate import LoadedBatch
 
 
@@ -39,10 +40,15 @@ def batch_tensors(batch: Batch | None) -> Iterator[Tensor]:
         return
     yield batch.images
     yield batch.sizes
-    for target in batch.targets or ():
-        yield target.boxes
-        yield target.labels
-        if target.masks is not None:
-            yield target.masks
+    if isinstance(batch.targets, StackedTargets):
+        yield batch.targets.boxes
+        yield batch.targets.labels
+        yield from batch.targets.masks or ()
+    elif batch.targets is not None:
+        for target in batch.targets:
+            yield target.boxes
+            yield target.labels
+            if target.masks is not None:
+                yield target.masks
     if batch.seeds is not None:
         yield batch.seeds
