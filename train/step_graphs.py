@@ -21,7 +21,7 @@ from torch import Tensor, optim
 
 from detector import Batch, Target
 from detector.graph import Graphs, Recorder
-from detector.structures import NO_OBJECT, SIZE_DIVISOR, padded_side
+from detector.structures import NO_OBJECT, SIZE_DIVISOR, StackedTargets, padded_side
 from train.checkpoint import TrainState
 from train.distributed import World
 from train.step import apply_gradients, compute_gradients
@@ -77,7 +77,7 @@ class Grid:
         """Return the padded shape of a batch with targets; no value is read from the device."""
         assert batch.targets is not None
         num_images, _, height, width = batch.images.shape
-        most_targets = max(len(target.labels) for target in batch.targets)
+        most_targets = _stack(batch.targets).labels.shape[1]
         return BatchShape(num_images, self.pad_side(height), self.pad_side(width), self.pad_count(most_targets))
 
 
@@ -99,14 +99,18 @@ class BatchShape:
     def empty_batch(self, like: Batch) -> Batch:
         """Return a batch of this shape for `copy_batch`, with the dtypes and the device of a batch."""
         assert like.targets is not None
-        first = like.targets[0]
+        stacked = _stack(like.targets)
         images = like.images.new_zeros(self.images, 3, self.height, self.width)
-        boxes = first.boxes.new_zeros(self.images, self.targets, 4)
-        labels = first.labels.new_zeros(self.images, self.targets)
-        masks: Sequence[Tensor | None] = [None] * self.images
-        if first.masks is not None:
-            masks = list(first.masks.new_zeros(self.images, self.targets, self.height, self.width))
-        targets = [Target(*fields) for fields in zip(boxes, labels, masks, strict=True)]
+        masks = None
+        if stacked.masks is not None:
+            shape = (self.images, self.targets, self.height, self.width)
+            masks = tuple(stacked.masks[0].new_zeros(shape))
+        targets = StackedTargets(
+            boxes=stacked.boxes.new_zeros(self.images, self.targets, 4),
+            labels=stacked.labels.new_zeros(self.images, self.targets),
+            counts=(self.targets,) * self.images,
+            masks=masks,
+        )
         seeds = None if like.seeds is None else torch.zeros_like(like.seeds)
         return Batch(images, torch.zeros_like(like.sizes), targets, seeds)
 
@@ -118,7 +122,7 @@ def copy_batch(batch: Batch, into: Batch) -> None:
     Padded ground truths have the label `NO_OBJECT`.
     """
     assert batch.targets is not None
-    assert into.targets is not None
+    assert isinstance(into.targets, StackedTargets)
     height, width = batch.images.shape[2:]
     into.images[:, :, :height, :width].copy_(batch.images)
     into.sizes.copy_(batch.sizes)
@@ -126,16 +130,22 @@ def copy_batch(batch: Batch, into: Batch) -> None:
         assert into.seeds is not None
         into.seeds.copy_(batch.seeds)
 
-    for target, padded in zip(batch.targets, into.targets, strict=True):
-        count = len(target.labels)
-        padded.boxes[:count].copy_(target.boxes)
-        padded.labels[:count].copy_(target.labels)
-        padded.labels[count:].fill_(NO_OBJECT)
-        if target.masks is not None:
-            assert padded.masks is not None
-            mask_height, mask_width = target.masks.shape[1:]
-            padded.masks[:count].zero_()
-            padded.masks[:count, :mask_height, :mask_width].copy_(target.masks)
+    targets = _stack(batch.targets)
+    count = targets.labels.shape[1]
+    into.targets.boxes[:, :count].copy_(targets.boxes)
+    into.targets.labels[:, :count].copy_(targets.labels)
+    into.targets.labels[:, count:].fill_(NO_OBJECT)
+    if targets.masks is not None:
+        assert into.targets.masks is not None
+        for mask, padded in zip(targets.masks, into.targets.masks, strict=True):
+            mask_count, mask_height, mask_width = mask.shape
+            padded[:mask_count].zero_()
+            padded[:mask_count, :mask_height, :mask_width].copy_(mask)
+
+
+def _stack(targets: Sequence[Target]) -> StackedTargets:
+    """Return targets as the loader stacks them."""
+    return targets if isinstance(targets, StackedTargets) else StackedTargets.of(targets)
 
 
 class StepGraphs:
