@@ -210,7 +210,8 @@ def _stack_levels(levels: Sequence[Predictions]) -> Predictions:
     anchors = []
     for level in levels:
         padding = max_boxes - level.scores.shape[1]
-        if padding:  # without any, `pad` would copy
+        # Without any, `pad` would only copy; but what is traced has to hold for images of other sizes.
+        if torch.compiler.is_compiling() or padding:
             level = Predictions(*(_pad_boxes(tensor, padding) for tensor in level))
         scores.append(level.scores)
         deltas.append(level.deltas)
