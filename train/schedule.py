@@ -140,7 +140,21 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> optim.Optimizer:
         betas = (config.momentum, 0.999)
         return optim.AdamW(groups, config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
     fused = True if any(parameter.is_cuda for parameter in other_parameters) else None
-    return optim.SGD(groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
+    sgd = optim.SGD(groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
+    if fused and config.momentum:
+        start_momentum(sgd)
+    return sgd
+
+
+def start_momentum(sgd: optim.SGD) -> None:
+    """Give every parameter a momentum of zeros, from which the first step gets the same numbers as from none.
+
+    A fused SGD makes its momenta in its first step, out of memory that it does not clear, and leaves them like that if
+    the loss scaler finds a gradient that is not finite, as the first ones in float16 often are.
+    """
+    for group in sgd.param_groups:
+        for parameter in group["params"]:
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def prepare_for_graphs(optimizer: optim.Optimizer) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from detector import Batch, FasterRCNN, FasterRCNNConfig, Target
 from train.config import Config, OptimConfig
-from train.schedule import Schedule, choose_warmup, make_optimizer, set_learning_rate, unreached_rates
+from train.schedule import Schedule, choose_warmup, make_optimizer, set_learning_rate, start_momentum, unreached_rates
 
 
 def test_rates_equal_mmengine(golden):
@@ -149,6 +149,25 @@ def test_layers_that_predict_offsets_have_their_share():
     assert len(rates) == len(trained)
     for name, parameter in trained.items():
         assert rates[id(parameter)] == pytest.approx(0.05 if "conv_offset" in name else 0.5)
+
+
+def test_fused_sgd_after_a_first_step_with_infinite_gradients():
+    """PyTorch's own momenta would be what was in memory before."""
+    dirty = torch.full((4096,), 7e20)
+    del dirty
+    weight = torch.nn.Parameter(torch.ones(4096))
+    plain_weight = torch.nn.Parameter(torch.ones(4096))
+    sgd = torch.optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=0.01, fused=True)
+    start_momentum(sgd)
+    plain_sgd = torch.optim.SGD([plain_weight], lr=0.1, momentum=0.9, weight_decay=0.01, fused=False)
+    for optimizer, parameter in ((sgd, weight), (plain_sgd, plain_weight)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for factor in (float("inf"), 1.0, 2.0):
+            optimizer.zero_grad()
+            scaler.scale((parameter * factor).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    torch.testing.assert_close(weight, plain_weight)
 
 
 def test_fused_adamw_takes_the_steps_of_the_plain_one():
