@@ -57,6 +57,8 @@ class Inference:
             return self.model.detect(batch)
         shape = batch.images.shape
         if shape not in self._batches:
+            if self._graphs.is_full:
+                return self.model.detect(batch)
             self._batches[shape] = Batch(torch.empty_like(batch.images), torch.empty_like(batch.sizes))
         static = self._batches[shape]
         static.images.copy_(batch.images)

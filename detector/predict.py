@@ -106,7 +106,6 @@ def _predict_batches(
         yield from _predict_batch(inference, pixels, score)
 
 
-@torch.inference_mode()
 def _predict_batch(inference: Inference, images: Sequence[np.ndarray], score: float) -> list[Detections]:
     model = inference.model
     resized_images = []

@@ -196,9 +196,11 @@ class StepGraphs:
             The losses, scalars that are valid until the next call.
         """
         shape = self.grid.shape_of(batch)
-        if shape not in self._batches:
-            self._batches[shape] = shape.empty_batch(batch)
-        padded = self._batches[shape]
+        padded = self._batches.get(shape)
+        if padded is None:
+            padded = shape.empty_batch(batch)
+            if not self._backward_graphs.is_full:
+                self._batches[shape] = padded
         copy_batch(batch, padded)
 
         def compute() -> dict[str, Tensor]:

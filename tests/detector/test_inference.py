@@ -85,6 +85,20 @@ def test_predictions_from_graphs_equal_those_without():
     assert_equal([next(predict_images(inference, [image])) for image in images], expected)
     assert (recorder.runs, recorder.recordings, recorder.replays) == (1, 1, 1)
 
+    # Tensors of torch.inference_mode could not be written to from here.
+    inference.start(Batch(torch.zeros(1, 3, 64, 96, dtype=torch.uint8), torch.tensor([[64, 96]])))()
+    assert recorder.replays == 2
+
+
+def test_shapes_beyond_the_limit_leave_nothing_behind(monkeypatch):
+    monkeypatch.setattr(detector.inference, "MAX_GRAPHS", 1)
+    model = make_model(dcn=None)
+    inference = Inference(model, OperatorRecorder())
+    for width in (32, 32, 64, 96, 64):
+        batch = make_batch(1, 32, width)
+        assert_equal(inference.start(batch)(), model(batch))
+    assert len(inference._batches) == 1
+
 
 @pytest.mark.parametrize("mask", [False, True])
 def test_no_value_is_read_from_the_device(mask, monkeypatch):

@@ -269,6 +269,7 @@ def test_too_many_shapes_are_told_once_and_computed_without_graphs():
     for size in [(64, 96), (64, 96), (40, 60), (40, 60), (40, 60), (64, 96)]:
         graphs.backward(make_batch(size, 1), 1.0)
     assert (recorder.runs, recorder.recordings, recorder.replays) == (4, 1, 1)
+    assert len(graphs._batches) == 1, "batches without a graph do not stay in memory"
     assert told == ["--graph: 1 graphs for as many shapes of batches; further shapes are computed without one"]
 
 
