@@ -15,9 +15,10 @@ T = TypeVar("T", bound=Tensor | Sequence[Tensor])
 class TensorMemory(Generic[T]):
     """Keeps the tensors of the keys that were asked for last; whoever receives them must not change them.
 
-    A copy of the memory, or one that was pickled, is empty. Nothing is kept of what has no values of its own (fake
-    tensors, tensors inside `torch.func`) or is not ready when the host goes on: torch.compile and torch.export trace
-    the making, and a CUDA graph records it, because it would not hold on to the memory of a tensor made before.
+    A copy of the memory, or one that was pickled, is empty. Nothing is kept of what has no values of its own: fake
+    tensors, tensors inside `torch.func`, and what torch.compile and torch.export trace or a CUDA graph records; a graph
+    would not hold on to the memory of a tensor made before, either. Each stream of a GPU has tensors of its own: it
+    would not wait until another one has made them, nor would the other one wait before it reuses their memory.
 
     Args:
         limit: largest number of keys.
@@ -37,17 +38,17 @@ class TensorMemory(Generic[T]):
         """
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or _is_recorded(like):
             return make()
-        whole_key = (key, like.device, like.dtype, type(like), torch.is_inference_mode_enabled())
-        value = self._values.get(whole_key)
-        if value is not None:
-            self._values.move_to_end(whole_key)
-            return value
-        value = make()
-        tensors = [value] if isinstance(value, Tensor) else value
-        if all(type(tensor) is Tensor for tensor in tensors):
-            self._values[whole_key] = value
-            if len(self._values) > self.limit:
-                self._values.popitem(last=False)
+        stream = torch.cuda.current_stream(like.device) if like.is_cuda else None
+        whole_key = (key, like.device, like.dtype, type(like), torch.is_inference_mode_enabled(), stream)
+        value = self._values.pop(whole_key, None)  # and back to the end; another thread may come between
+        if value is None:
+            value = make()
+            tensors = [value] if isinstance(value, Tensor) else value
+            if any(type(tensor) is not Tensor for tensor in tensors):
+                return value
+        self._values[whole_key] = value
+        if len(self._values) > self.limit:
+            self._values.popitem(last=False)
         return value
 
     def __len__(self) -> int:

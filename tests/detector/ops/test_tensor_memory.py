@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +59,17 @@ def test_nothing_is_kept_of_tensors_without_values():
     torch.func.grad(lambda x: (x * ones(memory, "functorch")).sum())(torch.ones(2))
     torch.compile(lambda x: x * ones(memory, "compiled"), backend="eager")(torch.ones(2))
     assert len(memory) == 0
+
+
+def test_each_stream_of_a_gpu_has_its_own_and_a_graph_none(monkeypatch):
+    like = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.float32)
+    memory = TensorMemory(9)
+    for stream, is_capturing in [(1, False), (2, False), (1, False), (3, True)]:
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, stream=stream: stream)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda value=is_capturing: value)
+        made = memory.get(like, "a", lambda stream=stream: torch.full((2,), float(stream)))
+        assert made.tolist() == [stream, stream]
+    assert len(memory) == 2
 
 
 def test_anchors_follow_the_dtype_of_the_model():
