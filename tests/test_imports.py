@@ -46,6 +46,7 @@ LAYERS = {
             "events",
             "fine_tuning",
             "folder_lock",
+            "going_on",
             "metrics_file",
             "precision",
             "pretrained",

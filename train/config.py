@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from tyro.conf import Suppress, arg
 
@@ -211,7 +211,7 @@ PRESETS: dict[PresetName, Config] = {
         pictures=2,
         data=DataConfig(batch_size=2, workers=0, limit=8),
         model=replace(_FROM_SCRATCH, base_channels=16, fpn_channels=32, fc_channels=64, image_scale=(96, 96)),
-        optim=OptimConfig(lr=0.02, warmup=4, clip_grad=10.0),
+        optim=OptimConfig(lr=0.02, warmup=0, milestones=(), clip_grad=10.0),
         checkpoint=CheckpointConfig(every=2),
     ),
 }
@@ -239,6 +239,8 @@ def complete(config: Config, *, gpu: bool, processes: int = 1) -> Config:
     if any("\udc80" <= letter <= "\udcff" for letter in str(config.out)):
         raise ValueError(f"--out {config.out}: expected a name in UTF-8, which TensorBoard needs, got other bytes")
 
+    for section, values in (("", config), ("data.", config.data), ("optim.", config.optim)):
+        _check_choices(section, values)
     _check_ranges(config)
     _check_norm(config, gpu, processes)
     _check_imagenet(config)
@@ -271,6 +273,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value
+
+
+def _check_choices(section: str, values: Config | DataConfig | OptimConfig) -> None:
+    """Raise ValueError for a value that is not one of those of its field; the command line allows no other."""
+    for name, expected in get_type_hints(type(values)).items():
+        value = getattr(values, name)
+        if get_origin(expected) is Literal and value not in get_args(expected):
+            raise ValueError(f"--{section}{name}: expected one of {', '.join(get_args(expected))}, got {value}")
 
 
 def _check_ranges(config: Config) -> None:

@@ -60,6 +60,7 @@ from train.distributed import World, join_processes, leave_processes, world_size
 from train.errors import report_error
 from train.evaluation.evaluate import evaluate
 from train.fine_tuning import adapt_to_weights
+from train.going_on import find_given, keep_recorded
 from train.log import TrainLog
 from train.loop import train_one_epoch
 from train.precision import choose_precision
@@ -128,11 +129,17 @@ def run(config: Config, world: World | None = None) -> RunFolder:
 def train(config: Config, world: World) -> None:
     """Train until the run has its epochs or steps; save and evaluate on the way."""
     start = time.monotonic()
+    run_folder = RunFolder(config.folder)
+    config = replace(config, given=find_given(config))
+    notes: list[str] = []
+    record = world.broadcast(run_folder.recorded() if world.is_main else None)
+    if record is not None:
+        config, notes = keep_recorded(config, record)
     prepare_initial_weights(config, world)
     with StopRequest(world, config.timeout) as stop, contextlib.ExitStack() as stack:
         # A detector in --weights decides what model it is.
-        run_folder = RunFolder(config.folder)
-        config, notes = world.broadcast(adapt_to_weights(config, run_folder) if world.is_main else (config, []))
+        if record is None:
+            config, notes = world.broadcast(adapt_to_weights(config) if world.is_main else (config, []))
         config = complete(config, gpu=torch.cuda.is_available(), processes=world.size)
 
         # Data. The training split decides how many classes the model has.

@@ -223,7 +223,9 @@ def _describe_batch(config: Config, world: World, schedule: Schedule) -> str:
 def _describe_learning_rate(schedule: Schedule) -> str:
     optim = schedule.config
     fall = "cosine to 0"
-    if optim.schedule == "steps":
+    if optim.schedule == "steps" and not optim.milestones:
+        fall = "then constant"
+    elif optim.schedule == "steps":
         fall = f"x{optim.gamma:g} after epoch {', '.join(map(str, optim.milestones))}"
     return (
         f"{schedule.peak_lr:g} = {optim.lr:g} x {schedule.images_per_step} / {BASE_BATCH_SIZE} (linear in the batch), "

@@ -174,7 +174,7 @@ class RunFolder:
         record = self.recorded()
         if record is None:
             return None
-        values = _present_values(record)
+        values = values_before(record)
         names: tuple[PrecisionName, ...] = get_args(PrecisionName)
         precision: PrecisionName = next((name for name in names if name == values.get("precision")), "float32")
         # earlier versions took the warm-up of the configuration, however long
@@ -287,22 +287,17 @@ class RunFolder:
 
     def _compare(self, record: dict[str, Any], config: Config, world_size: int, forced: Sequence[str]) -> list[str]:
         """Return what differs from the start before; raise ValueError where it must not differ."""
-        values = _flatten(as_dict(config))
-        # a field that is newer than the run had its default
-        values_before = _flatten(as_dict(Config())) | _present_values(record)
-        for precision_of in (values, values_before):
+        values = flatten(as_dict(config))
+        before = values_before(record)
+        for precision_of in (values, before):
             precision_of["precision"] = precision_of["precision"] or "float32"
-        if values_before["weights"] is None and config.weights in ("imagenet", "none"):
-            values_before["weights"] = config.weights  # before there was a default, None said what both say now
+        if before["weights"] is None and config.weights in ("imagenet", "none"):
+            before["weights"] = config.weights  # before there was a default, None said what both say now
 
-        may_change = MAY_CHANGE.union(forced)
-        if config.optim.schedule == "cosine" or config.data.half_size:
-            may_change -= {"epochs"}  # the learning rate or the size of the images depends on the length of the run
         differences = []
         for name, value in values.items():
-            value_before = values_before.get(name)
-            if value != value_before and name not in may_change:
-                differences.append(f"{name} was {value_before}, is {value}")
+            if value != before.get(name) and name not in may_change(values).union(forced):
+                differences.append(f"{name} was {before.get(name)}, is {value}")
         if differences:
             raise ValueError(
                 f"--out {self.path}: expected the folder of this run, got that of another run: "
@@ -337,20 +332,32 @@ def _is_start(value: object) -> bool:
     return isinstance(value, dict) and type(value.get("world_size")) is int
 
 
-def _present_values(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of config.json with dotted keys, by their present names."""
-    values = {}
-    for name, value in _flatten(record).items():
+def may_change(values: dict[str, Any]) -> set[str]:
+    """Return the names of the values that may differ between two starts of a run that has `values`, as `flatten` does.
+
+    The learning rate of a cosine and the size of the images depend on the length of the run.
+    """
+    depends_on_length = values["optim.schedule"] == "cosine" or values["data.half_size"]
+    return MAY_CHANGE - {"epochs"} if depends_on_length else MAY_CHANGE
+
+
+def values_before(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of config.json with dotted keys, by their present names.
+
+    A field that is newer than the run had its default.
+    """
+    values = flatten(as_dict(Config()))
+    for name, value in flatten(record).items():
         values[RENAMED.get(name, name)] = RENAMED_VALUES.get(name, {}).get(str(value), value)
     return values
 
 
-def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested dicts as one, with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

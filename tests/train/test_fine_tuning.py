@@ -1,8 +1,6 @@
 """A run that starts from a detector: which model it has, how fast it learns, and what starts anew."""
 
-import json
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +9,10 @@ from detector import FasterRCNN
 from detector.weights.checkpoint import read_checkpoint, save_weights
 from train.build import build, load_initial_weights
 from train.command_line import parse
-from train.config import PRESETS, Config, as_dict
+from train.config import PRESETS, Config
 from train.distributed import World
 from train.fine_tuning import adapt_to_weights
-from train.run_folder import RunFolder
+from train.going_on import find_given
 
 CPU = World(0, 1, 0, torch.device("cpu"))
 CLASSES = ("disc", "ring")
@@ -45,8 +43,8 @@ def files(tmp_path_factory):
     return save
 
 
-def adapt(config, out):
-    return adapt_to_weights(config, RunFolder(out))
+def adapt(config):
+    return adapt_to_weights(replace(config, given=find_given(config)))
 
 
 def command(*flags):
@@ -55,7 +53,7 @@ def command(*flags):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_model_is_the_one_of_the_file_whatever_the_preset(files, tmp_path, preset):
-    config, notes = adapt(command("--preset", preset, "--weights", files()), tmp_path / "run")
+    config, notes = adapt(command("--preset", preset, "--weights", files()))
     assert config.model == STORED
     assert config.optim == replace(PRESETS[preset].optim, lr=PRESETS[preset].optim.lr / 10)
     assert config.data == PRESETS[preset].data
@@ -67,7 +65,7 @@ def test_model_is_the_one_of_the_file_whatever_the_preset(files, tmp_path, prese
 def test_model_of_a_file_of_mmdetection_is_inferred(tmp_path, preset):
     model = replace(STORED, norm="bn", dcn="v1")
     torch.save({"state_dict": FasterRCNN(model).state_dict()}, tmp_path / "other.pth")
-    config, _ = adapt(command("--preset", preset, "--weights", tmp_path / "other.pth"), tmp_path / "run")
+    config, _ = adapt(command("--preset", preset, "--weights", tmp_path / "other.pth"))
     names = ("depth", "dcn", "dcn_stages", "deform_groups", "mask", "base_channels", "fpn_channels", "fc_channels")
     assert [getattr(config.model, name) for name in names] == [getattr(model, name) for name in names]
     recipe = Config().model  # what weights do not show
@@ -92,7 +90,7 @@ def test_model_of_a_file_of_mmdetection_is_inferred(tmp_path, preset):
 def test_flag_of_the_model_overrides_the_file_and_the_rest_is_loaded(files, tmp_path, stored, flags, expected):
     path = files(**stored)
     flags = flags.replace(" F", " False").replace(" T", " True")
-    config, notes = adapt(command("--preset", "small", *flags.split(), "--weights", path), tmp_path / "run")
+    config, notes = adapt(command("--preset", "small", *flags.split(), "--weights", path))
     assert config.model == replace(STORED, **{**stored, **expected})
     flag = flags.split()[0].split("=")[0].replace("no-", "").replace("_", "-")
     assert f"but for {flag} " in notes[0]
@@ -116,7 +114,7 @@ def test_flag_of_the_model_overrides_the_file_and_the_rest_is_loaded(files, tmp_
 )
 def test_flag_that_does_not_fit_the_weights_is_named(files, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message.replace("FILE", str(files()))):
-        adapt(command(*flags.split(), "--weights", files()), tmp_path / "run")
+        adapt(command(*flags.split(), "--weights", files()))
 
 
 def test_values_that_differ_from_the_preset_were_asked_for_in_python(files, tmp_path):
@@ -124,7 +122,7 @@ def test_values_that_differ_from_the_preset_were_asked_for_in_python(files, tmp_
     asked = replace(
         small, model=replace(small.model, max_detections=7), optim=replace(small.optim, lr=0.5, weight_decay=0.25)
     )
-    config, notes = adapt(asked, tmp_path / "run")
+    config, notes = adapt(asked)
     assert config.model == replace(STORED, max_detections=7)
     assert (config.optim.lr, config.optim.weight_decay) == (0.5, 0.25)
     assert "but for model.max_detections 7 (100 in the file)" in notes[0]
@@ -132,12 +130,12 @@ def test_values_that_differ_from_the_preset_were_asked_for_in_python(files, tmp_
 
     wide = replace(small, model=replace(small.model, fc_channels=48))
     with pytest.raises(ValueError, match=r"^model\.fc_channels: expected 24, as in .*, got 48"):
-        adapt(wide, tmp_path / "run")
+        adapt(wide)
 
 
 def test_learning_rate_that_was_asked_for_stays(files, tmp_path):
     lr = PRESETS["small"].optim.lr
-    config, notes = adapt(command("--preset", "small", "--optim.lr", lr, "--weights", files()), tmp_path / "run")
+    config, notes = adapt(command("--preset", "small", "--optim.lr", lr, "--weights", files()))
     assert config.optim.lr == lr
     assert len(notes) == 1
 
@@ -150,8 +148,8 @@ def test_weights_of_a_backbone_keep_the_model_of_the_preset(files, tmp_path):
     }
     torch.save(state, tmp_path / "backbone.pth")
     config = command("--preset", "coco-1x", "--weights", tmp_path / "backbone.pth")
-    assert adapt(config, tmp_path / "run") == (config, [])
-    assert adapt(command("--preset", "tiny"), tmp_path / "run") == (command("--preset", "tiny"), [])
+    assert adapt(config) == (config, [])
+    assert adapt(command("--preset", "tiny")) == (command("--preset", "tiny"), [])
 
 
 def test_file_must_be_whole(files, tmp_path):
@@ -159,55 +157,4 @@ def test_file_must_be_whole(files, tmp_path):
     del state["rpn_head.rpn_conv.weight"]
     torch.save({"model": state, "config": asdict(STORED)}, tmp_path / "part.pt")
     with pytest.raises(ValueError, match="1 names missing in the file .rpn_head.rpn_conv.weight"):
-        adapt(command("--weights", tmp_path / "part.pt"), tmp_path / "run")
-
-
-def write_record(out: Path, config: Config, **changes) -> None:
-    """Leave what a run with one step leaves in its folder."""
-    record = {**as_dict(config), "starts": [{"world_size": 1}], **changes}
-    (out / "checkpoints").mkdir(parents=True)
-    (out / "checkpoints" / "step-1.pt").touch()
-    (out / "config.json").write_text(json.dumps(record))
-
-
-def test_run_goes_on_as_it_was_started_without_its_file(tmp_path):
-    flags = ("--preset", "small", "--weights", tmp_path / "gone.pt")
-    started = replace(command(*flags, "--model.mask"), model=replace(STORED, mask=True))
-    started = replace(started, optim=replace(started.optim, lr=3e-4))
-    out = tmp_path / "run"
-    write_record(out, started)
-    config, notes = adapt(command(*flags, "--model.mask"), out)
-    assert config == started
-    assert notes == []
-    without_flag, _ = adapt(command(*flags), out)
-    assert not without_flag.model.mask  # another command: the folder refuses it
-    with pytest.raises(ValueError, match="model.mask was True, is False"):
-        RunFolder(out).claim(without_flag, 1)
-
-
-def test_run_of_an_earlier_version_goes_on_with_the_values_it_recorded(tmp_path):
-    started = command("--preset", "small", "--model.dcn", "None", "--weights", "full.pt")
-    record = as_dict(started)
-    del record["given"]
-    write_record(tmp_path / "run", started)
-    record["starts"] = [{"world_size": 1}]
-    (tmp_path / "run" / "config.json").write_text(json.dumps(record))
-    for flags in ((), ("--model.dcn", "None")):
-        config, _ = adapt(command("--preset", "small", "--weights", "full.pt", *flags), tmp_path / "run")
-        assert config == started
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model": {"depth": 19}}, "config field 'depth'"),
-        ({"model": {"new": 1}}, "unknown fields"),
-        ({"model": 3}, "expected `model`"),
-        ({"optim": {"lr": "fast"}}, "expected a number as 'optim.lr', got 'fast'"),
-    ],
-)
-def test_damaged_record_is_named(tmp_path, changes, message):
-    config = command("--preset", "small", "--weights", "full.pt")
-    write_record(tmp_path / "run", config, **changes)
-    with pytest.raises(ValueError, match=f"config.json in --out .*{message}"):
-        adapt(replace(config, out=tmp_path / "run"), tmp_path / "run")
+        adapt(command("--weights", tmp_path / "part.pt"))
