@@ -200,9 +200,10 @@ def load_initial_weights(state: TrainState, config: Config, classes: Sequence[st
     """
     if config.weights == "none":
         model = config.model
-        keeps_statistics = model.norm == "bn" and model.norm_eval
-        if model.frozen_stages >= 0 or keeps_statistics:
+        if model.frozen_stages >= 0:
             return "random", ["--weights none: the frozen layers stay random"]
+        if model.norm == "bn" and model.norm_eval:
+            return "random", ["--weights none: batch norms keep statistics that no data has made"]
         return "random", []
 
     is_imagenet = config.weights == "imagenet"

@@ -119,9 +119,13 @@ def _choose_weights(config: Config) -> Config:
 
     is_frozen = config.model.frozen_stages >= 0
     if config.weights == "none" and is_frozen and not config.eval_only and "model.frozen_stages" not in config.given:
+        from_scratch = "--model.frozen-stages -1"
+        if config.model.norm == "bn":
+            from_scratch += " --model.norm gn --model.no-norm-eval"
         raise ValueError(
             "--weights none: expected --model.frozen-stages too, got none: layers would be frozen with random weights. "
-            f"-1 trains all layers, {config.model.frozen_stages} freezes random ones all the same"
+            f"{from_scratch} trains from scratch, --model.frozen-stages {config.model.frozen_stages} freezes random "
+            "layers all the same"
         )
     return config
 

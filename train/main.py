@@ -296,7 +296,9 @@ def _find_weights(config: Config, world: World, run_folder: RunFolder) -> Path:
         return config.weights
     path = world.broadcast(newest_checkpoint(run_folder.checkpoints, show) if world.is_main else None)
     if path is None:
-        raise ValueError(f"--eval-only: expected --weights, or a checkpoint in {run_folder.checkpoints}, got neither")
+        raise ValueError(
+            f"--eval-only: expected --weights FILE, or a checkpoint in {run_folder.checkpoints}, got neither"
+        )
     return path
 
 

@@ -228,7 +228,9 @@ def test_test_set_without_annotations_gives_detections(start, coco, tmp_path):
         pytest.param(["--data.root", "/nowhere"], "--data.root: expected a folder, got /nowhere", id="no-data"),
         pytest.param(["--out", "/proc/nowhere"], "cannot write into --out /proc/nowhere", id="read-only"),
         pytest.param(["--weights", "/nowhere.pt"], "--weights: expected a file, got /nowhere.pt", id="no-weights"),
-        pytest.param(["--eval-only"], "--eval-only: expected --weights, or a checkpoint in", id="nothing-to-evaluate"),
+        pytest.param(
+            ["--eval-only"], "--eval-only: expected --weights FILE, or a checkpoint in", id="nothing-to-evaluate"
+        ),
         pytest.param(["--data.batch-size", "0"], "--data.batch-size: expected at least 1, got 0", id="value"),
         pytest.param(["--model.nms-iou", "0.6"], "train.main.run(replace(config, model=", id="python-only"),
     ],
