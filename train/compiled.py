@@ -29,8 +29,16 @@ class CompiledNetwork(nn.Module):
         self.compiled = torch.compile(model)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the losses of a batch with targets."""
-        losses: dict[str, Tensor] = self.compiled(pad_to_equal_counts(batch))
+        """Return the losses of a batch with targets.
+
+        Raises:
+            ValueError: PyTorch cannot compile them, for example because there is no compiler for C++.
+        """
+        try:
+            losses: dict[str, Tensor] = self.compiled(pad_to_equal_counts(batch))
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = str(error.inner_exception).strip().split("\n")[0]  # below is what the compiler said
+            raise ValueError(f"--compile: the compiler failed or was stopped: {reason}") from error
         return losses
 
 

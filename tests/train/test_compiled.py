@@ -73,3 +73,14 @@ def test_padding(counts, padded_count):
         assert torch.equal(getattr(found, name)[:, :most], getattr(expected, name))
     bitmaps = pad_masks(padded.targets, padded_count, (64, 96), torch.float32)
     assert torch.equal(bitmaps[:, :most], pad_masks(batch.targets, most, (64, 96), torch.float32))
+
+
+def test_a_compiler_that_fails_is_one_line():
+    def no_compiler(graph, inputs):
+        raise OSError("No working C++ compiler found\nand more")
+
+    network = CompiledNetwork(Assigns())
+    network.compiled = torch.compile(Assigns(), backend=no_compiler)
+    message = "^--compile: the compiler failed or was stopped: .*No working C.. compiler found$"
+    with pytest.raises(ValueError, match=message):
+        network(make_batch([1, 2]))
