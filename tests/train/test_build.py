@@ -48,7 +48,7 @@ def test_synchronized_model_has_the_names_and_values_of_bn(monkeypatch):
     monkeypatch.setattr(train.build, "uses_sync_batch_norm", lambda config, world: True)
     state, network = build(with_norm("syncbn"), CPU)
     assert network is state.model
-    for one, two in ((plain.model, state.model), (plain.average, state.average)):
+    for one, two in ((plain.model, state.model), (plain.average.module, state.average.module)):
         norms = [type(module) for module in one.modules() if isinstance(module, nn.BatchNorm2d)]
         assert [type(module) for module in two.modules()].count(nn.SyncBatchNorm) == len(norms) > 0
         assert not any(isinstance(module, nn.BatchNorm2d) for module in two.modules())
