@@ -11,7 +11,7 @@ from train.build import build, load_initial_weights
 from train.command_line import parse
 from train.config import PRESETS, Config
 from train.distributed import World
-from train.fine_tuning import adapt_to_weights
+from train.fine_tuning import LR_SHARE, adapt_to_weights
 from train.going_on import find_given
 
 CPU = World(0, 1, 0, torch.device("cpu"))
@@ -55,10 +55,10 @@ def command(*flags):
 def test_model_is_the_one_of_the_file_whatever_the_preset(files, tmp_path, preset):
     config, notes = adapt(command("--preset", preset, "--weights", files()))
     assert config.model == STORED
-    assert config.optim == replace(PRESETS[preset].optim, lr=PRESETS[preset].optim.lr / 10)
+    assert config.optim == replace(PRESETS[preset].optim, lr=PRESETS[preset].optim.lr * LR_SHARE)
     assert config.data == PRESETS[preset].data
     assert str(files()) in notes[0]
-    assert f"0.1 of the preset's {PRESETS[preset].optim.lr:g}" in notes[1]
+    assert f"0.3 of the preset's {PRESETS[preset].optim.lr:g}" in notes[1]
 
 
 @pytest.mark.parametrize("preset", ["coco-1x", "small"])
