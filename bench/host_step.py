@@ -273,6 +273,7 @@ def as_on_a_gpu(stages: Stages, precision: PrecisionName) -> Iterator[None]:
     patches: list[tuple[Any, str, Any]] = [
         (Tensor, "is_cuda", True),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
+        (torch.cuda, "current_stream", lambda device=None: None),
         (nms.nms_cpu, "batched_nms", nms_kernels.batched_nms),
         (functional, "choose_backend", lambda name, input: "triton"),
         (tile_table, "architecture", lru_cache(lambda device: ARCHITECTURE)),
