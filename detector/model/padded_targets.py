@@ -36,26 +36,9 @@ def pad_targets(targets: Sequence[Target], dtype: torch.dtype) -> PaddedTargets:
         targets: one per image, on one device; `StackedTargets` are padded already.
         dtype: of the boxes in the result.
     """
-    if isinstance(targets, StackedTargets):
-        return _hide_padding(targets.boxes.to(dtype), targets.labels)
-
-    num_images = len(targets)
-    num_targets = max(1, *(len(target.labels) for target in targets))
-    device = targets[0].boxes.device
-
-    boxes = torch.zeros(num_images, num_targets, 4, dtype=dtype, device=device)
-    labels = torch.full((num_images, num_targets), NO_OBJECT, dtype=torch.int64, device=device)
-
-    for index, target in enumerate(targets):
-        count = len(target.labels)
-        boxes[index, :count] = target.boxes
-        labels[index, :count] = target.labels
-    return _hide_padding(boxes, labels)
-
-
-def _hide_padding(boxes: Tensor, labels: Tensor) -> PaddedTargets:
-    """Return the targets with a class in place of `NO_OBJECT`, since labels are also indices."""
-    return PaddedTargets(boxes, labels.clamp(min=0), labels != NO_OBJECT)
+    stacked = targets if isinstance(targets, StackedTargets) else StackedTargets.of(targets)
+    # labels are also indices, so a class stands in the place of NO_OBJECT
+    return PaddedTargets(stacked.boxes.to(dtype), stacked.labels.clamp(min=0), stacked.labels != NO_OBJECT)
 
 
 def pad_masks(targets: Sequence[Target], num_targets: int, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
