@@ -93,7 +93,7 @@ def unreached_rates(schedule: Schedule, steps_per_epoch: int, max_steps: int) ->
         end = f"--max-steps ends the run after {steps} steps"
 
     lines = []
-    rising_steps = range(min(steps, max(1, optim.warmup)))
+    rising_steps = range(min(steps, optim.warmup + 1))  # a warm-up of one step has the peak in the step after it
     highest = max(schedule.learning_rate(step, step / steps_per_epoch) for step in rising_steps)
     if steps < optim.warmup or highest < NEARLY_PEAK * schedule.peak_lr:
         reason = end if steps < optim.warmup else "its falls begin before"

@@ -117,6 +117,7 @@ COSINE = OptimConfig(schedule="cosine")
         pytest.param(COSINE, 12, 7330, 0, [], id="cosine"),
         pytest.param(replace(COSINE, warmup=0), 1, 1, 0, [], id="cosine-of-one-step"),
         pytest.param(replace(COSINE, warmup=5), 10, 5, 0, [], id="cosine-with-the-longest-warm-up"),
+        pytest.param(replace(COSINE, warmup=1), 1, 10, 0, [], id="warm-up-of-one-step"),
         pytest.param(replace(COSINE, warmup=9), 2, 99, 99, ["falls to 0.01016, not to 0: --max"], id="cosine-stopped"),
     ],
 )
