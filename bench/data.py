@@ -240,6 +240,26 @@ def measure_loader(loader: DataLoader, seconds: float) -> LoadingCost:
     return LoadingCost(images / elapsed, workers_seconds / images * 1e3, training_seconds / images * 1e3)
 
 
+def measure_wait(loader: DataLoader, seconds: float) -> float:
+    """Take batches at the pace of a GPU and return the share of the time spent waiting for them.
+
+    The GPU is a sleep: it takes no processor time from the workers, as a GPU does not.
+    """
+    step_seconds = BATCH_SIZE / IMAGES_PER_GPU_SECOND
+    iterator = iter(loader)
+    for _ in range(WARM_UP_BATCHES):
+        next(iterator)
+
+    start = time.perf_counter()
+    waited = 0.0
+    while time.perf_counter() - start < seconds:
+        wait_start = time.perf_counter()
+        next(iterator)
+        waited += time.perf_counter() - wait_start
+        time.sleep(step_seconds)
+    return waited / (time.perf_counter() - start)
+
+
 def median_cost(costs: Sequence[LoadingCost]) -> LoadingCost:
     """Return the medians of all figures."""
     return LoadingCost(
@@ -332,6 +352,11 @@ def main() -> None:
             cost = compare(loaders, workers, options.rounds, options.seconds)
             if workers:
                 print(f"workers {workers}: {needed_workers(cost, workers)}")
+                waits = [measure_wait(loaders["ours"](workers), options.seconds) for _ in range(options.rounds)]
+                print(
+                    f"workers {workers}: a GPU at {IMAGES_PER_GPU_SECOND} images/s waits for data "
+                    f"{statistics.median(waits):.2%} of the time, {max(waits):.2%} at most"
+                )
 
 
 if __name__ == "__main__":

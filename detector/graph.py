@@ -12,6 +12,9 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from triton_dcn.functional import HAS_TRITON
+from triton_dcn.tile_table import serves
+
 T = TypeVar("T")
 
 
@@ -33,9 +36,19 @@ class CudaRecorder:
 
     Args:
         device: a GPU.
+
+    Raises:
+        ValueError: no Triton for this GPU. Without it NMS and RoIAlign wait for the host.
     """
 
     def __init__(self, device: torch.device) -> None:
+        if not HAS_TRITON:
+            raise ValueError("--graph: expected the package triton, got none installed")
+        if not serves(device):
+            raise ValueError(
+                "--graph: expected an AMD GPU or an NVIDIA GPU of compute capability 8.0 or later, got "
+                f"{torch.cuda.get_device_name(device)}"
+            )
         self.device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()

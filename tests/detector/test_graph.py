@@ -98,3 +98,18 @@ def test_cuda_graphs_are_recorded_on_one_stream_and_share_their_memory(monkeypat
         *["record into pool on side, thread_local", "function", "replay"],
         "replay",
     ]
+
+
+@pytest.mark.parametrize(
+    ("has_triton", "message"),
+    [
+        pytest.param(False, "^--graph: expected the package triton, got none installed$", id="no-triton"),
+        pytest.param(True, "^--graph: expected .* capability 8.0 or later, got Old GPU$", id="old-gpu"),
+    ],
+)
+def test_graphs_need_triton(monkeypatch, has_triton, message):
+    monkeypatch.setattr("detector.graph.HAS_TRITON", has_triton)
+    monkeypatch.setattr("detector.graph.serves", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    with pytest.raises(ValueError, match=message):
+        CudaRecorder(torch.device("cuda"))
