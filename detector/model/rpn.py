@@ -18,7 +18,7 @@ from detector.model.losses import average_loss
 from detector.model.matcher import Matcher
 from detector.model.padded_targets import PaddedTargets
 from detector.model.sampler import BoxSampler, SamplingResult
-from detector.model.selection import gather_boxes, top_scores
+from detector.model.selection import gather_boxes, top_k, top_scores
 from detector.ops import boxes as box_ops
 from detector.ops.nms import batched_nms
 
@@ -138,12 +138,7 @@ class RPN(nn.Module):
         top_n_training, top_n_evaluation = self.pre_nms_top_n
         top_n = top_n_training if self.training else top_n_evaluation
         count = min(top_n, logits.shape[1])
-        scores, index = logits.to(anchors.dtype).sigmoid().sort(dim=1, descending=True, stable=True)
-
-        # Copies, because torch.export puts a guard on the layout of a slice, which differs on levels with few anchors.
-        scores = scores.narrow_copy(1, 0, count)
-        index = index.narrow_copy(1, 0, count)
-
+        scores, index = top_k(logits.to(anchors.dtype).sigmoid(), count)
         return Predictions(scores, gather_boxes(deltas.to(anchors.dtype), index), anchors[index])
 
     def sample(self, anchors: Tensor, valid: Tensor, targets: PaddedTargets, seeds: Tensor) -> SamplingResult:

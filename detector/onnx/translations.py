@@ -86,11 +86,10 @@ def batched_nms(boxes: Value, scores: Value, valid: Value, iou_threshold: float)
     return op.ScatterND(none_kept, kept, op.ConstantOfShape(op.Shape(kept, start=0, end=1), value=_bool(True)))
 
 
-def sort_stable(values: Value, stable: bool, dim: int = -1, descending: bool = False) -> tuple[Value, Value]:
-    """Write `aten.sort.stable` as a `TopK` of everything, which puts the lower index first among equals."""
-    axis = dim % len(values.shape)
-    count = op.Shape(values, start=axis, end=axis + 1)
-    ordered, index = op.TopK(values, count, axis=axis, largest=int(descending), sorted=1)
+def top_k(scores: Value, count: int | Value) -> tuple[Value, Value]:
+    """Write `detector::top_k` as a `TopK`, which puts the lower index first among equals, too."""
+    length = _vector(count) if isinstance(count, int) else op.Reshape(count, _vector(1))
+    ordered, index = op.TopK(scores, length, axis=1, largest=1, sorted=1)
     return ordered, index
 
 
@@ -115,5 +114,5 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     **CONVOLUTION_TRANSLATIONS,
     torch.ops.detector.roi_align.default: roi_align,
     torch.ops.detector.batched_nms.default: batched_nms,
-    torch.ops.aten.sort.stable: sort_stable,
+    torch.ops.detector.top_k.default: top_k,
 }
