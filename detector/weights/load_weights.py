@@ -39,10 +39,13 @@ class LoadSummary:
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {len(self.loaded)} tensors loaded"]
+        skipped = set(self.skipped)
+        not_taken = [name for name in self.missing if name in skipped]
         kinds = {
-            "missing, left as they were": self.missing,
+            "in the file but not taken, left as they were": not_taken,
+            "missing in the file, left as they were": [name for name in self.missing if name not in skipped],
             "unexpected, not used": self.unexpected,
-            "skipped": self.skipped,
+            "skipped": [name for name in self.skipped if name not in not_taken],
         }
         for kind, names in kinds.items():
             if names:

@@ -189,7 +189,7 @@ def test_starts_from_weights_of_another_model_and_other_classes(start, coco, tmp
         edit(coco, lambda content: content["categories"].append({"id": 1, "name": "green"}), split)
     status, stdout, _ = start(*common, "--out", tmp_path / "b", "--weights", best)
     assert status == 0
-    assert "4 skipped" in stdout
+    assert "4 in the file but not taken" in stdout
     table = " ".join(stdout.split())
     assert "model Faster R-CNN R18-FPN, plain convolutions, norm gn, images within 64 x 64" in table
     assert "note fine-tuning: the model is the one in" in table

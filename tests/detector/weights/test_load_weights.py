@@ -219,7 +219,7 @@ def test_class_count_error_and_its_remedy(tmp_path, source):
 
     summary = load_weights(model, path, skip_heads=True)
     assert len(summary.skipped) == len(summary.missing) == 4
-    assert "4 skipped: roi_head.bbox_head.fc_cls.weight" in str(summary)
+    assert "4 in the file but not taken, left as they were: roi_head.bbox_head.fc_cls.weight" in str(summary)
     for name, value in model.state_dict().items():
         expected = before[name] if name.startswith(HEADS) else source.state_dict()[name]
         assert torch.equal(value, expected), name
@@ -240,7 +240,7 @@ def test_strict_names_what_differs_and_changes_nothing(tmp_path, source):
     summary = load_weights(model, tmp_path / "weights.pth", strict=False)
     assert summary.missing == ("neck.fpn_convs.0.conv.bias",)
     assert summary.unexpected == ("extra.weight",)
-    assert "1 missing, left as they were: neck.fpn_convs.0.conv.bias" in str(summary)
+    assert "1 missing in the file, left as they were: neck.fpn_convs.0.conv.bias" in str(summary)
 
 
 def test_shapes_must_agree_even_if_not_strict(tmp_path, source):
