@@ -182,10 +182,10 @@ PRESETS: dict[PresetName, Config] = {
     "small": Config(
         preset="small",
         weights="none",
-        epochs=6,
-        eval_every=3,
+        epochs=7,
+        eval_every=4,
         log_every=1,
-        data=DataConfig(batch_size=4, workers=1, half_size=0.67),
+        data=DataConfig(batch_size=4, workers=1, half_size=0.57),
         model=replace(
             _FROM_SCRATCH,
             dcn_stages=(False, True, True, False),  # c5 has 4 x 3 cells at half the size
