@@ -240,10 +240,11 @@ def measure_loader(loader: DataLoader, seconds: float) -> LoadingCost:
     return LoadingCost(images / elapsed, workers_seconds / images * 1e3, training_seconds / images * 1e3)
 
 
-def measure_wait(loader: DataLoader, seconds: float) -> float:
-    """Take batches at the pace of a GPU and return the share of the time spent waiting for them.
+def measure_idle_gpu(loader: DataLoader, seconds: float) -> float:
+    """Take batches at the pace of a GPU and return the share of the time in which it has nothing to do.
 
-    The GPU is a sleep: it takes no processor time from the workers, as a GPU does not.
+    The GPU is a clock: it takes no processor time from the workers. As in training, the host queues a step while the
+    GPU computes the one before.
     """
     step_seconds = BATCH_SIZE / IMAGES_PER_GPU_SECOND
     iterator = iter(loader)
@@ -251,13 +252,15 @@ def measure_wait(loader: DataLoader, seconds: float) -> float:
         next(iterator)
 
     start = time.perf_counter()
-    waited = 0.0
-    while time.perf_counter() - start < seconds:
-        wait_start = time.perf_counter()
+    busy_until = start
+    idle = 0.0
+    while busy_until - start < seconds:
         next(iterator)
-        waited += time.perf_counter() - wait_start
-        time.sleep(step_seconds)
-    return waited / (time.perf_counter() - start)
+        now = time.perf_counter()
+        idle += max(0.0, now - busy_until)
+        busy_until = max(now, busy_until) + step_seconds
+        time.sleep(max(0.0, busy_until - step_seconds - now))
+    return idle / (busy_until - start)
 
 
 def median_cost(costs: Sequence[LoadingCost]) -> LoadingCost:
@@ -352,10 +355,10 @@ def main() -> None:
             cost = compare(loaders, workers, options.rounds, options.seconds)
             if workers:
                 print(f"workers {workers}: {needed_workers(cost, workers)}")
-                waits = [measure_wait(loaders["ours"](workers), options.seconds) for _ in range(options.rounds)]
+                idle = [measure_idle_gpu(loaders["ours"](workers), options.seconds) for _ in range(options.rounds)]
                 print(
-                    f"workers {workers}: a GPU at {IMAGES_PER_GPU_SECOND} images/s waits for data "
-                    f"{statistics.median(waits):.2%} of the time, {max(waits):.2%} at most"
+                    f"workers {workers}: a GPU at {IMAGES_PER_GPU_SECOND} images/s is without data "
+                    f"{statistics.median(idle):.2%} of the time, {max(idle):.2%} at most"
                 )
 
 
