@@ -19,7 +19,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,11 +218,17 @@ def cpu_seconds(pids: Sequence[int]) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def measure_loader(loader: DataLoader, seconds: float) -> LoadingCost:
-    """Load for some time, doing nothing with the batches."""
+def warm_up(loader: DataLoader) -> Iterator[Any]:
+    """Start the workers and take the first batches."""
     iterator = iter(loader)
     for _ in range(WARM_UP_BATCHES):
         next(iterator)
+    return iterator
+
+
+def measure_loader(loader: DataLoader, seconds: float) -> LoadingCost:
+    """Load for some time, doing nothing with the batches."""
+    iterator = warm_up(loader)
 
     pids = [process.pid for process in multiprocessing.active_children()]
     start = time.perf_counter()
@@ -247,9 +253,7 @@ def measure_idle_gpu(loader: DataLoader, seconds: float) -> float:
     GPU computes the one before.
     """
     step_seconds = BATCH_SIZE / IMAGES_PER_GPU_SECOND
-    iterator = iter(loader)
-    for _ in range(WARM_UP_BATCHES):
-        next(iterator)
+    iterator = warm_up(loader)
 
     start = time.perf_counter()
     busy_until = start
@@ -257,9 +261,10 @@ def measure_idle_gpu(loader: DataLoader, seconds: float) -> float:
     while busy_until - start < seconds:
         next(iterator)
         now = time.perf_counter()
-        idle += max(0.0, now - busy_until)
-        busy_until = max(now, busy_until) + step_seconds
-        time.sleep(max(0.0, busy_until - step_seconds - now))
+        begin = max(now, busy_until)
+        idle += begin - busy_until
+        time.sleep(begin - now)
+        busy_until = begin + step_seconds
     return idle / (busy_until - start)
 
 

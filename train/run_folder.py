@@ -294,9 +294,10 @@ class RunFolder:
         if before["weights"] is None and config.weights in ("imagenet", "none"):
             before["weights"] = config.weights  # before there was a default, None said what both say now
 
+        allowed = may_change(values).union(forced)
         differences = []
         for name, value in values.items():
-            if value != before.get(name) and name not in may_change(values).union(forced):
+            if value != before.get(name) and name not in allowed:
                 differences.append(f"{name} was {before.get(name)}, is {value}")
         if differences:
             raise ValueError(
