@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,13 @@ from torch import Tensor, nn
 from detector import Batch, Target
 from detector.structures import NO_OBJECT
 from train.step_graphs import Grid
+
+COMPILER_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"reorder_for_peak_memory": False}
+"""Of Inductor, for right gradients: in PyTorch 2.13 this pass lets sums be read before all of their terms are added.
+
+It moves what reads a tensor in front of the `scatter_add` that fills it, in the gradients of indexing, interpolation
+and pooling, if other operators happen to stand between. Seen on a CPU; nothing in the pass asks for the device.
+"""
 
 
 class CompiledNetwork(nn.Module):
@@ -26,7 +35,7 @@ class CompiledNetwork(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.compiled = torch.compile(model)
+        self.compiled = torch.compile(model, options=COMPILER_OPTIONS)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the losses of a batch with targets.

@@ -1,4 +1,4 @@
-"""Fine-tuning: a run that starts from a detector takes its model from the file, and learns more slowly."""
+"""Fine-tuning: a run that starts from a detector takes its model from the file."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from train.command_line import PYTHON_ONLY
 from train.config import Config
 
 LR_SHARE = 0.3
-"""Learning rate of fine-tuning, as a share of the preset's, which is for a detector that has seen nothing.
+"""Learning rate of fine-tuning a network of another width than the preset's, as a share of the preset's rate.
 
-Source:
-    Between MMDetection's Cityscapes configurations, which fine-tune detectors of COCO at the recipe's rate, and
-    Detectron2's tutorial, which takes a tenth of it for 61 photographs. docs/training.md has a measurement.
+The preset's rate is for the preset's network. It is best there in fine-tuning, too: docs/training.md has measurements,
+and MMDetection's Cityscapes configurations fine-tune detectors of COCO at the recipe's rate. A wide network that meets
+the rate of a narrow one would lose what it has learned.
 """
 
 OFFSETS = ".conv_offset."
@@ -28,7 +28,7 @@ DECIDED_BY_WEIGHTS = ("depth", "base_channels", "fpn_channels", "fc_channels")
 
 
 def adapt_to_weights(config: Config) -> tuple[Config, list[str]]:
-    """Give a new run that starts from a detector the model of this detector, and a lower learning rate.
+    """Give a new run that starts from a detector the model of this detector, and a learning rate for it.
 
     Args:
         config: of the run, with the values of the preset and of the flags; those in `given` were asked for, and stay.
@@ -62,9 +62,11 @@ def adapt_to_weights(config: Config) -> tuple[Config, list[str]]:
         note += f", but for {', '.join(changes.values())}"
     notes = [note]
     optim = config.optim
-    if "optim.lr" not in config.given:
+    if "optim.lr" not in config.given and stored.base_channels != config.model.base_channels:
         notes.append(
-            f"fine-tuning: the learning rate is {LR_SHARE:g} of the preset's {optim.lr:g}; --optim.lr sets another"
+            f"fine-tuning: the learning rate is {LR_SHARE:g} of the preset's {optim.lr:g}, because the network is as "
+            f"wide as {stored.base_channels} base channels, the preset's {config.model.base_channels}; --optim.lr "
+            "sets another"
         )
         optim = replace(optim, lr=optim.lr * LR_SHARE)
     return replace(config, model=model, optim=optim), notes

@@ -84,3 +84,34 @@ def test_a_compiler_that_fails_is_one_line():
     message = "^--compile: the compiler failed or was stopped: .*No working C.. compiler found$"
     with pytest.raises(ValueError, match=message):
         network(make_batch([1, 2]))
+
+
+class _Gathering(nn.Module):
+    """Values of a map are gathered beside the map itself, and something else has a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.scale = nn.Parameter(torch.randn(64))
+
+    def forward(self, batch):
+        x = self.conv(batch.images)
+        index = torch.arange(20, device=x.device).expand(*x.shape[:2], 20)
+        return {
+            "map": x,
+            "gathered": x.flatten(2).gather(2, index),
+            "other": batch.images[:, 0].flatten(1) * self.scale,
+        }
+
+
+def test_gradients_are_whole_sums():
+    """PyTorch 2.13 by itself forgets the part of what is gathered."""
+    torch._dynamo.reset()
+    model = _Gathering().double()
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    batch = Batch(images, torch.full((2, 2), 8), [Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))] * 2)
+    gradients = []
+    for network in (model, CompiledNetwork(model)):
+        loss = sum(value.square().sum() for value in network(batch).values())
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)

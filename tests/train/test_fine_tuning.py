@@ -55,10 +55,17 @@ def command(*flags):
 def test_model_is_the_one_of_the_file_whatever_the_preset(files, tmp_path, preset):
     config, notes = adapt(command("--preset", preset, "--weights", files()))
     assert config.model == STORED
-    assert config.optim == replace(PRESETS[preset].optim, lr=PRESETS[preset].optim.lr * LR_SHARE)
     assert config.data == PRESETS[preset].data
     assert str(files()) in notes[0]
-    assert f"0.3 of the preset's {PRESETS[preset].optim.lr:g}" in notes[1]
+
+
+@pytest.mark.parametrize(("preset", "share"), [("coco-1x", LR_SHARE), ("small", LR_SHARE), ("tiny", 1.0)])
+def test_learning_rate_is_lower_where_the_width_is_not_the_preset_s(files, preset, share):
+    optim = PRESETS[preset].optim
+    config, notes = adapt(command("--preset", preset, "--weights", files()))
+    assert config.optim == replace(optim, lr=optim.lr * share)
+    told = f"0.3 of the preset's {optim.lr:g}, because the network is as wide as 16 base channels"
+    assert [told in note for note in notes[1:]] == ([True] if share < 1 else [])
 
 
 @pytest.mark.parametrize("preset", ["coco-1x", "small"])
