@@ -25,12 +25,16 @@ def make_batch(counts, size=(64, 96), masks=False):
 class Assigns(nn.Module):
     """What a model does with targets."""
 
+    def __init__(self):
+        super().__init__()
+        self.matcher = Matcher(0.7, 0.3, 0.3)
+
     def forward(self, batch):
         targets = pad_targets(batch.targets, torch.float32)
         height, width = batch.images.shape[2:]
         corners = torch.cartesian_prod(torch.arange(height // 8), torch.arange(width // 8)) * 8
         boxes = torch.cat([corners, corners + 25], 1).float().expand(len(batch.images), -1, -1)
-        assigned = Matcher(0.7, 0.3, 0.3)(targets, boxes, torch.ones(boxes.shape[:2], dtype=torch.bool))
+        assigned = self.matcher(targets, boxes, torch.ones(boxes.shape[:2], dtype=torch.bool))
         return {"assigned": assigned, "labels": (targets.labels * targets.valid).sum(1)}
 
 
