@@ -193,10 +193,10 @@ def test_starts_from_weights_of_another_model_and_other_classes(start, coco, tmp
     table = " ".join(stdout.split())
     assert "model Faster R-CNN R18-FPN, plain convolutions, norm gn, images within 64 x 64" in table
     assert "note fine-tuning: the model is the one in" in table
-    assert "0.00075 = 0.006 x 2 / 16" in table  # less than the preset's
+    assert "0.0025 = 0.02 x 2 / 16" in table  # the width is the preset's, so the rate is, too
     recorded = json.loads((tmp_path / "b" / "config.json").read_text())
     assert recorded["model"]["num_classes"] == 3
-    assert (recorded["model"]["dcn"], recorded["optim"]["lr"]) == (None, 0.006)
+    assert (recorded["model"]["dcn"], recorded["optim"]["lr"]) == (None, 0.02)
 
     status, _, _ = start(*common, "--out", tmp_path / "c", "--weights", best, "--eval-only")
     assert status == 0  # it looks for the two classes that it knows
