@@ -30,8 +30,24 @@ def compare(function, leaves, calls, tolerance=1e-11):
         torch.testing.assert_close(found_grads, expected_grads, rtol=tolerance, atol=tolerance)
 
 
-def compare_operator(name, backend, options):
-    """Compare an operator of `CASES` and its gradients; the options are those of `convolve`."""
+def test_layers():
+    """Version 2 with two offset groups, a ReLU, version 1 with a stride and groups; one graph for every size."""
+    first = ModulatedDeformConv2dPack(4, 6, 3, padding=1, deform_groups=2)
+    second = DeformConv2dPack(6, 4, 3, stride=2, padding=1, groups=2)
+    layers = nn.Sequential(first, nn.ReLU(), second).double()
+    for pack in (first, second):
+        nn.init.normal_(pack.conv_offset.weight, std=0.2)
+        nn.init.uniform_(pack.conv_offset.bias, 0.2, 0.8)
+    maps = [torch.randn(2, 4, *size, dtype=torch.float64) for size in ((9, 8), (7, 12))]
+    compare(layers, list(layers.parameters()), [[x] for x in maps])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # the reference is open to Inductor: its C++ takes minutes to compile
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "empty"])
+@pytest.mark.parametrize("options", [{}, {"mask_logits": True, "relu": True}], ids=["plain", "layer"])
+def test_operator(name, backend, options):
     case = make_case(CASES[name], torch.float64)
     x, offset, mask, weight = (None if tensor is None else tensor.requires_grad_() for tensor in case.tensors)
     if options and mask is None:
@@ -48,37 +64,6 @@ def compare_operator(name, backend, options):
 
     leaves = [tensor for tensor in (x, offset, weight, mask) if tensor is not None]
     compare(run, leaves, [[x, offset, weight, mask]])
-
-
-def test_layers():
-    """Version 2 with two offset groups, a ReLU, version 1 with a stride and groups; one graph for every size."""
-    first = ModulatedDeformConv2dPack(4, 6, 3, padding=1, deform_groups=2)
-    second = DeformConv2dPack(6, 4, 3, stride=2, padding=1, groups=2)
-    layers = nn.Sequential(first, nn.ReLU(), second).double()
-    for pack in (first, second):
-        nn.init.normal_(pack.conv_offset.weight, std=0.2)
-        nn.init.uniform_(pack.conv_offset.bias, 0.2, 0.8)
-    maps = [torch.randn(2, 4, *size, dtype=torch.float64) for size in ((9, 8), (7, 12))]
-    compare(layers, list(layers.parameters()), [[x] for x in maps])
-
-
-OPTIONS = pytest.mark.parametrize("options", [{}, {"mask_logits": True, "relu": True}], ids=["plain", "layer"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CASES if name != "empty"])
-@OPTIONS
-def test_operator(name, options):
-    compare_operator(name, "torch", options)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("name", ["plain", "v1"])
-@OPTIONS
-def test_reference(name, options):
-    """Unlike the operator it is open to Inductor, whose C++ for all of its taps takes minutes to compile."""
-    compare_operator(name, "reference", options)
 
 
 @pytest.mark.slow
