@@ -91,7 +91,7 @@ class AnnotationCounts:
         thin: with a side below one pixel.
         outside: with nothing left when the box is clipped to its image.
         crowd: crowds; they are kept out of the loss.
-        no_polygon: without a polygon of three corners where masks are asked for.
+        no_polygon: without a valid polygon, of three corners and an even count of numbers, where masks are asked for.
     """
 
     used: int

@@ -66,7 +66,7 @@ class CocoDetection:
         image_counts: the same of its images.
         annotations_per_class: (classes,) int64, annotations of the file by label, used or not.
         boxes_without_area: annotations of the file whose area is that of their box, as they have none.
-        mistakes: sentences about what looks wrong in the file as a whole.
+        mistakes: sentences about what looks wrong in the file as a whole, and about polygons that are left out.
         other_sizes: what is wrong if many image files have another size than the file lists; empty otherwise.
         has_annotations: whether the file has a list of annotations.
         all_annotations: what an evaluation compares with: every annotation of these images and classes, crowds and
@@ -175,10 +175,10 @@ class CocoDetection:
             indices, self.image_counts = choose_images(images, annotations, training=self.training, limit=limit)
             images, note, self.other_sizes = correct_sizes(images, annotations, indices, self.image_folder)
             self._set_images(images, indices)
-            self._set_boxes(entries, annotations, images, indices, masks)
+            mask_notes = self._set_boxes(entries, annotations, images, indices, masks)
             self.annotations_per_class = count_by_class(annotations, len(self.classes))
             self.boxes_without_area = int((~annotations.has_area).sum())
-            self.mistakes = find_mistakes(annotations, images)
+            self.mistakes = find_mistakes(annotations, images) + mask_notes
             if note:
                 self.mistakes.append(note)
         except ValueError as error:
@@ -197,17 +197,21 @@ class CocoDetection:
         images: ImageColumns,
         image_indices: np.ndarray,
         masks: bool,
-    ) -> None:
-        """Keep the annotations that are used, sorted by image, and count the others."""
+    ) -> list[str]:
+        """Keep the annotations that are used, sorted by image, and count the others.
+
+        Returns sentences about polygons that are not drawn as they stand in the file.
+        """
         used, dropped = choose_annotations(annotations, images, image_indices)
         # Evaluation compares with all annotations of an image, training uses only some of them.
         compared = np.zeros(len(entries), bool) if self.training else find_compared(annotations, images, image_indices)
         no_polygon = np.zeros(len(entries), bool)
         masked = np.zeros(0, np.int64)
         segmentations = None
+        notes: list[str] = []
         if masks:
             masked = np.flatnonzero(used | compared)
-            segmentations, are_drawable = self._read_segmentations(entries, annotations, images, masked)
+            segmentations, are_drawable, notes = self._read_segmentations(entries, annotations, images, masked)
             no_polygon[masked] = ~are_drawable
             used &= ~no_polygon
         self.counts = AnnotationCounts(used=int(used.sum()), no_polygon=int(no_polygon.sum()), **dropped)
@@ -229,11 +233,12 @@ class CocoDetection:
             self.all_annotations = replace(columns, image_indices=np.searchsorted(image_indices, columns.image_indices))
             if segmentations is not None:
                 self.all_segmentations = segmentations.take(np.searchsorted(masked, rows))
+        return notes
 
     def _read_segmentations(
         self, entries: list[Entry], annotations: AnnotationColumns, images: ImageColumns, indices: np.ndarray
-    ) -> tuple[Segmentations, np.ndarray]:
-        """Return the masks of the annotations with these indices, and which of them can be drawn."""
+    ) -> tuple[Segmentations, np.ndarray, list[str]]:
+        """Return what `read_segmentations` does for the annotations with these indices."""
         image_indices = annotations.image_indices[indices]
         sizes = np.stack([images.heights[image_indices], images.widths[image_indices]], 1)
-        return read_segmentations(entries, indices, image_indices, sizes, required=not self.training)
+        return read_segmentations(entries, indices, image_indices, sizes, training=self.training)

@@ -21,6 +21,7 @@ from detector.text import shown
 from train.data.coco_json import NAMED_OFFENDERS, Entry, describe_entry
 
 MIN_POLYGON_LENGTH = 6  # numbers: three corners
+FIVE_NUMBERS = 5  # pycocotools takes them for a polygon of two corners, which has no pixel; four are a box to it
 NUMBER_TYPES = {int, float}  # of coordinates; bool is none
 
 MARGIN = 10
@@ -45,28 +46,34 @@ def read_segmentations(
     image_indices: np.ndarray,
     image_sizes: np.ndarray,
     *,
-    required: bool,
-) -> tuple[Segmentations, np.ndarray]:
-    """Read the segmentations of annotations.
+    training: bool,
+) -> tuple[Segmentations, np.ndarray, list[str]]:
+    """Read the segmentations of annotations, as MMDetection does in training, as pycocotools does in evaluation.
+
+    They differ in polygons with an odd count of numbers: MMDetection leaves them out, pycocotools draws them without
+    the last number.
 
     Args:
         entries: the annotations of a file.
         indices: (n,) int64, which of them to read.
         image_indices: (n,) int64, the image of each.
         image_sizes: (n, 2) int64, height and width of the image of each.
-        required: whether every one needs a mask, as in evaluation.
+        training: an annotation may do without a mask; in evaluation every one needs it.
 
     Returns:
-        The segmentations (n of them), and which of them have something that can be drawn, (n,) bool.
+        The segmentations (n of them), which of them have something that can be drawn, (n,) bool, and sentences about
+        polygons that are left out or not drawn as they stand in the file.
 
     Raises:
-        ValueError: a segmentation is missing, malformed, does not fit its image, or cannot be drawn though required.
-            The message counts such entries and names the first of them. Or all polygons are in shares of the image.
+        ValueError: a segmentation is missing, malformed, does not fit its image, or cannot be drawn though an
+            evaluation needs it. The message counts such entries and names the first of them. Or all polygons are in
+            shares of the image.
 
     Source:
-        MMDetection's LoadAnnotations, which ignores objects without a polygon of three corners.
+        MMDetection's LoadAnnotations, which ignores objects without a polygon of three corners and an even count;
+        pycocotools' frPyObjects.
     """
-    collector = _Collector()
+    collector = _Collector(training)
     problems: dict[int, str] = {}
     for position, (index, (height, width)) in enumerate(zip(indices.tolist(), image_sizes.tolist(), strict=True)):
         segmentation = entries[index].get("segmentation")
@@ -76,11 +83,11 @@ def read_segmentations(
             if isinstance(segmentation, dict) and segmentation.get("size", [height, width]) != [height, width]:
                 size = shown(segmentation["size"])
                 raise ValueError(f"expected the size of its image, {height} x {width}, got {size}")
-            if not collector.add(segmentation) and required:
+            if not collector.add(segmentation, height, width) and not training:
                 problems[position] = "expected a valid polygon to compare masks with, got none"
         except ValueError as error:
             problems[position] = str(error)
-            collector.add([])
+            collector.add([], height, width)
 
     segmentations = collector.finish()
     coordinates = segmentations.coordinates
@@ -95,7 +102,7 @@ def read_segmentations(
             named.append(f"{name}: 'segmentation': {problems[position]}")
         total = f"; {len(problems)} in all" if len(problems) > len(named) else ""
         raise ValueError("; ".join(named) + total)
-    return segmentations, segmentations.are_drawable()
+    return segmentations, segmentations.are_drawable(), collector.notes()
 
 
 @dataclass(frozen=True)
@@ -160,19 +167,27 @@ class Segmentations:
 
 
 class _Collector:
-    """Puts segmentations into flat arrays, one after the other."""
+    """Puts segmentations into flat arrays, one after the other, and counts the polygons that are not drawn as they are.
 
-    def __init__(self) -> None:
+    Args:
+        training: read them as MMDetection does in training, else as pycocotools does in evaluation.
+    """
+
+    def __init__(self, training: bool) -> None:
+        self._training = training
+        self._odd_count = 0
+        self._short_count = 0
         self._coordinates = array("d")
         self._polygon_lengths: list[int] = []
         self._polygon_counts: list[int] = []
         self._run_lengths = [_NO_RUNS]
         self._run_counts: list[int] = []
 
-    def add(self, segmentation: Any) -> bool:
-        """Add one segmentation; return whether it can be drawn.
+    def add(self, segmentation: Any, height: int, width: int) -> bool:
+        """Add one segmentation of an image of this size; return whether it can be drawn.
 
-        Polygons without three corners are left out, and so are run lengths that lack `size` or `counts`.
+        Polygons without three corners are left out, and so are run lengths that lack `size` or `counts`. An object of
+        polygons of five numbers is, in evaluation, one without pixels.
 
         Raises:
             ValueError: it is malformed, and not added.
@@ -182,14 +197,28 @@ class _Collector:
         if isinstance(segmentation, dict):
             if segmentation.get("size") is not None and segmentation.get("counts") is not None:
                 runs = rle_to_runs(segmentation)
-                self._run_lengths.append(runs)
         elif isinstance(segmentation, list) and set(map(type, segmentation)) <= {list}:
             polygon_count = self._add_polygons(segmentation)
+            if polygon_count == 0 and not self._training and FIVE_NUMBERS in map(len, segmentation):
+                runs = rle_to_runs({"size": [height, width], "counts": [height * width]})
         else:
             raise ValueError(f"expected polygons or run lengths, got {shown(segmentation)}")
+        if len(runs):
+            self._run_lengths.append(runs)
         self._polygon_counts.append(polygon_count)
         self._run_counts.append(len(runs))
         return polygon_count > 0 or len(runs) > 0
+
+    def notes(self) -> list[str]:
+        """Return a sentence about every kind of polygon that is left out or not drawn as it stands in the file."""
+        notes = []
+        if self._odd_count and self._training:
+            notes.append(f"polygons with an odd count of numbers, left out: {self._odd_count}")
+        elif self._odd_count:
+            notes.append(f"polygons with an odd count of numbers, drawn without the last one: {self._odd_count}")
+        if self._short_count:
+            notes.append(f"polygons with less than three corners, left out: {self._short_count}")
+        return notes
 
     def finish(self) -> Segmentations:
         """Return all that were added."""
@@ -202,7 +231,7 @@ class _Collector:
         )
 
     def _add_polygons(self, polygons: list[list[Any]]) -> int:
-        """Add those of three corners or more; return how many these are."""
+        """Add those that are drawn and have three corners or more; return how many these are."""
         lengths = list(map(len, polygons))
         is_list_of_points = lengths[2:] and set(lengths) == {2}
         types: set[type] = set().union(*(map(type, polygon) for polygon in polygons))
@@ -212,7 +241,12 @@ class _Collector:
         if not types <= NUMBER_TYPES:
             raise ValueError(f"expected polygons of numbers, got {shown(polygons)}")
 
-        valid = [polygon for polygon in polygons if len(polygon) >= MIN_POLYGON_LENGTH and len(polygon) % 2 == 0]
+        long_enough = [polygon for polygon in polygons if len(polygon) >= MIN_POLYGON_LENGTH]
+        valid = [polygon for polygon in long_enough if len(polygon) % 2 == 0]
+        self._short_count += len(polygons) - len(long_enough)
+        self._odd_count += len(long_enough) - len(valid)
+        if not self._training:
+            valid = [polygon[: len(polygon) // 2 * 2] for polygon in long_enough]
         try:
             coordinates = array("d", chain.from_iterable(valid))
         except OverflowError:

@@ -10,13 +10,13 @@ from train.data.transforms import Transform
 TRANSFORM = Transform((64, 64))
 
 
-def open_golden(tmp_path, training):
-    """Open the golden annotation file, whose images do not exist, with its first 80 categories."""
-    content = json.loads((GOLDEN / "dataset_ann.json").read_text())
+def open_golden(tmp_path, training, group="dataset", **options):
+    """Open the golden annotation file of a group, whose images do not exist, with its first 80 categories."""
+    content = json.loads((GOLDEN / f"{group}_ann.json").read_text())
     path = tmp_path / "annotations.json"
     path.write_text(json.dumps(content))
     classes = [category["name"] for category in content["categories"]][:80]
-    return CocoDetection(path, tmp_path, TRANSFORM, training=training, classes=classes)
+    return CocoDetection(path, tmp_path, TRANSFORM, training=training, classes=classes, **options)
 
 
 def small_content():

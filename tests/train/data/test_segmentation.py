@@ -25,12 +25,12 @@ def pycocotools_draws(segmentation):
     return coco.annToMask({"image_id": 1, "segmentation": segmentation})
 
 
-def parse(values):
+def parse(values, training=True):
     """Return the segmentations of objects of one image; one more is read, as not all may lie between 0 and 1."""
     entries = [{"segmentation": value} for value in [*values, [[0, 0, 30, 0, 30, 30]]]]
     count = len(entries)
     sizes = np.tile(SIZE, (count, 1))
-    segmentations, _ = read_segmentations(entries, np.arange(count), np.zeros(count, int), sizes, required=False)
+    segmentations, *_ = read_segmentations(entries, np.arange(count), np.zeros(count, int), sizes, training=training)
     return segmentations.take(np.arange(len(values)))
 
 
@@ -85,6 +85,57 @@ def test_parts_that_are_no_polygons_are_left_out():
     np.testing.assert_array_equal(segmentations.draw(0, *SIZE), pycocotools_draws([triangle]))
 
 
+@given(st.lists(st.lists(COORDINATE, min_size=5, max_size=13), min_size=1, max_size=3))
+@settings(deadline=None, max_examples=60)
+def test_evaluation_draws_polygons_of_any_count_as_pycocotools_does(polygons):
+    segmentations = parse([polygons], training=False)
+    np.testing.assert_array_equal(segmentations.draw(0, *SIZE), pycocotools_draws(polygons))
+    np.testing.assert_array_equal(pycocotools_draws(segmentations.to_coco(0, *SIZE)), pycocotools_draws(polygons))
+
+
+@pytest.mark.parametrize("count", range(5))
+def test_short_polygons_behind_others_draw_nothing(count):
+    polygons = [[3, 4, 30, 5.5, 20, 25, 7], [10, 40, 40, 2, 9][:count]]
+    segmentations = parse([polygons], training=False)
+    np.testing.assert_array_equal(segmentations.draw(0, *SIZE), pycocotools_draws(polygons))
+
+
+TRIANGLE = [3, 4, 30, 5.5, 20, 25]
+
+
+@pytest.mark.parametrize(
+    ("polygons", "training", "pixels_of", "notes"),
+    [
+        pytest.param([TRIANGLE], True, [TRIANGLE], [], id="triangle"),
+        pytest.param([TRIANGLE, [40, 2, 45, 2, 45, 30, 9]], True, [TRIANGLE], ["odd, left out: 1"], id="training"),
+        pytest.param(
+            [TRIANGLE, [40, 2, 45, 2, 45, 30, 9]],
+            False,
+            [TRIANGLE, [40, 2, 45, 2, 45, 30]],
+            ["odd, drawn without the last one: 1"],
+            id="evaluation",
+        ),
+        pytest.param(
+            [[1, 2, 3, 4], TRIANGLE, [5], [*TRIANGLE, 1], [*TRIANGLE, 1, 2, 3]],
+            True,
+            [TRIANGLE],
+            ["odd, left out: 2", "short, left out: 2"],
+            id="both",
+        ),
+    ],
+)
+def test_polygons_that_are_not_drawn_are_told(coco, polygons, training, pixels_of, notes):
+    split = "train2017" if training else "val2017"
+    edit(coco, lambda content: content["annotations"][0].update(segmentation=polygons), split)
+    dataset = open_coco(coco, split, masks=True)
+    names = {"odd": "polygons with an odd count of numbers", "short": "polygons with less than three corners"}
+    expected = [f"{names[kind]}, {text}" for kind, text in (note.split(", ") for note in notes)]
+    assert dataset.mistakes == expected
+    drawn = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(pixels_of, 96, 128)))
+    np.testing.assert_array_equal(next(dataset.masks(0)), drawn)
+    assert open_coco(coco, split).mistakes == []
+
+
 def test_take_rows():
     members, starts = take_rows(np.array([0, 2, 2, 5]), np.array([2, 0, 1, 2]))
     assert members.tolist() == [2, 3, 4, 0, 1, 2, 3, 4]
@@ -105,7 +156,9 @@ def test_masks_stand_in_the_order_of_the_boxes(coco):
     assert open_coco(coco).segmentations is None
 
 
-@pytest.mark.parametrize("value", [[], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]], {"size": [96, 128]}, {"counts": []}])
+@pytest.mark.parametrize(
+    "value", [[], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]], [[1, 2, 3, 4, 5]], {"size": [96, 128]}, {"counts": []}]
+)
 def test_objects_without_a_polygon_are_not_trained_on(coco, value):
     whole = open_coco(coco, masks=True)
     edit(coco, lambda content: content["annotations"][3].update(segmentation=value))
@@ -115,9 +168,12 @@ def test_objects_without_a_polygon_are_not_trained_on(coco, value):
     assert len(dataset.boxes) == len(dataset.segmentations) == len(whole.boxes) - 1
     assert len(dataset) == len(whole)  # the image stays
     assert open_coco(coco).counts.no_polygon == 0
-    with pytest.raises(
-        ValueError, match="expected a valid polygon to compare masks with"
-    ):  # to pycocotools it would be a miss
+
+
+@pytest.mark.parametrize("value", [[], [[1, 2, 3, 4]], [[1, 2, 3]], {"size": [96, 128]}, {"counts": []}])
+def test_what_pycocotools_does_not_read_is_not_evaluated(coco, value):
+    edit(coco, lambda content: content["annotations"][3].update(segmentation=value))
+    with pytest.raises(ValueError, match=r"annotations\[3\] .*expected a valid polygon to compare masks with"):
         open_coco(coco, masks=True, training=False)
 
 

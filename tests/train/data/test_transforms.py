@@ -9,9 +9,11 @@ import torch
 
 from detector import FasterRCNN, FasterRCNNConfig
 from detector.image import read_image
+from detector.ops.rle import encode_mask
 from tests.conftest import GOLDEN
 from train.config import PRESETS
 from train.data.collate import collate
+from train.data.segmentation import read_segmentations
 from train.data.transforms import Sample, Transform, horizontal_flip, resize, resize_masks
 
 sys.path.insert(0, str(GOLDEN))
@@ -59,6 +61,77 @@ def test_batch_equals_mmdetection(golden, name):
     actual = summary(model.normalize(loaded.batch).numpy(), 4096)
     for key in ("stats", "samples"):
         np.testing.assert_allclose(actual[key], arrays[f"{name}.inputs.{key}"], rtol=1e-6, atol=1e-6)
+
+
+def read_golden_masks(spec):
+    """Return segmentations, (n,) bool which can be drawn, and (n,) bool which are ignored, of a golden entry."""
+    instances = spec["instances"]
+    count = len(instances)
+    entries = [{"segmentation": instance["mask"]} for instance in instances]
+    sizes = np.tile(spec["ori_shape"], (count, 1))
+    segmentations, drawable, _ = read_segmentations(
+        entries, np.arange(count), np.zeros(count, int), sizes, training=True
+    )
+    crowd = np.array([bool(instance["ignore_flag"]) for instance in instances])
+    return segmentations, drawable, crowd | ~drawable
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_masks_are_loaded_as_by_mmdetection(golden, index):
+    spec = golden("mask_preprocess")[1][f"full.{index}"]
+    segmentations, drawable, ignored = read_golden_masks(spec)
+    assert ignored.tolist() == spec["loaded_ignore"]
+    empty = np.zeros(spec["ori_shape"], np.uint8)
+    masks = [segmentations.draw(n, *spec["ori_shape"]) if drawable[n] else empty for n in range(len(segmentations))]
+    assert [mask.sum() for mask in masks] == spec["loaded_pixels"]
+    assert [encode_mask(mask.astype(bool)) for mask in masks] == spec["loaded"]
+
+
+def golden_sample(parameters, name):
+    """Return the sample of a golden entry, and its ignored masks (k, H, W) uint8, the empty ones as well."""
+    index = name.split(".")[1]
+    spec = parameters[name]
+    full = parameters[f"full.{index}"]
+    segmentations, drawable, ignored = read_golden_masks(full)
+    boxes = np.array([instance["bbox"] for instance in full["instances"]], np.float32)
+    labels = np.array([instance["bbox_label"] for instance in full["instances"]])
+
+    def draw(numbers):
+        empty = np.zeros(spec["ori_shape"], np.uint8)
+        return (segmentations.draw(n, *spec["ori_shape"]) if drawable[n] else empty for n in numbers)
+
+    image = read_image(GOLDEN / spec["file"])
+    kept = np.flatnonzero(~ignored)
+    transform = Transform(tuple(spec["scale"]), flip=float(spec["flip"]))
+    sample = transform(image, boxes[kept], labels[kept], int(index), 0, 0, draw(kept))
+    ignored_masks = resize_masks(draw(np.flatnonzero(ignored)), int(ignored.sum()), tuple(spec["img_shape"]))
+    return sample, ignored_masks[:, :, ::-1] if spec["flip"] else ignored_masks
+
+
+@pytest.mark.parametrize("name", [f"{group}.{i}" for group in ("full", "small") for i in range(4)])
+def test_masks_are_resized_and_flipped_as_by_mmdetection(golden, name):
+    parameters = golden("mask_preprocess")[1]
+    spec = parameters[name]
+    sample, ignored_masks = golden_sample(parameters, name)
+    assert list(sample.image.shape[:2]) == spec["img_shape"]
+    assert list(sample.original_size) == spec["ori_shape"]
+    assert list(sample.scale_factor) == spec["scale_factor"]
+    assert sample.labels.tolist() == spec["gt_labels"]
+    np.testing.assert_array_equal(sample.boxes, np.array(spec["gt_bboxes"], np.float32).reshape(-1, 4))
+    assert [encode_mask(mask.astype(bool)) for mask in sample.masks] == spec["gt_masks"]
+    assert [encode_mask(mask.astype(bool)) for mask in ignored_masks] == spec["ignored_masks"]
+
+
+@pytest.mark.parametrize("name", ["full.batch0", "full.batch1", "small.batch0"])
+def test_masks_of_a_batch_stand_in_its_images(golden, name):
+    """MMDetection pads the masks with zeros to the size of the batch; here they keep the size of their image."""
+    parameters = golden("mask_preprocess")[1]
+    spec = parameters[name]
+    group, _ = name.split(".")
+    batch = collate([golden_sample(parameters, f"{group}.{index}")[0] for index in spec["images"]]).batch
+    for index, target, padded in zip(spec["images"], batch.targets, spec["padded"], strict=True):
+        assert [len(target.masks), *batch.images.shape[2:]] == padded
+        assert list(target.masks.shape[1:]) == parameters[f"{group}.{index}"]["img_shape"]
 
 
 def sample_of(transform, epoch, index):

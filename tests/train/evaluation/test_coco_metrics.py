@@ -3,11 +3,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 import train.evaluation.coco_metrics
+from detector.ops.rle import encode_mask
 from detector.results import coco_rows
 from tests.train.data.datasets import edit, open_coco, open_golden
-from train.evaluation.coco_metrics import EVALUATORS, METRIC_NAMES, coco_metrics, run_coco_eval
+from train.evaluation.coco_metrics import (
+    DETECTION_LIMITS,
+    EVALUATORS,
+    METRIC_NAMES,
+    coco_metrics,
+    numbers_from_one,
+    run_coco_eval,
+)
 
 needs_both_evaluators = pytest.mark.skipif(len(EVALUATORS) < 2, reason="the extra fast-eval is not installed")
 
@@ -22,6 +33,7 @@ def golden_rows(predictions, dataset):
             dataset.category_ids[labels],
             np.array(image["bboxes"], np.float32).reshape(-1, 4),
             np.array(image["scores"], np.float32),
+            image.get("masks"),
         )
     return rows
 
@@ -44,6 +56,76 @@ def test_numbers_equal_mmdetection(golden, tmp_path):
         assert round(metrics[name], 3) == expected["metrics"][f"coco/bbox_{key}"]
     counted = [ap for ap, _, _ in metrics["classes"].values() if ap > -1]
     assert np.mean(counted) == pytest.approx(metrics["AP"])
+
+
+@pytest.mark.parametrize("evaluator", EVALUATORS)
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_numbers_of_masks_equal_mmdetection(golden, tmp_path, evaluator, iou_type):
+    expected = golden("segm_eval")[1]
+    dataset = open_golden(tmp_path, False, "segm_eval", masks=True)
+    assert list(dataset.classes) == expected["classes"]
+    assert len(dataset.image_ids) == expected["count"]["images"]
+    assert len(dataset.all_annotations.boxes) == expected["count"]["annotations"]
+    assert dataset.all_annotations.is_crowd.sum() == expected["count"]["crowds"]
+    rows = golden_rows(expected["predictions"], dataset)
+    assert len(rows) == expected["count"]["predictions"]
+
+    evaluation = run_coco_eval(rows, dataset, iou_type, evaluator)
+    assert evaluation.stats == pytest.approx(expected["coco"][iou_type]["stats"], rel=0, abs=1e-9)
+    metrics = coco_metrics(rows, dataset, evaluator)
+    prefix = "segm_" if iou_type == "segm" else ""
+    keys = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
+    for name, key in zip(METRIC_NAMES, keys, strict=False):
+        assert round(metrics[prefix + name], 3) == expected["metrics"][f"coco/{iou_type}_{key}"]
+
+    per_class = expected["coco"][iou_type]["per_class"]
+    assert set(per_class) == set(dataset.classes)
+    columns = numbers_from_one(dataset.category_ids) - 1
+    for column, (name, (ap, ap50, _)) in zip(columns, metrics[prefix + "classes"].items(), strict=True):
+        numbers = per_class[name]
+        assert ap == pytest.approx(numbers["AP_100"], rel=0, abs=1e-9)
+        assert ap50 == pytest.approx(numbers["AP50_100"], rel=0, abs=1e-9)
+        most = evaluation.eval["precision"][:, :, column, 0, -1]
+        assert most[most > -1].mean() == pytest.approx(numbers["AP_1000"], rel=0, abs=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools.mask")
+@pytest.mark.parametrize("evaluator", EVALUATORS)
+def test_polygons_of_odd_count_are_compared_as_pycocotools_draws_them(coco, evaluator):
+    """The reference is pycocotools with the file itself."""
+    shapes = [
+        [[9, 9, 60, 10, 30, 70, 5]],
+        [[9, 9, 60, 10, 3]],
+        [[9, 9, 60, 10, 30, 70], [80, 9, 90, 10, 84, 60, 5, 6, 7]],
+    ]
+
+    def change(content):
+        for number, annotation in enumerate(content["annotations"]):
+            annotation["segmentation"] = shapes[number % len(shapes)]
+
+    edit(coco, change, "val2017")
+    dataset = open_coco(coco, "val2017", masks=True)
+    found = [[9, 9, 60, 10, 30, 70], [80, 9, 90, 10, 84, 60]]
+    mask = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(found, 96, 128))).astype(bool)
+    boxes = dataset.boxes
+    rows = coco_rows(
+        np.repeat(dataset.image_ids, np.diff(dataset.box_starts)),
+        dataset.category_ids[dataset.labels],
+        boxes,
+        np.linspace(1, 0.5, len(boxes), dtype=np.float32),
+        [encode_mask(mask)] * len(boxes),
+    )
+    actual = run_coco_eval(rows, dataset, "segm", evaluator)
+
+    reference = COCO(str(dataset.annotation_file))
+    detections = reference.loadRes([{key: row[key] for key in row if key != "bbox"} for row in rows])
+    expected = COCOeval(reference, detections, "segm")
+    expected.params.maxDets = DETECTION_LIMITS
+    expected.evaluate()
+    expected.accumulate()
+    expected.summarize()
+    assert 0 < expected.stats[0] < 1
+    assert actual.stats == pytest.approx(expected.stats, rel=0, abs=1e-15)
 
 
 def test_order_of_images_changes_nothing(golden, tmp_path):
