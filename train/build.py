@@ -35,7 +35,7 @@ from train.data.identity import describe_change, identify_images
 from train.data.transforms import Transform
 from train.distributed import World
 from train.fine_tuning import find_new_layers
-from train.pretrained import ensure_imagenet_file, imagenet_file
+from train.pretrained import ensure_imagenet_file, imagenet_file, imagenet_network, publisher
 from train.run_folder import ROOT, RunFolder
 from train.schedule import make_optimizer, prepare_for_graphs
 from train.step_graphs import Grid, StepGraphs
@@ -182,7 +182,7 @@ def prepare_initial_weights(config: Config, world: World) -> None:
     if config.weights == "none" or world.broadcast(has_checkpoint):
         return
     if config.weights == "imagenet":
-        ensure_imagenet_file(config.model.depth, world, config.timeout)
+        ensure_imagenet_file(imagenet_network(config.model), world, config.timeout)
     else:
         check_weights_exist(config.weights)
 
@@ -207,7 +207,7 @@ def load_initial_weights(state: TrainState, config: Config, classes: Sequence[st
         return "random", []
 
     is_imagenet = config.weights == "imagenet"
-    path = imagenet_file(config.model.depth) if is_imagenet else Path(config.weights)
+    path = imagenet_file(imagenet_network(config.model)) if is_imagenet else Path(config.weights)
     checkpoint = read_checkpoint(path)
     skip_heads = False
     new_layers: tuple[str, ...] = ()
@@ -220,7 +220,8 @@ def load_initial_weights(state: TrainState, config: Config, classes: Sequence[st
 
     count = f"{len(summary.loaded)} tensors loaded"
     if is_imagenet:
-        return f"ImageNet, {count} into the backbone from torchvision's file {path}, SHA-256 checked", []
+        source = publisher(imagenet_network(config.model))
+        return f"ImageNet, {count} into the backbone from {source}'s file {path}, SHA-256 checked", []
     is_checked = parse_name(path) is not None
     origin = f"{path}, {count}, {'SHA-256 checked' if is_checked else 'SHA-256 not known'}"
     return origin, [f"weights: {line.strip()}" for line in str(summary).splitlines()[1:]]

@@ -12,11 +12,12 @@ from detector import FasterRCNNConfig
 from detector.image import MAX_PIXELS
 from detector.model.config import RENAMED_FIELDS
 from detector.precision import PrecisionName
+from train.pretrained import imagenet_network
 
 BASE_BATCH_SIZE = 16  # `optim.lr` is meant for this many images per step
 MAX_UNREADABLE_SHARE = 0.01  # a run stops when a larger share of the images cannot be read
 
-IMAGENET_CHANNELS = 64  # `base_channels` of torchvision's ResNets
+IMAGENET_CHANNELS = 64  # `base_channels` of the published files
 
 RENAMED = {"data.batch": "data.batch_size", "amp": "precision"} | {
     f"model.{old_name}": f"model.{new_name}" for old_name, new_name in RENAMED_FIELDS.items()
@@ -361,16 +362,17 @@ def _check_norm(config: Config, gpu: bool, processes: int) -> None:
 
 
 def _check_imagenet(config: Config) -> None:
-    """Raise ValueError where the model is not one for which torchvision has ImageNet weights."""
+    """Raise ValueError where the model is not one for which there are ImageNet weights."""
     model = config.model
     if config.eval_only or config.weights != "imagenet":
         return
     if model.norm == "gn" or model.base_channels != IMAGENET_CHANNELS:
         raise ValueError(
-            f"--weights imagenet: expected a model with batch norm and base_channels {IMAGENET_CHANNELS}, as in "
-            f"torchvision's file, got norm {model.norm} and base_channels {model.base_channels}; "
+            f"--weights imagenet: expected a model with batch norm and base_channels {IMAGENET_CHANNELS}, as in the "
+            f"published files, got norm {model.norm} and base_channels {model.base_channels}; "
             "--weights none starts from random weights"
         )
+    imagenet_network(model)
 
 
 def _check_graph(config: Config, gpu: bool, processes: int) -> None:

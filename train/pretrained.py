@@ -1,4 +1,8 @@
-"""ImageNet weights to start from: torchvision's file for the depth, fetched once into torch.hub's cache.
+"""ImageNet weights to start from: a published file for the network, fetched once into torch.hub's cache.
+
+ResNets start from torchvision's files. ResNeXt-101 32x4d, which torchvision does not have (its files are 32x8d and
+64x4d), starts from the file of MMDetection's configs, `open-mmlab://resnext101_32x4d`. Both have the same names, and
+were trained on images of the same mean and deviation.
 
 `torch.hub.download_url_to_file` waits for a silent server without end, has no limit for the whole, takes a connection
 that broke for a wrong hash, and names neither URL nor file in its errors; and nothing keeps two processes from fetching
@@ -21,6 +25,7 @@ from urllib.request import Request, urlopen
 
 import torch
 
+from detector import FasterRCNNConfig
 from detector.files import remove_leftovers, replacing, writing_error
 from detector.text import one_line, show_message
 from detector.weights.checkpoint_name import file_digest
@@ -30,8 +35,19 @@ from train.progress import download_progress
 
 BASE_URL = "https://download.pytorch.org/models"
 
-FILES = {18: "resnet18-f37072fd.pth", 50: "resnet50-0676ba61.pth", 101: "resnet101-63fe2227.pth"}
-"""Depth -> torchvision's file. Its name ends in the first digits of its SHA-256."""
+RESNEXT_BASE_URL = "https://download.openmmlab.com/pretrain/third_party"
+
+RESNEXT = "resnext101_32x4d"
+Network = int | str
+"""Depth of a ResNet, or `RESNEXT`."""
+
+FILES: dict[Network, str] = {
+    18: "resnet18-f37072fd.pth",
+    50: "resnet50-0676ba61.pth",
+    101: "resnet101-63fe2227.pth",
+    RESNEXT: "resnext101_32x4d-a5af3160.pth",
+}
+"""Network -> file. Its name ends in the first digits of its SHA-256."""
 
 SILENCE_SECONDS = 20.0  # a server that sends nothing for so long is given up
 NOTICE_SECONDS = 5.0  # after which people are told what the run waits for
@@ -56,25 +72,47 @@ class _Patience:
         return cls(time.monotonic() + 0.8 * timeout, min(SILENCE_SECONDS, 0.2 * timeout))
 
 
-def imagenet_file(depth: int) -> Path:
-    """Return where the weights for a depth are, or will be: in torch.hub's cache, which TORCH_HOME moves."""
-    return Path(torch.hub.get_dir()).absolute() / "checkpoints" / FILES[depth]
+def imagenet_network(model: FasterRCNNConfig) -> Network:
+    """Return whose ImageNet weights a model starts from.
+
+    Raises:
+        ValueError: there are none; the message names the flag.
+    """
+    if model.groups == 1 and model.width_per_group == 64:
+        return model.depth
+    if (model.depth, model.groups, model.width_per_group) == (101, 32, 4):
+        return RESNEXT
+    raise ValueError(
+        "--weights imagenet: expected a ResNet, or depth 101 with 32 groups of width 4, which have published files, "
+        f"got depth {model.depth} with {model.groups} groups of width {model.width_per_group}; "
+        "--weights FILE starts from another file, --weights none from random weights"
+    )
+
+
+def publisher(network: Network) -> str:
+    """Return who published the weights of a network."""
+    return "OpenMMLab" if network == RESNEXT else "torchvision"
+
+
+def imagenet_file(network: Network) -> Path:
+    """Return where the weights of a network are, or will be: in torch.hub's cache, which TORCH_HOME moves."""
+    return Path(torch.hub.get_dir()).absolute() / "checkpoints" / FILES[network]
 
 
 def _hash_of_name(path: Path) -> str:
-    """Return the first digits of the SHA-256 that torchvision's file must have: its name ends in them."""
+    """Return the first digits of the SHA-256 that a published file must have: its name ends in them."""
     return path.stem.rpartition("-")[2]
 
 
-def ensure_imagenet_file(depth: int, world: World, timeout: float) -> None:
-    """Make sure that every machine has the whole file for a depth; fetch it where it is missing or damaged.
+def ensure_imagenet_file(network: Network, world: World, timeout: float) -> None:
+    """Make sure that every machine has the whole file of a network; fetch it where it is missing or damaged.
 
     One process of each machine (LOCAL_RANK 0) does that while the others wait. Then the others look, too: where nothing
     sets LOCAL_RANK, they may be on another machine. A lock keeps processes and runs that share a cache from fetching
     the file twice, and the file appears under its name only when it is complete and its hash is right.
 
     Args:
-        depth: of the ResNet.
+        network: see `imagenet_network`.
         world: the processes; all of them call this.
         timeout: seconds that a process waits for the others.
 
@@ -84,14 +122,14 @@ def ensure_imagenet_file(depth: int, world: World, timeout: float) -> None:
     for local_rank_0 in (True, False):
         problem = ""
         if (world.local_rank == 0) == local_rank_0:
-            problem = _ensure_on_this_machine(depth, timeout, show_progress=world.is_main)
+            problem = _ensure_on_this_machine(network, timeout, show_progress=world.is_main)
         raise_together(world, problem)
 
 
-def _ensure_on_this_machine(depth: int, timeout: float, show_progress: bool) -> str:
+def _ensure_on_this_machine(network: Network, timeout: float, show_progress: bool) -> str:
     """Make sure that this machine has the whole file; return why it cannot have it and what can be done, or ""."""
-    path = imagenet_file(depth)
-    url = f"{BASE_URL}/{path.name}"
+    path = imagenet_file(network)
+    url = f"{RESNEXT_BASE_URL if network == RESNEXT else BASE_URL}/{path.name}"
     damage = ""
     try:
         if path.exists():

@@ -24,12 +24,15 @@ from detector.files import open_regular, replacing
 from detector.model.faster_rcnn import FasterRCNN
 from detector.text import printable, short_list, short_name, shown
 from detector.weights.checkpoint_name import file_digest, parse_name
+from detector.weights.config_text import read_config_text
+from detector.weights.mmdet_config import find_class_names, takes_bgr
 from detector.weights.torch_file import ForeignTensor, read_torch_file, unreadable
 
 STATE_KEYS = ("state_dict", "model", "ema_state_dict")  # MMDetection; ours and torchvision's; only averaged weights
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "ema_model.")  # DistributedDataParallel, torch.compile, averaged models
 AVERAGED_PREFIX = "ema_"  # MMDetection 2 keeps a second, averaged set of weights under this prefix
 AVERAGED_COUNTER = "steps"  # mmengine's averaged models count their updates under this name
+FIRST_CONV = "backbone.conv1.weight"  # (C, 3, 7, 7): the layer that sees the colors
 SUM = "sha256"  # key of `_sum` in the metadata of our safetensors files
 
 
@@ -39,8 +42,10 @@ class Checkpoint:
 
     Attributes:
         path: the file.
-        state: name -> tensor on the CPU; prefixes of wrappers removed.
+        state: name -> tensor on the CPU; prefixes of wrappers removed. Its first convolution takes red, green, blue,
+            also where that in the file takes them the other way round.
         config: fields of the model's configuration, or None if the file has none.
+        mmdet_config: names and values of an MMDetection config, or None if the file has none.
         classes: class names by label, or None if the file has none.
         dropped: names in the file that are left out: those of a second, averaged set of weights.
     """
@@ -48,6 +53,7 @@ class Checkpoint:
     path: Path
     state: dict[str, Tensor]
     config: dict[str, Any] | None = None
+    mmdet_config: dict[str, Any] | None = None
     classes: tuple[str, ...] | None = None
     dropped: tuple[str, ...] = ()
 
@@ -75,11 +81,18 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     state = _remove_wrapper_prefixes(state)
     state, dropped = _drop_averaged(state)
     state = {_rename_legacy_offset(name): value for name, value in state.items()}
+    config = _find_config(path, content)
+    classes = _find_classes(path, content)
+    mmdet_config = None if config is not None else _find_mmdet_config(path, content)
+    if mmdet_config is not None:
+        state = _turn_colors(state, mmdet_config)
+        classes = classes or find_class_names(mmdet_config)
     return Checkpoint(
         path=path,
         state=state,
-        config=_find_config(path, content),
-        classes=_find_classes(path, content),
+        config=config,
+        mmdet_config=mmdet_config,
+        classes=classes,
         dropped=tuple(dropped),
     )
 
@@ -211,6 +224,34 @@ def _find_config(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | Non
     if not isinstance(config, Mapping):
         raise ValueError(f"{path}: expected `config` to be a dict, got {type(config).__name__}")
     return dict(config)
+
+
+def _find_mmdet_config(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the MMDetection config that is in `meta`: as a text, or as the object that was made from it."""
+    meta = content.get("meta")
+    if not isinstance(meta, Mapping):
+        return None
+    for key in ("cfg", "config"):  # of version 3, of version 2
+        config = meta.get(key)
+        if _is_empty(config):
+            continue
+        if isinstance(config, Mapping):
+            return dict(config)
+        if not isinstance(config, str):
+            raise ValueError(f"{path}: meta: {key}: expected the text of a config, got {shown(config)}")
+        try:
+            return read_config_text(config)
+        except ValueError as error:
+            raise ValueError(f"{path}: its MMDetection config cannot be read: {error}") from error
+    return None
+
+
+def _turn_colors(state: dict[str, Tensor], mmdet_config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the weights for images in the order red, green, blue."""
+    weight = state.get(FIRST_CONV)
+    if weight is None or weight.dim() != 4 or not takes_bgr(mmdet_config):
+        return state
+    return state | {FIRST_CONV: weight.flip(1)}
 
 
 def _find_classes(path: Path, content: Mapping[str, Any]) -> tuple[str, ...] | None:

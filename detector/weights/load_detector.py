@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +14,34 @@ from detector.model.config import FasterRCNNConfig, rename_fields
 from detector.model.faster_rcnn import FasterRCNN
 from detector.text import shown
 from detector.weights.checkpoint import Checkpoint, list_names, read_checkpoint
-from detector.weights.load_weights import CLASSIFIER, count_channels, count_classes, match_weights
+from detector.weights.load_weights import (
+    CLASSIFIER,
+    CLASSIFIERS,
+    count_channels,
+    count_classes,
+    find_classifiers,
+    match_weights,
+)
+from detector.weights.mmdet_config import MMDetectionConfig, differences_message, read_mmdet_config
 
 DEPTHS: dict[tuple[int, int], Literal[18, 50, 101]] = {(2, 2): 18, (6, 3): 50, (23, 3): 101}
 """(blocks in layer3, convolutions in a block) -> depth."""
+
+SHOWN_BY_WEIGHTS = (
+    "depth",
+    "num_classes",
+    "dcn",
+    "dcn_stages",
+    "deform_groups",
+    "groups",
+    "width_per_group",
+    "mask",
+    "cascade",
+    "roi_layer",
+    "fpn_channels",
+    "fc_channels",
+)
+"""Fields that `infer_config` finds in names and shapes, and an MMDetection config has, too."""
 
 
 def load(path: str | Path, device: torch.device | str | None = None) -> tuple[FasterRCNN, list[str]]:
@@ -25,8 +49,10 @@ def load(path: str | Path, device: torch.device | str | None = None) -> tuple[Fa
 
         model, class_names = detector.load("best.pt")
 
-    Files of this project hold the configuration. For MMDetection's files of this architecture it is inferred from the
-    shapes of the weights; the thresholds are then the defaults.
+    Files of this project hold the configuration. MMDetection's files hold the text of its config: normalization,
+    thresholds and sizes are taken from it, and a setting that this package does not have is an error. The architecture
+    is inferred from the names and shapes of the weights, and must be that of the text. In a file of weights alone the
+    rest is as in the defaults of `FasterRCNNConfig`.
 
     Args:
         path: a checkpoint of training, a `.safetensors` file of `save_weights`, or an MMDetection file.
@@ -37,8 +63,8 @@ def load(path: str | Path, device: torch.device | str | None = None) -> tuple[Fa
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: the file is damaged or not a checkpoint of a detector, or the device is not there; the message names
-            the file or the device.
+        ValueError: the file is damaged, not a checkpoint of a detector or of another one than this package has, or the
+            device is not there; the message names the file or the device.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)  # first, because it takes less time than reading the file
@@ -49,6 +75,8 @@ def build_detector(checkpoint: Checkpoint, device: torch.device | str) -> tuple[
     """Do `load` with a file that has been read."""
     path = checkpoint.path
     if not is_detector(checkpoint):
+        if checkpoint.mmdet_config is not None:
+            _read_mmdet_config(checkpoint)  # which names the model if it is another one
         raise ValueError(f"{path}: expected the weights of a whole detector, got a file without {CLASSIFIER}")
     config = find_config(checkpoint)
     class_names = checkpoint.classes
@@ -67,16 +95,18 @@ def build_detector(checkpoint: Checkpoint, device: torch.device | str) -> tuple[
 
 def is_detector(checkpoint: Checkpoint) -> bool:
     """Tell whether a file has the weights of a whole detector, and not those of a backbone alone."""
-    return CLASSIFIER in checkpoint.state
+    return bool(find_classifiers(checkpoint.state))
 
 
 def find_config(checkpoint: Checkpoint) -> FasterRCNNConfig:
-    """Return the configuration of the detector in a file: the one it holds, or the one that its weights show.
+    """Return the configuration of the detector in a file: the one it holds, else what its weights show.
 
     Raises:
         ValueError: the configuration is not one of this version, or has another number of classes than the weights, or
-            the weights are those of another architecture; the message names the file.
+            the file is of another architecture; the message names the file.
     """
+    if checkpoint.mmdet_config is not None:
+        return _find_mmdet_config(checkpoint)
     try:
         config = infer_config(checkpoint.state) if checkpoint.config is None else stored_config(checkpoint.config)
         num_classes = count_classes(checkpoint.state)
@@ -86,6 +116,34 @@ def find_config(checkpoint: Checkpoint) -> FasterRCNNConfig:
             )
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from error
+    return config
+
+
+def _read_mmdet_config(checkpoint: Checkpoint) -> MMDetectionConfig:
+    """Return what the MMDetection config of a file says, if this package has all of it."""
+    assert checkpoint.mmdet_config is not None
+    config = read_mmdet_config(checkpoint.mmdet_config)
+    problems = config.network_problems + config.other_problems
+    if problems:
+        raise ValueError(f"{checkpoint.path}: {differences_message(problems)}")
+    return config
+
+
+def _find_mmdet_config(checkpoint: Checkpoint) -> FasterRCNNConfig:
+    """Return the configuration of an MMDetection file with a config: its values, where they agree with the weights."""
+    says = _read_mmdet_config(checkpoint)
+    try:
+        inferred = infer_config(checkpoint.state, dcn=says.network["dcn"])
+        config = replace(inferred, **says.network, **says.others)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from error
+    for name in SHOWN_BY_WEIGHTS:
+        expected = getattr(config, name)
+        got = getattr(inferred, name)
+        if expected != got:
+            raise ValueError(
+                f"{checkpoint.path}: {name}: expected weights of {expected}, as its MMDetection config says, got {got}"
+            )
     return config
 
 
@@ -102,11 +160,13 @@ def make_skeleton(config: FasterRCNNConfig, path: Path) -> FasterRCNN:
         raise ValueError(f"{path}: {error}") from error
 
 
-def infer_config(state: Mapping[str, Tensor]) -> FasterRCNNConfig:
+def infer_config(state: Mapping[str, Tensor], dcn: str | None = None) -> FasterRCNNConfig:
     """Infer the architecture from the names and shapes of a detector's weights.
 
     Args:
         state: state dict under MMDetection's names.
+        dcn: version of the deformable convolutions if it is known, "v1" or "v2". The shapes show it, but for layers
+            of 54 channels, say: version 2 with two groups of offsets, or version 1 with three.
 
     Returns:
         The configuration; fields that the weights do not show (thresholds, frozen stages) have their defaults.
@@ -122,19 +182,44 @@ def infer_config(state: Mapping[str, Tensor]) -> FasterRCNNConfig:
     if depth is None:
         raise ValueError(f"weights: expected a ResNet of depth {sorted(DEPTHS.values())}, got another backbone")
 
+    cascade = CLASSIFIERS[0] in state
+    stage = "0." if cascade else ""
     return FasterRCNNConfig(
         depth=depth,
         num_classes=count_classes(state),
-        mask="roi_head.mask_head.conv_logits.weight" in state,
+        mask=f"roi_head.mask_head.{stage}conv_logits.weight" in state,
+        cascade=cascade,
+        roi_layer=_infer_roi_layer(state, stage),
         norm="bn" if "backbone.bn1.running_mean" in state else "gn",
         base_channels=count_channels(state, "backbone.conv1.weight"),
         fpn_channels=count_channels(state, "neck.fpn_convs.0.conv.weight"),
-        fc_channels=count_channels(state, "roi_head.bbox_head.shared_fcs.0.weight"),
-        **_infer_deformable_fields(state),
+        fc_channels=count_channels(state, f"roi_head.bbox_head.{stage}shared_fcs.0.weight"),
+        **_infer_groups(state),
+        **_infer_deformable_fields(state, dcn),
     )
 
 
-def _infer_deformable_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def _infer_roi_layer(state: Mapping[str, Tensor], stage: str) -> Literal["align", "dpool", "mdpool"]:
+    """Return `roi_layer`; `stage` is the part of the names that stands for the first stage of a cascade."""
+    layer = f"roi_head.bbox_roi_extractor.{stage}roi_layers.0"
+    if f"{layer}.mask_fc.0.weight" in state:
+        return "mdpool"
+    return "dpool" if f"{layer}.offset_fc.0.weight" in state else "align"
+
+
+def _infer_groups(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return `groups` and `width_per_group`: a convolution in groups has as many input channels as one group."""
+    name = "backbone.layer1.0.conv2.weight"
+    width = count_channels(state, name)
+    stem = count_channels(state, "backbone.conv1.weight")
+    in_channels = state[name].shape[1] if state[name].dim() > 1 else 0
+    if not in_channels or width % in_channels or not stem:
+        raise ValueError(f"weights: expected {name} of a convolution in groups, got {tuple(state[name].shape)}")
+    groups = width // in_channels
+    return {"groups": groups, "width_per_group": 64 * in_channels // stem}
+
+
+def _infer_deformable_fields(state: Mapping[str, Tensor], dcn: str | None) -> dict[str, Any]:
     """Return `dcn`, `dcn_stages` and `deform_groups` of a `FasterRCNNConfig`."""
     names = [f"backbone.layer{stage}.0.conv2.conv_offset.weight" for stage in range(1, 5)]
     dcn_stages = tuple(name in state for name in names)
@@ -143,7 +228,7 @@ def _infer_deformable_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
     # Per group and tap of the 3x3 kernel: two offsets and a mask (version 2), or two offsets alone (version 1).
     channels = next(count_channels(state, name) for name in names if name in state)
-    if channels % 27 == 0:
+    if channels % 27 == 0 and not (dcn == "v1" and channels % 18 == 0):
         return {"dcn": "v2", "dcn_stages": dcn_stages, "deform_groups": channels // 27}
     return {"dcn": "v1", "dcn_stages": dcn_stages, "deform_groups": max(channels // 18, 1)}
 

@@ -5,18 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from detector.model.faster_rcnn import FasterRCNN
+from detector.text import shown
 from detector.weights.checkpoint import Checkpoint, list_names, read_checkpoint
+from detector.weights.mmdet_config import differences_message, read_mmdet_config
+from detector.weights.settings import is_same
 
+STAGES = range(3)  # of a cascade
 HEADS = (  # the layers whose size is the number of classes
     "roi_head.bbox_head.fc_cls",
     "roi_head.bbox_head.fc_reg",
     "roi_head.mask_head.conv_logits",
+    *(f"roi_head.bbox_head.{stage}.fc_cls" for stage in STAGES),  # boxes of a cascade do not depend on the class
+    *(f"roi_head.mask_head.{stage}.conv_logits" for stage in STAGES),
 )
 CLASSIFIER = "roi_head.bbox_head.fc_cls.weight"  # (classes + 1, hidden): the last row is background
+CLASSIFIERS = tuple(f"roi_head.bbox_head.{stage}.fc_cls.weight" for stage in STAGES)  # those of a cascade
+INPUT_FIELDS = ("pixel_mean", "pixel_std", "anchor_scale", "anchor_ratios")
+"""Fields of the model that its weights are made for, though no name and no shape shows it."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +64,20 @@ class LoadSummary:
         return "\n".join(lines)
 
 
+def find_classifiers(state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return the names of the weights that classify: one, those of the stages of a cascade, or none."""
+    if CLASSIFIER in state:
+        return (CLASSIFIER,)
+    return CLASSIFIERS if CLASSIFIERS[0] in state else ()
+
+
 def count_classes(state: Mapping[str, Tensor]) -> int:
-    """Return the number of classes of a detector's weights; its classifier has one more, the background."""
-    return count_channels(state, CLASSIFIER) - 1
+    """Return the number of classes of a detector's weights; its classifiers have one more, the background."""
+    names = find_classifiers(state) or (CLASSIFIER,)
+    counts = [count_channels(state, name) - 1 for name in names]
+    if len(set(counts)) > 1:
+        raise ValueError(f"weights: expected one number of classes in all stages, got {counts}")
+    return counts[0]
 
 
 def count_channels(state: Mapping[str, Tensor], name: str) -> int:
@@ -79,7 +101,8 @@ def load_weights(model: nn.Module, path: str | Path, *, strict: bool = True, ski
     Args:
         model: a `FasterRCNN`, or for a torchvision file also a `ResNet`.
         path: the file, see `detector.weights.checkpoint.read_checkpoint`.
-        strict: raise if names are missing or unexpected. Shapes must agree in any case.
+        strict: raise if names are missing or unexpected, or if the configuration in the file says that the weights are
+            for other images or anchors, or for a network that computes something else. Shapes must agree in any case.
         skip_heads: leave out the last layers, whose size is the number of classes; for fine-tuning to other classes.
 
     Raises:
@@ -87,7 +110,34 @@ def load_weights(model: nn.Module, path: str | Path, *, strict: bool = True, ski
         ValueError: the file is damaged or not a checkpoint, or it does not fit; the message names the file and the
             weights.
     """
-    return copy_weights(model, read_checkpoint(path), strict=strict, skip_heads=skip_heads)
+    checkpoint = read_checkpoint(path)
+    if strict and isinstance(model, FasterRCNN):
+        check_input(model, checkpoint)
+    return copy_weights(model, checkpoint, strict=strict, skip_heads=skip_heads)
+
+
+def check_input(model: FasterRCNN, checkpoint: Checkpoint) -> None:
+    """Compare what a file says of its images and anchors with what a model does with them.
+
+    Raises:
+        ValueError: they differ, or the file is of a network that this package does not have; the message names the
+            file and the field.
+    """
+    says: Mapping[str, Any] = {}
+    if checkpoint.config is not None:
+        stored = checkpoint.config.get("model", checkpoint.config)
+        says = stored if isinstance(stored, Mapping) else {}
+    elif checkpoint.mmdet_config is not None:
+        config = read_mmdet_config(checkpoint.mmdet_config)
+        if config.network_problems:
+            raise ValueError(f"{checkpoint.path}: {differences_message(config.network_problems)}")
+        says = config.network
+    for name in INPUT_FIELDS:
+        expected = getattr(model.config, name)
+        if name in says and not is_same(says[name], expected):
+            raise ValueError(
+                f"{checkpoint.path}: {name}: expected {expected}, as the model has, got {shown(says[name])}"
+            )
 
 
 def copy_weights(
@@ -209,9 +259,10 @@ def _check_shapes(path: Path, model_state: dict[str, Tensor], state: dict[str, T
     A different number of classes, the most frequent reason, has its own message.
     """
     differing = [name for name in model_state if name in state and state[name].shape != model_state[name].shape]
-    if CLASSIFIER in differing:
-        expected = model_state[CLASSIFIER]
-        got = state[CLASSIFIER]
+    classifiers = [name for name in differing if name in (CLASSIFIER, *CLASSIFIERS)]
+    if classifiers:
+        expected = model_state[classifiers[0]]
+        got = state[classifiers[0]]
         if got.dim() and expected.shape[1:] == got.shape[1:]:
             heads = [name for name in differing if name.startswith(HEADS)]
             raise ValueError(

@@ -15,8 +15,16 @@ import pytest
 import torch
 
 import train.pretrained
+from detector import FasterRCNNConfig
 from train.distributed import SharedError, World
-from train.pretrained import FILES, ensure_imagenet_file, imagenet_file
+from train.pretrained import (
+    FILES,
+    RESNEXT,
+    ensure_imagenet_file,
+    imagenet_file,
+    imagenet_network,
+    publisher,
+)
 
 CONTENT = bytes(range(256)) * 1200  # 300 KB
 NAME = f"resnet50-{hashlib.sha256(CONTENT).hexdigest()[:8]}.pth"
@@ -88,9 +96,52 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name != ".lock") if folder.is_dir() else []
 
 
-def test_files_are_those_of_torchvision():
-    assert FILES == {18: "resnet18-f37072fd.pth", 50: "resnet50-0676ba61.pth", 101: "resnet101-63fe2227.pth"}
+def test_files_are_those_of_torchvision_and_of_mmdetection():
+    assert FILES == {
+        18: "resnet18-f37072fd.pth",
+        50: "resnet50-0676ba61.pth",
+        101: "resnet101-63fe2227.pth",
+        RESNEXT: "resnext101_32x4d-a5af3160.pth",
+    }
     assert train.pretrained.BASE_URL == "https://download.pytorch.org/models"
+    assert train.pretrained.RESNEXT_BASE_URL == "https://download.openmmlab.com/pretrain/third_party"
+
+
+@pytest.mark.parametrize(
+    ("fields", "network", "source"),
+    [
+        ({"depth": 18}, 18, "torchvision"),
+        ({"depth": 50, "cascade": True}, 50, "torchvision"),
+        ({"depth": 101, "dcn": "v1"}, 101, "torchvision"),
+        ({"depth": 101, "groups": 32, "width_per_group": 4}, RESNEXT, "OpenMMLab"),
+    ],
+)
+def test_network_of_a_model(fields, network, source):
+    assert imagenet_network(FasterRCNNConfig(**fields)) == network
+    assert publisher(network) == source
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"depth": 101, "groups": 32, "width_per_group": 8},
+        {"depth": 50, "groups": 32, "width_per_group": 4},
+        {"depth": 50, "groups": 1, "width_per_group": 128},
+    ],
+)
+def test_networks_without_a_file_are_named(fields):
+    with pytest.raises(
+        ValueError, match=r"--weights imagenet: expected a ResNet, or .* groups of width .*--weights FILE"
+    ):
+        imagenet_network(FasterRCNNConfig(**fields))
+
+
+def test_resnext_comes_from_its_own_server(server, cache, monkeypatch):
+    monkeypatch.setattr(train.pretrained, "BASE_URL", "http://127.0.0.1:9/")
+    monkeypatch.setattr(train.pretrained, "RESNEXT_BASE_URL", server.url)
+    monkeypatch.setitem(FILES, RESNEXT, NAME)
+    ensure_imagenet_file(RESNEXT, ALONE, 30.0)
+    assert imagenet_file(RESNEXT).read_bytes() == CONTENT
 
 
 def test_fetched_once_into_the_cache_of_torch_hub(server, cache, capsys):
