@@ -187,6 +187,7 @@ HOSTILE = {
     "texts": "a = 'aaaaaaaaaa'\n" + "a = a + a\n" * 60,
     "sums of lists": "a = [1]\n" + "a = a + a\n" * 60,
     "unpacked": "a = [1]\n" + "a = [*a, *a]\n" * 60,
+    "unpacked at once": "a = [" + "1," * 20_000 + "]\nb = [" + "*a," * 200_000 + "]",
     "merged": "\n".join(["base.py\n" + doubled("1")] * 3),
 }
 
