@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from detector import Batch, FasterRCNN, FasterRCNNConfig, Target
+from detector.model.box_head import BoxHead
 from detector.structures import padded_side
 
 try:
@@ -21,14 +22,15 @@ def build_detector(config: FasterRCNNConfig, device: torch.device) -> FasterRCNN
     """Build our detector with random weights, the same each time."""
     torch.manual_seed(0)
     model = FasterRCNN(config)
-    _initialize_heads(model.rpn_head.rpn_reg, model.roi_head.bbox_head.fc_cls)
+    box_heads = [module for module in model.roi_head.modules() if isinstance(module, BoxHead)]
+    _initialize_heads(model.rpn_head.rpn_reg, *[head.fc_cls for head in box_heads])
     return model.to(device)
 
 
 def build_torchvision(config: FasterRCNNConfig, size: tuple[int, int], device: torch.device) -> nn.Module:
     """Build torchvision's Faster R-CNN of the same depth, with the same frozen layers and thresholds.
 
-    It has no deformable layers.
+    It has no deformable layers, no groups, no masks and no cascade.
     """
     torch.manual_seed(0)
     trainable_layers = 4 - max(config.frozen_stages, 0)
@@ -52,14 +54,15 @@ def build_torchvision(config: FasterRCNNConfig, size: tuple[int, int], device: t
     return model.to(device)
 
 
-def _initialize_heads(regressor: nn.Module, classifier: nn.Linear) -> None:
-    """Initialize two layers so that random weights give the later steps as much to do as trained ones.
+def _initialize_heads(regressor: nn.Module, *classifiers: nn.Linear) -> None:
+    """Initialize layers so that random weights give the later steps as much to do as trained ones.
 
     The boxes stay near the anchors, of which suppression then leaves as many as it may, and some become detections.
     With torchvision's own initialization it would propose 199 boxes where ours proposes 1000.
     """
     nn.init.normal_(regressor.weight, std=1e-3)
-    nn.init.normal_(classifier.weight, std=0.1)
+    for classifier in classifiers:
+        nn.init.normal_(classifier.weight, std=0.1)
 
 
 def make_batch(config: FasterRCNNConfig, batch_size: int, size: tuple[int, int]) -> Batch:

@@ -82,6 +82,10 @@ def command_line(module: str, doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--preset", choices=list(PRESETS), default="coco-1x", help="the model's configuration")
     parser.add_argument("--depth", type=int, choices=(18, 50, 101), help="instead of the preset's")
     parser.add_argument("--dcn", choices=("none", "v1", "v2"), help="instead of the preset's")
+    parser.add_argument("--groups", type=int, help="instead of the preset's; 32 in ResNeXt-101 32x4d")
+    parser.add_argument("--width-per-group", type=int, help="instead of the preset's; 4 in ResNeXt-101 32x4d")
+    parser.add_argument("--roi-layer", choices=("align", "dpool", "mdpool"), help="instead of the preset's")
+    parser.add_argument("--cascade", action="store_true", help="Cascade R-CNN")
     parser.add_argument("--mask", action="store_true", help="Mask R-CNN")
     parser.add_argument(
         "--options", nargs="*", choices=OPTIONS, default=default_options, help="measured beside the plain step"
@@ -168,12 +172,14 @@ def _provider(name: str) -> str:
 def configure_model(options: argparse.Namespace) -> FasterRCNNConfig:
     """Return the preset's configuration with the changes of the command line."""
     changes: dict[str, Any] = {}
-    if options.depth is not None:
-        changes["depth"] = options.depth
+    for name in ("depth", "groups", "width_per_group", "roi_layer"):
+        if getattr(options, name) is not None:
+            changes[name] = getattr(options, name)
     if options.dcn is not None:
         changes["dcn"] = None if options.dcn == "none" else options.dcn
-    if options.mask:
-        changes["mask"] = True
+    for name in ("cascade", "mask"):
+        if getattr(options, name):
+            changes[name] = True
     return replace(PRESETS[options.preset].model, **changes)
 
 
@@ -335,7 +341,11 @@ def _rows(
     measurements: list[StepMeasurement], config: FasterRCNNConfig, shape: str, environment: ResultRow
 ) -> list[ResultRow]:
     """Return the rows of the CSV: `COLUMNS`, then `EXTRA_COLUMNS`."""
-    case = f"r{config.depth} {config.dcn or 'plain'}"
+    case = f"{config.backbone_name.lower()} {config.dcn or 'plain'}"
+    if config.roi_layer != "align":
+        case += f" {config.roi_layer}"
+    if config.cascade:
+        case += " cascade"
     if config.mask:
         case += " mask"
     blank = dict.fromkeys((*COLUMNS, *EXTRA_COLUMNS), "")

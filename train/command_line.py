@@ -31,8 +31,16 @@ class ModelFlags:
     """Which of the stages c2 to c5 have them."""
     deform_groups: int
     """Groups of channels that share offsets."""
+    groups: int
+    """Groups of channels of the 3x3 convolutions; 32 with a width of 4 is ResNeXt 32x4d."""
+    width_per_group: int
+    """Channels of each group in c2; 64 with one group is ResNet."""
     mask: bool
     """Predict masks too, with the head of Mask R-CNN."""
+    cascade: bool
+    """Three box heads one after the other, as in Cascade R-CNN; with masks, three mask heads."""
+    roi_layer: Literal["align", "dpool", "mdpool"]
+    """How the box heads read the pyramid: RoIAlign, or deformable RoI pooling, modulated or not."""
     frozen_stages: int
     """The stem and this many stages are not trained; 0 freezes the stem alone, -1 nothing."""
     norm: Literal["bn", "gn", "syncbn"]

@@ -23,7 +23,9 @@ the rate of a narrow one would lose what it has learned.
 
 OFFSETS = ".conv_offset."
 MASK_HEAD = "roi_head.mask_head."
-DECIDED_BY_WEIGHTS = ("depth", "base_channels", "fpn_channels", "fc_channels")
+ROI_EXTRACTOR = "roi_head.bbox_roi_extractor."
+ROI_HEAD = "roi_head."
+DECIDED_BY_WEIGHTS = ("depth", "groups", "width_per_group", "base_channels", "fpn_channels", "fc_channels")
 """Fields of the model that the weights of a file decide: nothing would fit another value."""
 
 
@@ -75,8 +77,12 @@ def adapt_to_weights(config: Config) -> tuple[Config, list[str]]:
 def find_new_layers(stored: FasterRCNNConfig, model: FasterRCNNConfig) -> tuple[str, ...]:
     """Return parts of the names of the layers that a model has and the one in a file has not, or the reverse."""
     layers = []
+    if stored.cascade != model.cascade:
+        layers.append(ROI_HEAD)  # every layer of it has another name
     if stored.mask != model.mask:
         layers.append(MASK_HEAD)
+    if stored.roi_layer != model.roi_layer:
+        layers.append(ROI_EXTRACTOR)
     if _offset_fields(stored) != _offset_fields(model):
         layers.append(OFFSETS)
     return tuple(layers)

@@ -180,13 +180,16 @@ def _name_classes(dataset: CocoDetection, is_named: np.ndarray) -> str:
 def _describe_model(config: Config) -> str:
     model = config.model
     family = "Mask" if model.mask else "Faster"
+    if model.cascade:
+        family = "Cascade Mask" if model.mask else "Cascade"
+    pooling = {"align": "", "dpool": "deformable RoI pooling, ", "mdpool": "modulated deformable RoI pooling, "}
     convolutions = "plain convolutions"
     if model.dcn:
         stages = [f"c{stage}" for stage, has_dcn in enumerate(model.dcn_stages, start=2) if has_dcn]
         convolutions = f"DCN{model.dcn} in {', '.join(stages)}"
     long_side, short_side = model.image_scale
     return (
-        f"{family} R-CNN R{model.depth}-FPN, {convolutions}, norm {model.norm}, "
+        f"{family} R-CNN {model.backbone_name}-FPN, {convolutions}, {pooling[model.roi_layer]}norm {model.norm}, "
         f"images within {long_side} x {short_side}"
     )
 

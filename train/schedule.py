@@ -10,6 +10,7 @@ from torch import Tensor, nn, optim
 
 from train.config import BASE_BATCH_SIZE, Config, OptimConfig
 
+OFFSET_LAYERS = ("conv_offset", "offset_fc", "mask_fc")  # parts of the names of layers that predict offsets and masks
 NEARLY_PEAK = 0.95  # share of the peak that counts as reached: a cosine falls from the first step on
 
 
@@ -127,7 +128,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> optim.Optimizer:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if "conv_offset" in name:
+        if any(part in name for part in OFFSET_LAYERS):
             offset_parameters.append(parameter)
         else:
             other_parameters.append(parameter)

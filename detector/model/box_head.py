@@ -1,4 +1,4 @@
-"""The box head: pooled features of a region to class logits and a box per class."""
+"""The box head: pooled features of a region to class logits and a box, one per class or one for all."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ POOL_SIZE = 7  # side of the window pooled from the pyramid
 
 
 class BoxHead(nn.Module):
-    """Two shared fully connected layers, then class logits and a box per class.
+    """Two shared fully connected layers, then class logits and boxes.
 
     Args:
         channels: of the pyramid.
         fc_channels: width of the shared layers.
         num_classes: without background, which is the last logit.
+        class_agnostic: predict one box for all classes, as in a cascade, and not one for each.
 
     Source:
         MMDetection's Shared2FCBBoxHead, whose parameter names and initial values it has.
     """
 
-    def __init__(self, channels: int, fc_channels: int, num_classes: int) -> None:
+    def __init__(self, channels: int, fc_channels: int, num_classes: int, class_agnostic: bool = False) -> None:
         super().__init__()
         fc1 = nn.Linear(channels * POOL_SIZE * POOL_SIZE, fc_channels)
         fc2 = nn.Linear(fc_channels, fc_channels)
         self.shared_fcs = nn.ModuleList([fc1, fc2])
         self.fc_cls = nn.Linear(fc_channels, num_classes + 1)
-        self.fc_reg = nn.Linear(fc_channels, num_classes * 4)
+        self.num_boxes = 1 if class_agnostic else num_classes
+        self.fc_reg = nn.Linear(fc_channels, self.num_boxes * 4)
 
         xavier_init(fc1)
         xavier_init(fc2)
@@ -42,7 +44,7 @@ class BoxHead(nn.Module):
             pooled: (R, C, 7, 7).
 
         Returns:
-            logits (R, classes + 1) and deltas (R, classes, 4).
+            logits (R, classes + 1) and deltas (R, `num_boxes`, 4).
         """
         hidden = pooled.flatten(1)
         for layer in self.shared_fcs:

@@ -26,11 +26,12 @@ CHOICES: dict[str, tuple[int | str | None, ...]] = {
     "dcn": (None, "v1", "v2"),
     "frozen_stages": (-1, 0, 1, 2, 3, 4),
     "norm": ("bn", "gn", "syncbn"),
+    "roi_layer": ("align", "dpool", "mdpool"),
     "sampler": ("random", "deterministic"),
 }
 """Field -> its values."""
 
-FLAGS = ("mask", "norm_eval")  # True or False
+FLAGS = ("cascade", "mask", "norm_eval")  # True or False
 FRACTIONS = (  # 0 to 1: thresholds of scores and IoUs, and shares
     "rpn_positive_iou",
     "rpn_negative_iou",
@@ -43,6 +44,8 @@ FRACTIONS = (  # 0 to 1: thresholds of scores and IoUs, and shares
 )
 COUNTS: dict[str, int] = {
     "num_classes": 1_000_000,
+    "groups": 65_536,
+    "width_per_group": 65_536,
     "deform_groups": 65_536,
     "base_channels": 65_536,
     "fpn_channels": 65_536,
@@ -53,6 +56,9 @@ COUNTS: dict[str, int] = {
     "max_detections": 1_000_000,
 }
 """Field that is a whole number from 1 on -> its upper bound."""
+
+CASCADE_IOU_STEPS = (0.0, 0.1, 0.2)
+"""What each head of a cascade adds to `roi_positive_iou`."""
 
 MAX_TOP_N = 1_000_000  # upper bound of both numbers of `rpn_pre_nms_top_n`
 MAX_IMAGE_PIXELS = 1 << 26  # upper bound of the product of `image_scale`; 67 million pixels
@@ -71,14 +77,22 @@ class FasterRCNNConfig:
         dcn: deformable convolutions in the backbone: None, "v1" or "v2".
         dcn_stages: which of the stages c2..c5 have them.
         deform_groups: groups of channels that share offsets.
+        groups: groups of channels of the 3x3 convolutions; 1 is ResNet, more is ResNeXt (32, with a `width_per_group`
+            of 4, in ResNeXt-101 32x4d).
+        width_per_group: channels of each of these groups in c2, for `base_channels` 64; they double with every stage.
         mask: predict masks too, with the head of Mask R-CNN.
+        cascade: three box heads one after the other, as in Cascade R-CNN, and three mask heads with `mask`. The boxes
+            of a head no longer depend on the class, and are the regions of the next one. The RPN then learns from
+            anchors inside the image only, and proposes twice as many boxes in training.
+        roi_layer: how the box heads read the pyramid: "align" (RoIAlign), "dpool" (deformable RoI pooling) or "mdpool"
+            (modulated).
         frozen_stages: the stem and this many stages are not trained; -1 trains everything, 0 freezes the stem.
         norm: "bn", batch norm; to train from scratch "gn", group norm, for small batches, or "syncbn", batch norm with
             the statistics of all GPUs.
         norm_eval: batch norms keep their running statistics in training.
         base_channels: width of the ResNet's stem; 64 is the published network.
         fpn_channels: width of the pyramid.
-        fc_channels: width of the box head.
+        fc_channels: width of the box head, and of the layers that predict the offsets of "dpool" and "mdpool".
         anchor_scale: side of the square anchor in strides.
         anchor_ratios: height / width of the anchors.
         sampler: "random", or "deterministic", for comparisons with other programs.
@@ -89,7 +103,8 @@ class FasterRCNNConfig:
         rpn_pre_nms_top_n: boxes per level before non-maximum suppression, in training and in evaluation.
         rpn_nms_iou: a box that overlaps a better one by more is suppressed.
         rpn_post_nms_top_n: boxes per image after non-maximum suppression.
-        roi_positive_iou: a region with at least this IoU is positive, any other negative.
+        roi_positive_iou: a region with at least this IoU is positive, any other negative; of a cascade that of the
+            first head, and 0.1 and 0.2 more for the others.
         roi_batch_size: regions in the loss, per image.
         roi_positive_fraction: largest share of positive regions among them.
         score_threshold: only boxes with a higher score become detections.
@@ -105,7 +120,11 @@ class FasterRCNNConfig:
     dcn: Literal["v1", "v2"] | None = "v2"
     dcn_stages: tuple[bool, bool, bool, bool] = (False, True, True, True)
     deform_groups: int = 1
+    groups: int = 1
+    width_per_group: int = 64
     mask: bool = False
+    cascade: bool = False
+    roi_layer: Literal["align", "dpool", "mdpool"] = "align"
     frozen_stages: int = 1
     norm: Literal["bn", "gn", "syncbn"] = "bn"
     norm_eval: bool = True
@@ -146,7 +165,17 @@ class FasterRCNNConfig:
         self._check("anchor_scale", _is_number(self.anchor_scale, SMALLEST_SIZE, LARGEST_SIZE), sizes)
         self._check("anchor_ratios", _are_sizes(self.anchor_ratios, None), f"at least one number, each {sizes}")
         self._check("pixel_std", _are_sizes(self.pixel_std, 3), f"three numbers, each {sizes}")
+        largest_iou = 1 - CASCADE_IOU_STEPS[-1] if self.cascade else 1
+        is_iou = self.roi_positive_iou <= largest_iou
+        self._check("roi_positive_iou", is_iou, f"0 to {largest_iou:g} with cascade True")
         self._check_tuples()
+
+    @property
+    def backbone_name(self) -> str:
+        """The usual short name of the backbone: R50, or X101-32x4d of a ResNeXt."""
+        if self.groups == 1:
+            return f"R{self.depth}"
+        return f"X{self.depth}-{self.groups}x{self.width_per_group}d"
 
     def _check_tuples(self) -> None:
         """Check the fields that hold several values of other kinds than sizes."""

@@ -8,24 +8,27 @@ import torch
 from torch import Tensor, nn
 
 from detector.model.anchors import AnchorGenerator
-from detector.model.config import FasterRCNNConfig
+from detector.model.config import CASCADE_IOU_STEPS, FasterRCNNConfig
 from detector.model.fpn import FPN
 from detector.model.matcher import Matcher
 from detector.model.padded_targets import pad_masks, pad_targets
 from detector.model.resnet import ResNet
-from detector.model.roi_head import RoIHead
+from detector.model.roi_head import RoIHead, RoIStage
 from detector.model.rpn import RPN
 from detector.model.sampler import BoxSampler, SamplingRule
 from detector.structures import SIZE_DIVISOR, Batch, Detections, Target
 
 STRIDES = (4, 8, 16, 32, 64)
 
+CASCADE_DELTA_STDS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
+CASCADE_LOSS_WEIGHTS = (1.0, 0.5, 0.25)
+
 RPN_SAMPLING_RULES: dict[str, SamplingRule] = {"random": "random", "deterministic": "spread"}
 ROI_SAMPLING_RULES: dict[str, SamplingRule] = {"random": "random", "deterministic": "first"}
 
 
 class FasterRCNN(nn.Module):
-    """Faster R-CNN or Mask R-CNN with a ResNet-FPN backbone; state-dict names and numbers are MMDetection's.
+    """Faster, Mask or Cascade R-CNN with a ResNet-FPN backbone; state-dict names and numbers are MMDetection's.
 
     Args:
         config: see `FasterRCNNConfig`.
@@ -51,6 +54,8 @@ class FasterRCNN(nn.Module):
             norm=config.norm,
             norm_eval=config.norm_eval,
             base_channels=config.base_channels,
+            groups=config.groups,
+            width_per_group=config.width_per_group,
         )
         self.neck = FPN(
             in_channels=self.backbone.out_channels,
@@ -76,17 +81,16 @@ class FasterRCNN(nn.Module):
             ),
             nms_iou=config.rpn_nms_iou,
             pre_nms_top_n=config.rpn_pre_nms_top_n,
-            post_nms_top_n=config.rpn_post_nms_top_n,
+            post_nms_top_n=(config.rpn_post_nms_top_n * (2 if config.cascade else 1), config.rpn_post_nms_top_n),
+            inside_only=config.cascade,
+            smooth_l1_beta=1 / 9 if config.cascade else 0.0,
         )
         self.roi_head = RoIHead(
             channels=config.fpn_channels,
             fc_channels=config.fc_channels,
             num_classes=config.num_classes,
             strides=STRIDES[:-1],
-            matcher=Matcher(
-                positive_iou=config.roi_positive_iou,
-                negative_iou=config.roi_positive_iou,
-            ),
+            stages=_roi_stages(config),
             sampler=BoxSampler(
                 num_samples=config.roi_batch_size,
                 positive_fraction=config.roi_positive_fraction,
@@ -96,6 +100,8 @@ class FasterRCNN(nn.Module):
             nms_iou=config.nms_iou,
             max_detections=config.max_detections,
             mask=config.mask,
+            roi_layer=config.roi_layer,
+            smooth_l1_beta=1.0 if config.cascade else 0.0,
         )
         self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(config.pixel_std).view(3, 1, 1), persistent=False)
@@ -105,7 +111,7 @@ class FasterRCNN(nn.Module):
 
         Returns:
             training: {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox"} and, of a model with masks,
-                "loss_mask"; scalars.
+                "loss_mask"; scalars. Those of a cascade's heads are "s0.loss_cls", ..., "s2.loss_mask".
             evaluation: one `Detections` per image, in pixels of the (resized) input.
 
         Raises:
@@ -133,21 +139,18 @@ class FasterRCNN(nn.Module):
 
         # RPN: from anchors to proposals.
         logits, deltas = self.rpn_head(features)
-        pad_sizes = (batch.sizes + SIZE_DIVISOR - 1) // SIZE_DIVISOR * SIZE_DIVISOR
-        valid_anchors = self.rpn_head.anchor_generator.valid_flags(level_shapes, pad_sizes)
+        valid_anchors = self.rpn_head.valid_anchors(level_shapes, all_anchors, batch.sizes)
         samples = self.rpn_head.sample(all_anchors, valid_anchors, targets, seeds)
         losses = self.rpn_head.losses(torch.cat(logits, 1), torch.cat(deltas, 1), all_anchors, samples, targets)
         proposals, _, valid = self.rpn_head.propose(logits, deltas, anchors, batch.sizes)
 
         # RoI head: from proposals to classes and boxes, and masks if the model has them.
-        regions, samples = self.roi_head.sample(proposals, valid, targets, seeds + 1)
-        logits, deltas = self.roi_head(features, regions, samples.valid)
-        losses.update(self.roi_head.losses(logits, deltas, regions, samples, targets))
+        bitmaps = None
         if self.config.mask:
             num_targets = targets.labels.shape[1]
             height, width = batch.images.shape[2:]
             bitmaps = pad_masks(batch.targets, num_targets, (height, width), all_anchors.dtype)
-            losses.update(self.roi_head.mask_losses(features, regions, samples, targets, bitmaps))
+        losses |= self.roi_head.training_losses(features, proposals, valid, batch.sizes, targets, seeds + 1, bitmaps)
         return losses
 
     @torch.no_grad()
@@ -166,12 +169,10 @@ class FasterRCNN(nn.Module):
         proposals, _, valid = self.rpn_head.propose(logits, deltas, anchors, batch.sizes)
 
         # RoI head: from proposals to classes and boxes, and masks if the model has them.
-        logits, deltas = self.roi_head(features, proposals, valid)
-        boxes, scores, labels, valid = self.roi_head.detect(logits, deltas, proposals, valid, batch.sizes)
+        boxes, scores, labels, valid = self.roi_head.predict(features, proposals, valid, batch.sizes)
         if not self.config.mask:
             return boxes, scores, labels, valid
-        mask_logits = self.roi_head.predict_masks(features, boxes, labels, valid)
-        masks = mask_logits.to(boxes.dtype).sigmoid()
+        masks = self.roi_head.predict_masks(features, boxes, labels, valid)
         return boxes, scores, labels, valid, masks
 
     def features(self, images: Tensor) -> list[Tensor]:
@@ -208,6 +209,16 @@ def split_detections(tensors: Sequence[Tensor]) -> list[Detections]:
             )
         )
     return detections
+
+
+def _roi_stages(config: FasterRCNNConfig) -> list[RoIStage]:
+    """Return the rules of the box heads: one, or three of a cascade, each stricter than the one before."""
+    iou = config.roi_positive_iou
+    if config.cascade:
+        stages = zip(CASCADE_IOU_STEPS, CASCADE_DELTA_STDS, CASCADE_LOSS_WEIGHTS, strict=True)
+        return [RoIStage(Matcher(iou + step, iou + step), stds, weight) for step, stds, weight in stages]
+    # Mask R-CNN as in MMDetection: a ground truth also takes the regions that overlap it most, from others as well.
+    return [RoIStage(Matcher(iou, iou, low_quality_iou=iou if config.mask else None))]
 
 
 def _level_shapes(features: Sequence[Tensor]) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ With group normalization they are still called `bn1`, `bn2`, ...
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,10 +17,51 @@ from triton_dcn.nn import DeformConv2dPack, ModulatedDeformConv2dPack
 Norm = nn.BatchNorm2d | nn.GroupNorm
 
 GROUP_CHANNELS = 16  # channels per group of a group normalization: Wu and He, ECCV 2018, table 3
+RESNET_WIDTH = 64  # `width_per_group` of a ResNet: its bottlenecks have the width of the stage
+
+
+@dataclass(frozen=True)
+class Conv3x3:
+    """The last 3x3 convolution of every block of a stage.
+
+    Attributes:
+        width: its channels, in and out.
+        groups: groups of channels.
+        dcn: None, "v1" or "v2".
+        deform_groups: groups of channels that share offsets.
+    """
+
+    width: int
+    groups: int
+    dcn: str | None
+    deform_groups: int
+
+    def make(self, stride: int) -> nn.Module:
+        """Build the layer."""
+        if self.dcn is None:
+            return nn.Conv2d(
+                self.width,
+                self.width,
+                3,
+                stride=stride,
+                padding=1,
+                groups=self.groups,
+                bias=False,
+            )
+        return _DEFORMABLE[self.dcn](
+            self.width,
+            self.width,
+            3,
+            stride=stride,
+            padding=1,
+            groups=self.groups,
+            deform_groups=self.deform_groups,
+            bias=False,
+        )
 
 
 class ResNet(nn.Module):
-    """Image to the feature maps C2 to C5, of strides 4, 8, 16 and 32.
+    """Image to the feature maps C2 to C5, of strides 4, 8, 16 and 32; with `groups` a ResNeXt.
 
     The deformable layers take the place of the 3x3 `conv2` of every block of a stage: they predict their own offsets
     (and, in version 2, masks), starting from a regular grid.
@@ -34,6 +76,8 @@ class ResNet(nn.Module):
             which is built as "bn"; training on several GPUs replaces it by one with the statistics of all of them.
         norm_eval: batch normalization uses its running statistics in training too; its scale and shift still train.
         base_channels: width of the stem and of the blocks of C2, which doubles with every stage; a multiple of 16.
+        groups: groups of channels of the 3x3 convolutions; 1 for basic blocks.
+        width_per_group: a bottleneck's 3x3 convolution has `groups * width_per_group / 64` times the block's width.
 
     Attributes:
         out_channels: channels of C2 to C5.
@@ -43,7 +87,8 @@ class ResNet(nn.Module):
 
     Source:
         He et al., Deep residual learning, CVPR 2016; the variant with the stride in the 3x3 convolution. Zhu et al.,
-        Deformable ConvNets v2, CVPR 2019. Initial values: mmdet 3.3.0 `ResNet`.
+        Deformable ConvNets v2, CVPR 2019. Xie et al., Aggregated residual transformations, CVPR 2017 (ResNeXt).
+        Initial values: mmdet 3.3.0 `ResNet`.
     """
 
     layer1: nn.Sequential
@@ -61,10 +106,13 @@ class ResNet(nn.Module):
         norm: str = "bn",
         norm_eval: bool = True,
         base_channels: int = 64,
+        groups: int = 1,
+        width_per_group: int = 64,
     ) -> None:
         super().__init__()
         _check_choices(depth, dcn, frozen_stages, norm)
         _check_sizes(dcn_stages, base_channels)
+        _check_groups(depth, norm, base_channels, groups, width_per_group)
         block, num_blocks = _LAYOUTS[depth]
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
@@ -76,11 +124,16 @@ class ResNet(nn.Module):
         in_channels = base_channels
         for stage in range(4):
             planes = base_channels << stage
-            stage_dcn = dcn if dcn_stages[stage] else None
+            conv3x3 = Conv3x3(
+                width=planes * width_per_group // RESNET_WIDTH * groups,
+                groups=groups,
+                dcn=dcn if dcn_stages[stage] else None,
+                deform_groups=deform_groups,
+            )
             blocks = []
             for index in range(num_blocks[stage]):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(block(in_channels, planes, stride, norm, stage_dcn, deform_groups))
+                blocks.append(block(in_channels, planes, stride, norm, conv3x3))
                 in_channels = self.out_channels[stage]
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
 
@@ -151,13 +204,12 @@ class BasicBlock(nn.Module):
         planes: int,
         stride: int,
         norm: str,
-        dcn: str | None,
-        deform_groups: int,
+        conv3x3: Conv3x3,
     ) -> None:
         super().__init__()
-        self.conv1 = _conv3x3(in_channels, planes, stride)
+        self.conv1 = nn.Conv2d(in_channels, planes, 3, stride=stride, padding=1, bias=False)
         self.bn1 = _make_norm(norm, planes)
-        self.conv2 = _conv3x3(planes, planes, 1, dcn, deform_groups)
+        self.conv2 = conv3x3.make(stride=1)
         self.bn2 = _make_norm(norm, planes)
         self.downsample = _shortcut(in_channels, planes, stride, norm)
 
@@ -186,15 +238,14 @@ class Bottleneck(nn.Module):
         planes: int,
         stride: int,
         norm: str,
-        dcn: str | None,
-        deform_groups: int,
+        conv3x3: Conv3x3,
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, planes, 1, bias=False)
-        self.bn1 = _make_norm(norm, planes)
-        self.conv2 = _conv3x3(planes, planes, stride, dcn, deform_groups)
-        self.bn2 = _make_norm(norm, planes)
-        self.conv3 = nn.Conv2d(planes, planes * self.expansion, 1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, conv3x3.width, 1, bias=False)
+        self.bn1 = _make_norm(norm, conv3x3.width)
+        self.conv2 = conv3x3.make(stride)
+        self.bn2 = _make_norm(norm, conv3x3.width)
+        self.conv3 = nn.Conv2d(conv3x3.width, planes * self.expansion, 1, bias=False)
         self.bn3 = _make_norm(norm, planes * self.expansion)
         self.downsample = _shortcut(in_channels, planes * self.expansion, stride, norm)
 
@@ -223,27 +274,6 @@ _LAYOUTS: dict[int, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, in
 """Depth -> type and number of the blocks of each stage."""
 
 _DEFORMABLE = {"v1": DeformConv2dPack, "v2": ModulatedDeformConv2dPack}
-
-
-def _conv3x3(
-    in_channels: int,
-    out_channels: int,
-    stride: int,
-    dcn: str | None = None,
-    deform_groups: int = 1,
-) -> nn.Module:
-    if dcn is None:
-        return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
-    layer = _DEFORMABLE[dcn]
-    return layer(
-        in_channels,
-        out_channels,
-        3,
-        stride=stride,
-        padding=1,
-        deform_groups=deform_groups,
-        bias=False,
-    )
 
 
 def _make_norm(norm: str, channels: int) -> Norm:
@@ -278,3 +308,24 @@ def _check_sizes(dcn_stages: Sequence[bool], base_channels: int) -> None:
         raise ValueError(f"dcn_stages: expected four flags, one per stage, got {tuple(dcn_stages)}")
     if base_channels < GROUP_CHANNELS or base_channels % GROUP_CHANNELS:
         raise ValueError(f"base_channels: expected a multiple of {GROUP_CHANNELS}, got {base_channels}")
+
+
+def _check_groups(depth: int, norm: str, base_channels: int, groups: int, width_per_group: int) -> None:
+    """Raise ValueError if the 3x3 convolutions cannot have these groups."""
+    block, _ = _LAYOUTS[depth]
+    if block is BasicBlock and (groups, width_per_group) != (1, RESNET_WIDTH):
+        raise ValueError(
+            f"groups: expected 1 with width_per_group {RESNET_WIDTH} for depth {depth}, whose blocks have no "
+            f"bottleneck, got {groups} with {width_per_group}"
+        )
+    if groups < 1 or width_per_group < 1 or base_channels * width_per_group % RESNET_WIDTH:
+        raise ValueError(
+            f"width_per_group: expected a number whose product with base_channels {base_channels} divides by "
+            f"{RESNET_WIDTH}, and groups from 1 on, got {width_per_group} and {groups}"
+        )
+    width = base_channels * width_per_group // RESNET_WIDTH * groups
+    if norm == "gn" and width % GROUP_CHANNELS:
+        raise ValueError(
+            f"groups: expected groups * width_per_group * base_channels / {RESNET_WIDTH} to divide by "
+            f"{GROUP_CHANNELS} with norm 'gn', got {width}"
+        )

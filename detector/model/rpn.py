@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from detector.model.anchors import AnchorGenerator
 from detector.model.initialization import normal_init
-from detector.model.losses import average_loss
+from detector.model.losses import average_loss, smooth_l1
 from detector.model.matcher import Matcher
 from detector.model.padded_targets import PaddedTargets
 from detector.model.sampler import BoxSampler, SamplingResult
 from detector.model.selection import gather_boxes, top_k, top_scores
 from detector.ops import boxes as box_ops
 from detector.ops.nms import batched_nms
+from detector.structures import SIZE_DIVISOR
 
 DELTA_STDS = (1.0, 1.0, 1.0, 1.0)
 
@@ -49,7 +50,9 @@ class RPN(nn.Module):
         sampler: chooses the anchors of the loss.
         nms_iou: threshold of the non-maximum suppression inside each level.
         pre_nms_top_n: boxes per level before the suppression, in training and in evaluation.
-        post_nms_top_n: boxes per image after it, of all levels together.
+        post_nms_top_n: boxes per image after it, of all levels together, in training and in evaluation.
+        inside_only: only anchors that lie inside the image are in the loss.
+        smooth_l1_beta: below this difference the loss of the boxes is quadratic; 0 is the L1 loss.
         min_size: boxes must be wider and higher than this, pixels.
 
     Source:
@@ -65,7 +68,9 @@ class RPN(nn.Module):
         sampler: BoxSampler,
         nms_iou: float,
         pre_nms_top_n: tuple[int, int],
-        post_nms_top_n: int,
+        post_nms_top_n: tuple[int, int],
+        inside_only: bool = False,
+        smooth_l1_beta: float = 0.0,
         min_size: float = 0.0,
     ) -> None:
         super().__init__()
@@ -75,6 +80,8 @@ class RPN(nn.Module):
         self.nms_iou = nms_iou
         self.pre_nms_top_n = pre_nms_top_n
         self.post_nms_top_n = post_nms_top_n
+        self.inside_only = inside_only
+        self.smooth_l1_beta = smooth_l1_beta
         self.min_size = min_size
 
         anchors_per_cell = anchor_generator.anchors_per_cell
@@ -112,8 +119,8 @@ class RPN(nn.Module):
             sizes: (B, 2), height and width of the images; proposals are clipped to them.
 
         Returns:
-            boxes (B, P, 4), scores (B, P) descending, valid (B, P) bool; P = `post_nms_top_n` or the number of boxes
-            before the suppression, if that is smaller.
+            boxes (B, P, 4), scores (B, P) descending, valid (B, P) bool; P is that of `post_nms_top_n` or the number of
+            boxes before the suppression, if that is smaller.
         """
         levels = [self._top_of_level(*level) for level in zip(logits, deltas, anchors, strict=True)]
         tops = _stack_levels(levels)
@@ -129,7 +136,9 @@ class RPN(nn.Module):
             valid.flatten(0, 1),
             self.nms_iou,
         )
-        scores, index = top_scores(scores, keep.view_as(valid), self.post_nms_top_n)
+        top_n_training, top_n_evaluation = self.post_nms_top_n
+        top_n = top_n_training if self.training else top_n_evaluation
+        scores, index = top_scores(scores, keep.view_as(valid), top_n)
         boxes = gather_boxes(boxes.flatten(1, 2), index)
         return boxes, scores, scores >= 0
 
@@ -140,6 +149,25 @@ class RPN(nn.Module):
         count = min(top_n, logits.shape[1])
         scores, index = top_k(logits.to(anchors.dtype).sigmoid(), count)
         return Predictions(scores, gather_boxes(deltas.to(anchors.dtype), index), anchors[index])
+
+    def valid_anchors(self, level_shapes: Sequence[tuple[int, int]], anchors: Tensor, sizes: Tensor) -> Tensor:
+        """Tell which anchors can be in the loss: those with their cell on the image, or wholly inside the image.
+
+        Args:
+            level_shapes: height and width of the features of each level.
+            anchors: (N, 4).
+            sizes: (B, 2), height and width of the images before padding.
+
+        Returns:
+            (B, N) bool.
+        """
+        pad_sizes = (sizes + SIZE_DIVISOR - 1) // SIZE_DIVISOR * SIZE_DIVISOR
+        valid: Tensor = self.anchor_generator.valid_flags(level_shapes, pad_sizes)
+        if not self.inside_only:
+            return valid
+        begins_inside = (anchors[:, :2] >= 0).all(1)  # (N,)
+        ends_inside = (anchors[:, 2:] < sizes.flip(1)[:, None]).all(2)  # (B, N)
+        return valid & begins_inside & ends_inside
 
     def sample(self, anchors: Tensor, valid: Tensor, targets: PaddedTargets, seeds: Tensor) -> SamplingResult:
         """Choose the anchors of the loss.
@@ -187,13 +215,12 @@ class RPN(nn.Module):
         sampled_anchors = anchors[samples.index]  # (B, S, 4)
         sampled_deltas = gather_boxes(deltas, samples.index).to(anchors.dtype)
         target_boxes = gather_boxes(targets.boxes, samples.target)
-        target_boxes = torch.where(positive[:, :, None], target_boxes, sampled_anchors)
         target_deltas = box_ops.encode(sampled_anchors, target_boxes, DELTA_STDS)
-        l1_distance = (sampled_deltas - target_deltas).abs().sum(2)
+        box_loss = smooth_l1(sampled_deltas, target_deltas, positive, self.smooth_l1_beta)
 
         return {
             "loss_rpn_cls": average_loss(cross_entropy, samples.valid, num_samples),
-            "loss_rpn_bbox": average_loss(l1_distance, positive, num_samples),
+            "loss_rpn_bbox": average_loss(box_loss, positive, num_samples),
         }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detector.ops.vmapping import fold, unfold
+from triton_dcn.vmapping import fold, unfold
 
 
 def gather_boxes(boxes: Tensor, index: Tensor) -> Tensor:

@@ -115,6 +115,8 @@ def test_configuration():
     assert (config.depth, config.dcn, config.mask) == (50, "v2", False)
     config = configure_model(parse(["--depth", "101", "--dcn", "none", "--mask"]))
     assert (config.depth, config.dcn, config.mask) == (101, None, True)
+    config = configure_model(parse(["--groups", "32", "--width-per-group", "4", "--cascade", "--roi-layer", "mdpool"]))
+    assert (config.groups, config.width_per_group, config.cascade, config.roi_layer) == (32, 4, True, "mdpool")
     assert set(parse([]).options) <= set(OPTIONS)
 
 

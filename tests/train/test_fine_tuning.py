@@ -84,6 +84,10 @@ def test_model_of_a_file_of_mmdetection_is_inferred(tmp_path, preset):
     [
         pytest.param({}, "--model.mask", {"mask": True}, id="mask"),
         pytest.param({"mask": True}, "--model.no-mask", {"mask": False}, id="no-mask"),
+        pytest.param({}, "--model.cascade", {"cascade": True}, id="cascade"),
+        pytest.param({"cascade": True, "mask": True}, "--model.no-cascade", {"cascade": False}, id="no-cascade"),
+        pytest.param({}, "--model.roi-layer mdpool", {"roi_layer": "mdpool"}, id="roi-layer"),
+        pytest.param({"roi_layer": "mdpool"}, "--model.roi-layer dpool", {"roi_layer": "dpool"}, id="without-masks"),
         pytest.param({}, "--model.dcn None", {"dcn": None}, id="plain"),
         pytest.param({}, "--model.dcn v1", {"dcn": "v1"}, id="v1"),
         pytest.param({"dcn": None}, "--model.dcn v2", {"dcn": "v2"}, id="value-of-the-preset"),
@@ -109,7 +113,7 @@ def test_flag_of_the_model_overrides_the_file_and_the_rest_is_loaded(files, tmp_
     for name, value in state.model.state_dict().items():
         is_in_file = name in from_file and from_file[name].shape == value.shape
         assert torch.equal(value, from_file[name] if is_in_file else before[name]), name
-        assert is_in_file or "conv_offset" in name or "mask_head" in name
+        assert is_in_file or any(part in name for part in ("conv_offset", "mask_head", "bbox_head", "roi_extractor"))
 
 
 @pytest.mark.parametrize(
@@ -117,6 +121,7 @@ def test_flag_of_the_model_overrides_the_file_and_the_rest_is_loaded(files, tmp_
     [
         ("--model.depth 50", "--model.depth: expected 18, as in FILE, got 50"),
         ("--model.norm bn", "--model.norm: expected gn, as in FILE, got bn"),
+        ("--model.width-per-group 128", "--model.width-per-group: expected 64, as in FILE, got 128"),
     ],
 )
 def test_flag_that_does_not_fit_the_weights_is_named(files, tmp_path, flags, message):

@@ -11,7 +11,7 @@ from detector import Batch, FasterRCNN, FasterRCNNConfig, Target
 from detector.model.mask_head import MaskHead, mask_loss, mask_targets
 from detector.model.matcher import Matcher
 from detector.model.padded_targets import PaddedTargets, pad_masks, pad_targets
-from detector.model.roi_head import RoIHead
+from detector.model.roi_head import RoIHead, RoIStage
 from detector.model.sampler import BoxSampler, SamplingResult
 from detector.ops.paste_masks import paste_masks
 
@@ -175,8 +175,8 @@ def test_learns_masks():
     with torch.no_grad():
         features = model.features(model.normalize(batch))
         valid = torch.ones(1, 2, dtype=torch.bool)
-        logits = model.roi_head.predict_masks(features, target.boxes[None], target.labels[None], valid)
-        pasted = paste_masks(logits[0].sigmoid(), target.boxes, 90, 128)
+        predicted = model.roi_head.predict_masks(features, target.boxes[None], target.labels[None], valid)
+        pasted = paste_masks(predicted[0], target.boxes, 90, 128)
     masks = target.masks.bool()
     intersection = (pasted & masks).sum((1, 2))
     union = (pasted | masks).sum((1, 2))
@@ -199,7 +199,7 @@ def make_roi_head(num_samples):
         fc_channels=8,
         num_classes=3,
         strides=(4, 8),
-        matcher=Matcher(0.5, 0.5),
+        stages=[RoIStage(Matcher(0.5, 0.5))],
         sampler=BoxSampler(num_samples, 0.5),
         score_threshold=0.05,
         nms_iou=0.5,

@@ -5,7 +5,7 @@ import torch
 
 from detector.model.matcher import Matcher
 from detector.model.padded_targets import pad_targets
-from detector.model.roi_head import RoIHead
+from detector.model.roi_head import RoIHead, RoIStage
 from detector.model.sampler import BoxSampler
 from detector.structures import Target
 from tests.golden.fill import summary
@@ -17,7 +17,7 @@ def make_head(score_threshold=0.05):
         fc_channels=8,
         num_classes=80,
         strides=(4, 8, 16, 32),
-        matcher=Matcher(0.5, 0.5),
+        stages=[RoIStage(Matcher(0.5, 0.5))],
         sampler=BoxSampler(512, 0.25, "first"),
         score_threshold=score_threshold,
         nms_iou=0.5,

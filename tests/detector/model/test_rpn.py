@@ -15,7 +15,7 @@ SIZES = torch.tensor([[97, 141], [84, 148]])
 PAD_SIZES = torch.tensor([[128, 160], [96, 160]])
 
 
-def make_head(pre_nms_top_n=(2000, 1000), post_nms_top_n=1000, min_size=0.0):
+def make_head(pre_nms_top_n=(2000, 1000), post_nms_top_n=(1000, 1000), min_size=0.0):
     head = RPN(
         channels=4,
         anchor_generator=AnchorGenerator((4, 8, 16, 32, 64), 8.0, (0.5, 1.0, 2.0)),
@@ -45,7 +45,7 @@ def predictions(golden):
     [
         ("train", True, {}),
         ("test", False, {}),
-        ("small", False, {"pre_nms_top_n": (150, 150), "post_nms_top_n": 60, "min_size": 6.0}),
+        ("small", False, {"pre_nms_top_n": (150, 150), "post_nms_top_n": (60, 60), "min_size": 6.0}),
     ],
 )
 def test_proposals_golden(predictions, case, training, options):
