@@ -17,14 +17,14 @@ PEERS = {"torchvision", "mmcv", "mmdet", "mmengine", "detectron2", "deformops", 
 
 LAYERS = {
     "triton_dcn": [
-        {"extras", "forward_mode", "geometry", "matmul", "offset_mask", "tf32", "kernels"},
+        {"extras", "forward_mode", "geometry", "joined_groups", "matmul", "offset_mask", "tf32", "vmapping", "kernels"},
         {"tile_table", "workspace"},
         {"launchers", "torch_samples"},
         {"torch_planes"},
         {"triton_backend", "torch_backend", "reference"},
         {"operator"},
         {"functional", "flops"},
-        {"nn"},
+        {"nn", "roi_pool"},
         {"compat", "onnx"},
     ],
     "detector": [

@@ -30,10 +30,11 @@ from bench.gpu_kit.smoke import LAYERS, LIMITS, cache_key, deterministic
 from bench.measure import first_line
 from bench.triton_calls import GRADIENTS, run_backward, run_forward
 from detector import FasterRCNNConfig
-from detector.ops.kernels import nms, roi_align
-from detector.ops.roi_align_geometry import RoIAlignGeometry
+from detector.ops.kernels import nms
 from triton_dcn import tile_table, triton_backend
 from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
+from triton_dcn.roi_pool.geometry import RoIPoolGeometry
+from triton_dcn.roi_pool.kernels import launchers as roi_pool
 from triton_dcn.tf32 import allow_tf32
 
 OPERATOR_BENCHMARKS = ("deform_conv", "kernel_times", "accuracy")
@@ -148,13 +149,14 @@ def _detector_layers(device: torch.device) -> Iterator[Item]:
 
 
 def _detector_operators(device: torch.device) -> Iterator[Item]:
-    """Yield NMS and RoIAlign of the default configuration."""
+    """Yield NMS, RoIAlign and deformable RoI pooling of the default configuration."""
     config = FasterRCNNConfig()
     for groups, size, threshold in ((10, 2000, config.rpn_nms_iou), (80, 1000, config.nms_iou)):
         yield Item(f"nms {threshold}", "float32", partial(_run_nms, groups, size, threshold, device))
     for dtype in ("bfloat16", "float32", "float16"):
         for bins in (7, 14):
-            yield Item(f"RoIAlign {bins}x{bins}", dtype, partial(_run_roi_align, dtype, bins, device))
+            yield Item(f"RoIAlign {bins}x{bins}", dtype, partial(_run_roi_pool, dtype, bins, False, device))
+        yield Item("deformable RoI pooling", dtype, partial(_run_roi_pool, dtype, 7, True, device))
 
 
 def _run_nms(groups: int, size: int, threshold: float, device: torch.device) -> None:
@@ -164,14 +166,18 @@ def _run_nms(groups: int, size: int, threshold: float, device: torch.device) -> 
     nms.batched_nms(boxes, scores, valid, threshold)
 
 
-def _run_roi_align(dtype: str, bins: int, device: torch.device) -> None:
+def _run_roi_pool(dtype: str, bins: int, deformed: bool, device: torch.device) -> None:
     heights, widths = zip(*PYRAMID, strict=True)
-    geometry = RoIAlignGeometry(2, heights, widths, (4.0, 8.0, 16.0, 32.0), bins, sampling_ratio=0)
+    scales = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
+    geometry = RoIPoolGeometry(2, heights, widths, scales, (bins, bins), sampling_ratio=0)
     features = [torch.empty(2, 256, *size, dtype=DTYPES[dtype], device=device) for size in PYRAMID]
     rois = torch.empty(64, 5, device=device)
     levels = torch.empty(64, dtype=torch.int64, device=device)
-    roi_align.forward(geometry, features, rois, levels)
-    roi_align.backward(geometry, torch.empty(64, 256, bins, bins, dtype=DTYPES[dtype], device=device), rois, levels)
+    offset = torch.empty(64, 2, bins, bins, dtype=DTYPES[dtype], device=device) if deformed else None
+    grad = torch.empty(64, 256, bins, bins, dtype=DTYPES[dtype], device=device)
+    roi_pool.forward(geometry, features, rois, levels, offset)
+    cells = roi_pool.cell_table(features, DTYPES[dtype]) if deformed else None
+    roi_pool.backward(geometry, grad, cells, rois, levels, offset, needs_features=True, needs_offset=deformed)
 
 
 def _tests(device: torch.device) -> Iterator[Item]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from types import ModuleType
 
 import torch
 import triton
@@ -28,11 +29,13 @@ from bench.gpu_kit.pretended_gpu import COMPILING_TRITON
 from bench.measure import first_line, reference_results, relative_errors
 from bench.triton_calls import GRADIENTS, run_backward, run_forward, select_gradients
 from detector.graph import CudaRecorder
-from detector.ops import nms_cpu, roi_align_cpu
-from detector.ops.kernels import nms, roi_align
+from detector.ops import nms_cpu
+from detector.ops.kernels import nms
 from detector.ops.roi_align import roi_levels
-from detector.ops.roi_align_geometry import RoIAlignGeometry
 from triton_dcn import deform_conv2d
+from triton_dcn.roi_pool import torch_backend as roi_pool_torch
+from triton_dcn.roi_pool.geometry import RoIPoolGeometry
+from triton_dcn.roi_pool.kernels import launchers as roi_pool_triton
 from triton_dcn.tf32 import allow_tf32
 
 LIMITS = {"bfloat16": 1.6e-2, "float16": 2e-3, "tf32": 4e-3, "float32": 2e-5}
@@ -181,8 +184,8 @@ def nms_errors(groups: int, size: int, device: torch.device) -> list[float]:
     return [(kept.cpu() != expected).double().mean().item()]
 
 
-def roi_align_errors(dtype: str, tiny: bool, device: torch.device) -> list[float]:
-    """Return the errors of the pooled features, and of their gradient, to the CPU's in float64."""
+def roi_pool_errors(dtype: str, deformed: bool, tiny: bool, device: torch.device) -> list[float]:
+    """Return the errors of the pooled features and of the gradients to the CPU's in float64, with an offset or not."""
     if tiny:
         sizes: tuple[tuple[int, int], ...] = ((6, 9), (3, 5))
         channels, count, bins = 16, 2, 2
@@ -190,8 +193,8 @@ def roi_align_errors(dtype: str, tiny: bool, device: torch.device) -> list[float
         sizes = ((64, 72), (32, 36), (16, 18), (8, 9))
         channels, count, bins = 256, 100, 7
     heights, widths = zip(*sizes, strict=True)
-    strides = tuple(4.0 * 2**level for level in range(len(sizes)))
-    geometry = RoIAlignGeometry(2, heights, widths, strides, bins, sampling_ratio=0)
+    scales = tuple(0.25 / 2**level for level in range(len(sizes)))
+    geometry = RoIPoolGeometry(2, heights, widths, scales, (bins, bins), sampling_ratio=0)
     features = [torch.randn(2, channels, *size).to(DTYPES[dtype]) for size in sizes]
     image_size = 4 * torch.tensor([widths[0], heights[0]])
     corner = torch.rand(count, 2) * image_size * 0.7
@@ -200,12 +203,20 @@ def roi_align_errors(dtype: str, tiny: bool, device: torch.device) -> list[float
     levels = roi_levels(boxes, len(sizes), finest_scale=image_size.min().item() / 8)
     grad = torch.randn(count, channels, bins, bins).to(DTYPES[dtype])
 
-    on_device = [feature.to(device) for feature in features]
-    pooled = roi_align.forward(geometry, on_device, rois.to(device), levels.to(device))
-    grad_features = roi_align.backward(geometry, grad.to(device), rois.to(device), levels.to(device))
-    expected = roi_align_cpu.forward(geometry, [feature.double() for feature in features], rois, levels)
-    expected_grad = roi_align_cpu.backward(geometry, grad.double(), rois, levels)
-    return relative_errors([pooled.cpu(), grad_features.cpu()], [expected, expected_grad])
+    offset = torch.randn(count, 2, bins, bins).to(DTYPES[dtype]) if deformed else None
+
+    def run(module: ModuleType, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        maps = [feature.to(device, dtype) for feature in features]
+        places = (rois.to(device), levels.to(device), None if offset is None else offset.to(device))
+        pooled = module.forward(geometry, maps, *places)
+        cells = module.cell_table(maps, dtype) if deformed else None
+        gradients = module.backward(
+            geometry, grad.to(device, dtype), cells, *places, needs_features=True, needs_offset=deformed
+        )
+        return [tensor.cpu() for tensor in (pooled, *gradients) if tensor is not None]
+
+    results = run(roi_pool_triton, device, DTYPES[dtype])
+    return relative_errors(results, run(roi_pool_torch, torch.device("cpu"), torch.float64))
 
 
 def graph_errors(device: torch.device) -> list[float]:
@@ -228,7 +239,7 @@ def imported_kernels() -> Iterator[JITFunction]:
     """Yield every kernel of this project that is imported, in the order of their names."""
     kernels: dict[str, JITFunction] = {}
     for name, module in list(sys.modules.items()):
-        if name.startswith(("triton_dcn.kernels.", "detector.ops.kernels.")):
+        if name.startswith(("triton_dcn.kernels.", "triton_dcn.roi_pool.kernels.", "detector.ops.kernels.")):
             for value in vars(module).values():
                 if isinstance(value, JITFunction) and value.fn.__name__.endswith("_kernel"):
                     kernels[value.fn.__name__] = value
@@ -299,7 +310,9 @@ def main(arguments: list[str] | None = None) -> int:
     smoke.check("nms", partial(nms_errors, 2 if tiny else 4, 80 if tiny else 700, device), 1e-9)
     for dtype, limit in ROI_LIMITS.items():
         if dtype in options.dtypes:
-            smoke.check(f"{dtype} RoIAlign", partial(roi_align_errors, dtype, options.dry_run, device), limit)
+            for name, deformed in (("RoIAlign", False), ("deformable RoI pooling", True)):
+                errors = partial(roi_pool_errors, dtype, deformed, options.dry_run, device)
+                smoke.check(f"{dtype} {name}", errors, limit)
     if on_gpu and not options.few_pixels:  # compute-sanitizer runs without the caching allocator, which a graph needs
         smoke.check("graph of forward and backward", partial(graph_errors, device), 1e-2)
     if on_gpu:

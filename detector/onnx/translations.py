@@ -20,27 +20,32 @@ LOWEST = float(np.finfo(np.float32).min)
 """Score threshold that only -inf is below."""
 
 
-def roi_align(
+def roi_pool(
     features: Sequence[Value],
     rois: Value,
     levels: Value,
-    strides: Sequence[float],
-    output_size: int,
+    offset: Value | None,
+    scales: Sequence[float],
+    output_size: Sequence[int],
     sampling_ratio: int,
+    gamma: float,
+    backend: str,
 ) -> Value:
-    """Write `detector::roi_align` as one `RoiAlign` per level over the rois of that level.
+    """Write `triton_dcn::roi_pool` as one `RoiAlign` per level over the rois of that level.
 
     The rois of a level are picked with `NonZero` and their result is scattered into zeros, so that a roi is pooled once
     and one that is ignored, such as padding with batch index -1, stays zero.
     """
+    if offset is not None:
+        raise NotImplementedError("roi_pool: expected no offset, got one: deformable RoI pooling has no ONNX operator")
     image = op.Cast(op.Gather(rois, _scalar(0), axis=1), to=ir.DataType.INT64)  # (R,)
     boxes = _columns(rois, 1, 5)  # (R, 4)
     live = _live_rois(image, boxes, num_images=op.Squeeze(op.Shape(features[0], start=0, end=1)))
 
-    bins = _vector(output_size, output_size)
+    bins = _vector(*output_size)
     shape = op.Concat(op.Shape(rois, start=0, end=1), op.Shape(features[0], start=1, end=2), bins, axis=0)
     pooled = op.ConstantOfShape(shape)  # (R, C, S, S) zeros
-    for level, (feature, stride) in enumerate(zip(features, strides, strict=True)):
+    for level, (feature, scale) in enumerate(zip(features, scales, strict=True)):
         in_level = op.And(live, op.Equal(levels, _scalar(level)))
         rows = op.Squeeze(op.NonZero(in_level), _vector(0))  # (n,)
         pooled_level = op.RoiAlign(
@@ -49,10 +54,10 @@ def roi_align(
             op.Gather(image, rows),
             mode="avg",
             coordinate_transformation_mode="half_pixel",
-            output_height=output_size,
-            output_width=output_size,
+            output_height=output_size[0],
+            output_width=output_size[1],
             sampling_ratio=sampling_ratio,
-            spatial_scale=1 / stride,
+            spatial_scale=scale,
         )
         pooled = op.ScatterND(pooled, op.Unsqueeze(rows, _vector(1)), pooled_level)
     return pooled
@@ -112,7 +117,7 @@ def _bool(value: bool) -> ir.TensorProtocol:
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     **CONVOLUTION_TRANSLATIONS,
-    torch.ops.detector.roi_align.default: roi_align,
+    torch.ops.triton_dcn.roi_pool.default: roi_pool,
     torch.ops.detector.batched_nms.default: batched_nms,
     torch.ops.detector.top_k.default: top_k,
 }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from detector.ops import nms_cpu
-from detector.ops.vmapping import fold, unfold
+from triton_dcn.vmapping import fold, unfold
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Compile the detector's kernels ahead of time, without a GPU, and print what the machine code uses as JSON.
+"""Compile the kernels of NMS and RoI pooling for GPUs that are not here, and print what the code uses as JSON.
 
     python -m tests.detector.ops.compile_kernels
 
@@ -15,7 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from detector.ops.kernels import nms, roi_align, roi_weights
+from detector.ops.kernels import nms
+from triton_dcn.roi_pool.kernels import axis_weights, deformed, launchers, pool, sampling
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -23,9 +24,10 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # Types of the arguments that several kernels share.
-LEVELS = {"heights": ("fp32",) * 4, "widths": ("fp32",) * 4}
+LEVELS = {"heights": ("fp32",) * 4, "widths": ("fp32",) * 4, "scales": ("fp32",) * 4}
 WEIGHTS = {"weights_ptr": "*fp32", "bounds_ptr": "*i32", "hulls_ptr": "*i32"}
-ROIS = {"rois_ptr": "*fp32", "levels_ptr": "*i64"}
+PLACES = {"starts_ptr": "*fp32", "sizes_ptr": "*fp32", "bounds_ptr": "*i32", "hulls_ptr": "*i32", "gamma": "fp32"}
+ROIS = {"rois_ptr": "*fp32", "levels_ptr": "*i64", "order_ptr": "*i64", "begins_ptr": "*i64"}
 NMS = {"words_ptr": "*i64", "counts_ptr": "*i32", "keep_ptr": "*i8", "live_ptr": "*i8"}
 
 
@@ -36,26 +38,35 @@ def kernels():
         yield f"overlap {kind}", nms.nms_overlap_kernel, types, {"THRESHOLD": 0.7}, 8, False
     yield "sweep", nms.nms_sweep_kernel, NMS, {}, 4, True
 
-    sizes = {"LEVELS": 4, "BINS": 7}
-    for ratio, candidates in ((0, roi_weights.ADAPTIVE_CANDIDATES), (2, 2)):
-        types = LEVELS | WEIGHTS | ROIS | {"scales": ("fp32",) * 4}
-        constexprs = sizes | {"SAMPLING_RATIO": ratio, "CANDIDATES": candidates, "MAX_SAMPLES": 1 << 20}
-        constexprs |= {"BLOCK_L": roi_weights.BLOCK_L, "BLOCK_S": 8}
-        yield f"weights {ratio}", roi_weights.roi_align_weights_kernel, types, constexprs, 1, False
+    tile = {"TILE_H": launchers.TILE[0], "TILE_W": launchers.TILE[1]}
+    bins = {"LEVELS": 4, "BINS_Y": 7, "BINS_X": 7}
+    for ratio, candidates in ((0, sampling.ADAPTIVE_CANDIDATES), (2, 2)):
+        types = LEVELS | WEIGHTS | ROIS
+        samples = {"SAMPLING_RATIO": ratio, "CANDIDATES": candidates, "MAX_SAMPLES": 1 << 20}
+        constexprs = bins | samples | {"BINS": 7, "BLOCK_L": launchers.BLOCK_L, "BLOCK_S": 8}
+        yield f"weights {ratio}", axis_weights.roi_weights_kernel, types, constexprs, 1, False
 
     for kind in ("bf16", "fp32"):
-        types = LEVELS | WEIGHTS | ROIS | {"out_ptr": f"*{kind}", "feature_ptrs": (f"*{kind}",) * 4}
-        constexprs = sizes | {"BLOCK_C": 256}
-        yield f"forward {kind}", roi_align.roi_align_forward_kernel, types, constexprs, 1, True
+        data = {"out_ptr": f"*{kind}", "grad_ptr": f"*{kind}", "feature_ptrs": (f"*{kind}",) * 4}
+        types = LEVELS | WEIGHTS | ROIS | data
+        constexprs = bins | tile | {"BINS": 7, "BLOCK_C": 256, "BLOCK_S": 8}
+        yield f"forward {kind}", pool.roi_pool_kernel, types, constexprs, 1, True
+        yield f"backward {kind}", pool.roi_pool_grad_kernel, types, constexprs, 1, True
 
-        types |= {"grad_ptr": f"*{kind}", "order_ptr": "*i64", "begins_ptr": "*i64"}
-        tile_height, tile_width = roi_align.TILE
-        constexprs |= {"TILE_H": tile_height, "TILE_W": tile_width, "BLOCK_S": 8}
-        yield f"backward {kind}", roi_align.roi_align_backward_kernel, types, constexprs, 1, True
+        types = LEVELS | PLACES | ROIS | data | {"offset_ptr": f"*{kind}"}
+        constexprs = bins | tile | {"BLOCK_C": 256, "BLOCK_P": 64, "MAX_SAMPLES": 1 << 20, "SAMPLING_RATIO": 0}
+        yield f"bins {kind}", deformed.deformed_bins_kernel, types, constexprs, 1, False
+        constexprs |= {"BINS": 49, "CANDIDATES": sampling.ADAPTIVE_CANDIDATES}
+        yield f"forward deformed {kind}", deformed.deformed_pool_kernel, types, constexprs, 1, True
+        yield f"backward deformed {kind}", deformed.deformed_pool_grad_kernel, types, constexprs, 1, True
+        constexprs |= {"CANDIDATES": sampling.ADAPTIVE_SLOPE_CANDIDATES}
+        kernel = deformed.deformed_pool_grad_offset_kernel
+        yield f"backward offset {kind}", kernel, types, constexprs, 1, True
 
 
 def compiled(kernel, types, constexprs, warps, fusion, target):
     """Compile with pointers and channel counts that are multiples of 16, as in the networks of this project."""
+    constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constexprs else types.get(name, "i32") for name in kernel.arg_names}
     attributes = {}
     for index, (name, kind) in enumerate(signature.items()):

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from detector.ops.roi_align import check_arguments
-from detector.ops.roi_align_geometry import MAX_ADAPTIVE_SAMPLES
+from detector.ops.roi_align import check_strides
+from triton_dcn.roi_pool.functional import check_arguments
+from triton_dcn.roi_pool.geometry import MAX_ADAPTIVE_SAMPLES
 
 
 def roi_align_reference(
@@ -21,7 +22,8 @@ def roi_align_reference(
     sampling_ratio: int = 0,
 ) -> Tensor:
     """Compute `roi_align` by dense matrices: same arguments, result and errors, but the result is contiguous."""
-    check_arguments(features, rois, levels, strides, output_size, sampling_ratio)
+    check_strides(features, strides)
+    check_arguments(features, rois, levels, None, (output_size, output_size), sampling_ratio)
     batch, channels = features[0].shape[:2]
     zero = features[0].new_zeros(channels, output_size, output_size)
     pooled = [zero] * len(rois)
@@ -56,7 +58,7 @@ def interpolation_matrix(start: Tensor, length: Tensor, size: int, bins: int, sa
         sampling_ratio: samples per bin; 0 is adaptive.
     """
     bin_length = length / bins
-    samples = sampling_ratio or min(max(int(torch.ceil(bin_length)), 0), MAX_ADAPTIVE_SAMPLES)
+    samples = sampling_ratio or min(max(int(torch.ceil(bin_length.float())), 0), MAX_ADAPTIVE_SAMPLES)
     bin_start = start + torch.arange(bins, dtype=start.dtype, device=start.device) * bin_length
     sample_numbers = torch.arange(samples, dtype=start.dtype, device=start.device)
     position_in_bin = (sample_numbers + 0.5) * bin_length / max(samples, 1)

@@ -8,11 +8,10 @@ import math
 import pytest
 import torch
 
-from detector.ops import roi_align as module
-from detector.ops import roi_align_cpu
 from detector.ops.roi_align import roi_align, roi_levels
-from detector.ops.roi_align_geometry import RoIAlignGeometry
 from tests.detector.ops.roi_align_reference import roi_align_reference
+from triton_dcn.roi_pool import operator, torch_backend
+from triton_dcn.roi_pool.geometry import RoIPoolGeometry
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STRIDES = (4, 8, 16, 32)
@@ -158,8 +157,8 @@ def test_chunks_change_nothing(monkeypatch):
     features, rois, levels = problem()
     grad = torch.randn(len(rois), 3, 7, 7, dtype=torch.float64)
     whole = both_ways(roi_align, features, rois, levels, grad)
-    monkeypatch.setattr(roi_align_cpu, "CHUNK_ENTRIES", 1000)
-    monkeypatch.setattr(roi_align_cpu, "COPY_CELLS", 10)
+    monkeypatch.setattr(torch_backend, "CHUNK_ENTRIES", 1000)
+    monkeypatch.setattr(torch_backend, "COPY_CELLS", 10)
     in_chunks = both_ways(roi_align, features, rois, levels, grad)
     for result, expected in zip(in_chunks, whole, strict=True):
         assert relative_error(result, expected) < 1e-14
@@ -247,13 +246,15 @@ def test_opcheck():
     features = [feature.requires_grad_() for feature in pyramid(2, 1)]
     rois = random_rois(4, batch=1)
     levels = torch.tensor([0, 1, 2, 3])
-    strides = [float(stride) for stride in STRIDES]
-    torch.library.opcheck(module.forward_op, (features, rois, levels, strides, 2, 0))
+    scales = [1 / stride for stride in STRIDES]
+    torch.library.opcheck(operator.forward_op, (features, rois, levels, None, scales, [2, 2], 0, 0.1, "torch"))
 
     grad = torch.randn(4, 2, 2, 2).double()
     heights = [height for height, _ in SIZES]
     widths = [width for _, width in SIZES]
-    torch.library.opcheck(module.backward_op, (grad, rois, levels, 1, heights, widths, strides, 0))
+    sizes = (1, heights, widths, scales)
+    settings = (0, 0.1, "torch", [True, False])
+    torch.library.opcheck(operator.backward_op, (grad, None, rois, levels, None, *sizes, *settings))
 
 
 def test_compiles_as_one_graph():
@@ -277,16 +278,16 @@ class TestKernels:
     @pytest.fixture(scope="class")
     @staticmethod
     def kernels():
-        return pytest.importorskip("detector.ops.kernels.roi_align")
+        return pytest.importorskip("triton_dcn.roi_pool.kernels.launchers")
 
     def both_ways(self, kernels, geometry, features, rois, levels, grad):
         """Return the output and the gradients of the features, on the CPU."""
         features = [feature.to(DEVICE) for feature in features]
         rois, levels, grad = (tensor.to(DEVICE) for tensor in (rois, levels, grad))
-        output = kernels.forward(geometry, features, rois, levels)
+        output = kernels.forward(geometry, features, rois, levels, None)
         assert output.is_contiguous(memory_format=torch.channels_last)
 
-        table = kernels.backward(geometry, grad, rois, levels)
+        table, _ = kernels.backward(geometry, grad, None, rois, levels, None, needs_features=True, needs_offset=False)
         level_tables = table.split([feature[:, 0].numel() for feature in features])
         grads = []
         for level_table, feature in zip(level_tables, features, strict=True):
@@ -312,7 +313,7 @@ class TestKernels:
         levels[:2] = torch.tensor([-1, 2])
         grad = torch.randn(len(rois), channels, bins, bins).to(dtype)
         options = {"strides": STRIDES[1:3], "sampling_ratio": sampling_ratio}
-        geometry = RoIAlignGeometry(2, (12, 6), (16, 8), (8.0, 16.0), bins, sampling_ratio)
+        geometry = RoIPoolGeometry(2, (12, 6), (16, 8), (1 / 8, 1 / 16), (bins, bins), sampling_ratio)
         results = self.both_ways(kernels, geometry, features, rois, levels, grad)
         on_cpu = both_ways(roi_align, features, rois, levels, grad, **options)
 
@@ -332,12 +333,12 @@ class TestKernels:
         names = ("feat", "rois", "grad_out")
         feature, rois, grad = (torch.from_numpy(arrays[f"{case}.{name}"]) for name in names)
         batch, _, height, width = feature.shape
-        geometry = RoIAlignGeometry(
+        geometry = RoIPoolGeometry(
             batch=batch,
             heights=(height,),
             widths=(width,),
-            strides=(1 / parameters["spatial_scale"],),
-            bins=parameters["output_size"],
+            scales=(parameters["spatial_scale"],),
+            bins=(parameters["output_size"], parameters["output_size"]),
             sampling_ratio=parameters["sampling_ratio"],
         )
         levels = torch.zeros(len(rois[:count]), dtype=torch.int64)
@@ -347,7 +348,7 @@ class TestKernels:
             assert relative_error(grad_feature, arrays[f"{case}.grad_feat"]) < 1e-5
 
     def test_nothing_to_pool(self, kernels):
-        geometry = RoIAlignGeometry(1, (3,), (4,), (4.0,), 7, 0)
+        geometry = RoIPoolGeometry(1, (3,), (4,), (1 / 4,), (7, 7), 0)
         features = [torch.ones(1, 2, 3, 4)]
         rois = torch.zeros(0, 5)
         levels = torch.zeros(0).long()

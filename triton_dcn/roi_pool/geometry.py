@@ -1,4 +1,4 @@
-"""The sizes of one RoIAlign, which the operator hands to the CPU path and to the GPU kernels."""
+"""The sizes of one RoI pooling, which the operator hands to its backends."""
 
 from __future__ import annotations
 
@@ -10,24 +10,31 @@ MAX_ADAPTIVE_SAMPLES = 1 << 20
 
 
 @dataclass(frozen=True)
-class RoIAlignGeometry:
-    """The sizes of one RoIAlign over a pyramid.
+class RoIPoolGeometry:
+    """The sizes of one RoI pooling over a pyramid, or over one map, which is a pyramid of one level.
 
     Attributes:
         batch: number of images.
         heights: height of each level, in cells.
         widths: width of each level, in cells.
-        strides: pixels per cell of each level.
-        bins: bins per side of the output, S.
+        scales: cells per pixel of each level.
+        bins: bins of the output, (y, x).
         sampling_ratio: samples per bin and axis; 0 is adaptive.
+        gamma: what offsets are multiplied by, beside the size of the roi.
     """
 
     batch: int
     heights: tuple[int, ...]
     widths: tuple[int, ...]
-    strides: tuple[float, ...]
-    bins: int
+    scales: tuple[float, ...]
+    bins: tuple[int, int]
     sampling_ratio: int
+    gamma: float = 0.1
+
+    @property
+    def bins_per_roi(self) -> int:
+        """Number of bins of a roi."""
+        return self.bins[0] * self.bins[1]
 
     @property
     def level_cells(self) -> list[int]:
