@@ -135,6 +135,11 @@ def _cases() -> dict[str, list[Case]]:
         "wide": [  # far more output than input channels: the large kernel of BiRefNet
             Case("wide-64-256-7x7", 1, 64, 256, 256, 256, (7, 7), padding=(3, 3)),
         ],
+        "resnext": [  # stages of ResNeXt-101 32x4d at 800 x 1333
+            Case("resnext-c3", 2, 256, 256, 100, 168, groups=32),
+            Case("resnext-c4", 2, 512, 512, 50, 84, groups=32),
+            Case("resnext-c5", 2, 1024, 1024, 25, 42, groups=32),
+        ],
         "depthwise": [
             Case("dlka-5x5", 4, 96, 96, 56, 56, (5, 5), padding=(2, 2), groups=96),  # D-LKA Net
             Case("dlka-7x7", 4, 96, 96, 56, 56, (7, 7), padding=(9, 9), dilation=(3, 3), groups=96),

@@ -140,9 +140,12 @@ PLAN = (
     Benchmark(
         "odd-shapes",
         "deform_conv",
-        ("--cases", "odd", "r50-down", "wide", "depthwise", *FORWARD_BOTH, *PEERS, "--dtypes", "float16", "float32"),
+        (
+            *("--cases", "resnext", "odd", "r50-down", "wide", "depthwise"),
+            *(*FORWARD_BOTH, *PEERS, "--dtypes", "float16", "float32"),
+        ),
         (*DRY_CASE, "--modes", "both"),
-        60,
+        75,
     ),
     Benchmark(
         "contiguous",

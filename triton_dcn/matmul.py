@@ -34,11 +34,16 @@ def multiply(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> N
             torch.addmm(bias, left[0], right[0], out=out)
         return
 
+    groups_apart = out.view(rows, groups, -1).transpose(0, 1)
+    if bias is None and (out.is_cuda or out.dtype == torch.float32):
+        torch.bmm(left, right, out=groups_apart)
+        return
+
     left = _float32_on_cpu(left)
     right = _float32_on_cpu(right)
     bias_of_groups = None if bias is None else _float32_on_cpu(bias).view(groups, 1, -1)
     product = left @ right if bias_of_groups is None else torch.baddbmm(bias_of_groups, left, right)
-    out.view(rows, groups, -1).copy_(product.transpose(0, 1))
+    groups_apart.copy_(product)
 
 
 def multiply_groups(left: Tensor, right: Tensor) -> Tensor:

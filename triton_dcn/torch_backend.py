@@ -15,7 +15,10 @@ from __future__ import annotations
 import functools
 import platform
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +27,7 @@ from torch.nn.grad import conv2d_weight
 
 from triton_dcn import torch_planes
 from triton_dcn.geometry import ConvGeometry
+from triton_dcn.joined_groups import groups_to_join, join_weight, split_weight
 from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
 from triton_dcn.torch_samples import (
     Corners,
@@ -44,8 +48,31 @@ from triton_dcn.torch_samples import (
 CHOOSE_ONEDNN = 2
 """Dilation of a 1x1 kernel: changes no result, but with one thread torch has oneDNN compute dilated kernels alone."""
 
+NARROW_PRODUCT = 32
+"""On Intel's processors oneDNN is slower than MKL, with several threads, too, where a product has no more channels."""
+
 LARGEST_IMAGE_WITHOUT_ONEDNN = 20480
 """Elements; from its conditions for oneDNN."""
+
+JOINED_CHANNELS = 32
+"""Channel groups of fewer input channels that have the same offsets are joined to groups of so many, or more."""
+
+
+class Readers(NamedTuple):
+    """The corners of a chunk in the order of the table rows that they read.
+
+    Attributes:
+        rows: from the first row that is read to the last one.
+        first_of_row: (rows,), place of the first corner of each of these rows.
+        samples: (Q * n * p * K * J * 4,), the sample of each corner.
+        weights: (Q * n * p * K * J * 4,), its weight.
+    """
+
+    rows: slice
+    first_of_row: Tensor
+    samples: Tensor
+    weights: Tensor
+
 
 with warnings.catch_warnings():  # the first sparse tensor of a process makes torch warn that they are in beta
     warnings.simplefilter("ignore", UserWarning)
@@ -79,26 +106,25 @@ def forward(
     mask = offset_mask.modulation()
     grid = tap_grid(geom, input.device, dtype)
     output = input.new_empty(geom.output_shape).to(memory_format=_memory_format(input))
+    weight = weight.to(dtype)
     if torch_planes.suits(geom, input):
-        torch_planes.forward(geom, input, offset_mask.offset, mask, weight.to(dtype), bias, grid, output, relu=relu)
+        torch_planes.forward(geom, input, offset_mask.offset, mask, weight, bias, grid, output, relu=relu)
         return output
 
-    weight_matrix = _weight_matrix(geom, weight.to(dtype))
-    output_rows = _view_rows(geom, output)
-    for images, blocks in divide_work(geom, dtype.itemsize):
-        table = make_table(geom, input[images], dtype)
-        for block in blocks:
-            _, corners = _sample_block(geom, offset_mask.offset, mask, images, block.positions, grid)
-            block_rows = output_rows[:, images, block.positions]
-            for chunk in block.chunks:
-                # no variable holds the columns: so the next chunk can reuse their memory, which is in the cache
-                _contract(
-                    _sample_columns(geom, table, *corners.chunk(chunk)),
-                    weight_matrix,
-                    bias,
-                    block_rows[:, chunk.images, chunk.positions],
-                    relu=relu,
-                )
+    part_geom, count = _parts(geom)
+    parts = zip(
+        input.chunk(count, 1),
+        offset_mask.offset.chunk(count, 1),
+        _chunk(mask, count, 1),
+        weight.chunk(count),
+        _chunk(bias, count),
+        output.chunk(count, 1),
+        strict=True,
+    )
+    for part_input, part_offset, part_mask, part_weight, part_bias, part_output in parts:
+        _forward(
+            part_geom, part_input, part_offset, part_mask, part_weight, part_bias, grid, part_output, relu=relu
+        )  # fmt: skip
     return output
 
 
@@ -134,14 +160,120 @@ def backward(
     mask = offset_mask.modulation()
     grid = tap_grid(geom, input.device, dtype)
     grad_input = torch.empty_like(input, memory_format=_memory_format(input)) if needs_input else None
-    backward_of = torch_planes.backward if torch_planes.suits(geom, input) else _backward
-    grad_weight = backward_of(
-        geom, grad_output, input, offset_mask.offset, mask, weight.to(dtype), grid, grad_input, grad_offset_mask,
-        needs_weight=needs_weight,
-    )  # fmt: skip
+    backward_of = torch_planes.backward
+    part_geom, count = geom, 1
+    if not torch_planes.suits(geom, input):
+        backward_of = _backward
+        part_geom, count = _parts(geom)
+    parts = zip(
+        grad_output.chunk(count, 1),
+        input.chunk(count, 1),
+        offset_mask.offset.chunk(count, 1),
+        _chunk(mask, count, 1),
+        weight.to(dtype).chunk(count),
+        _chunk(grad_input, count, 1),
+        _chunk(grad_offset_mask.offset, count, 1),
+        _chunk(grad_offset_mask.mask, count, 1),
+        strict=True,
+    )
+    grads_of_weight = []
+    for (
+        part_grad, part_input, part_offset, part_mask, part_weight, part_grad_input, part_grad_offset, part_grad_mask
+    ) in parts:  # fmt: skip
+        part_grad_weight = backward_of(
+            part_geom, part_grad, part_input, part_offset, part_mask, part_weight, grid, part_grad_input,
+            OffsetMaskGrad(part_grad_offset, part_grad_mask), needs_weight=needs_weight,
+        )  # fmt: skip
+        if part_grad_weight is not None:
+            grads_of_weight.append(part_grad_weight)
+    grad_weight = None
+    if needs_weight:
+        grad_weight = grads_of_weight[0] if count == 1 else torch.cat(grads_of_weight)
     if offset_mask.mask_logits:
         _apply_sigmoid_gradient(grad_offset_mask.mask, mask)
     return grad_input, None if grad_weight is None else grad_weight.to(weight.dtype)
+
+
+def _parts(geom: ConvGeometry) -> tuple[ConvGeometry, int]:
+    """Return of how many equal convolutions side by side the call consists, and the geometry of each.
+
+    Where offset groups have several channel groups each, every offset group is a convolution of its own.
+    """
+    count = geom.offset_groups
+    if geom.groups <= count or geom.groups % count:
+        count = 1
+    if count == 1:
+        return geom, 1
+    part_geom = replace(
+        geom,
+        in_channels=geom.in_channels // count,
+        out_channels=geom.out_channels // count,
+        groups=geom.groups // count,
+        offset_groups=1,
+    )
+    return part_geom, count
+
+
+def _chunk(tensor: Tensor | None, count: int, dim: int = 0) -> Sequence[Tensor | None]:
+    """Return equal parts of a tensor, or as many times None."""
+    return [None] * count if tensor is None else tensor.chunk(count, dim)
+
+
+def _join_narrow_groups(geom: ConvGeometry, weight: Tensor) -> tuple[ConvGeometry, Tensor, int]:
+    """Return geometry and weight with narrow groups joined where all have the same offsets, and how many became one."""
+    if geom.offset_groups > 1:
+        return geom, weight, 1
+    joined = groups_to_join(geom.groups, geom.in_channels // geom.groups, JOINED_CHANNELS)
+    return replace(geom, groups=geom.groups // joined), join_weight(weight, geom.groups, joined), joined
+
+
+def _tables(geom: ConvGeometry) -> tuple[ConvGeometry, int]:
+    """Return how many tables hold the channels, and the geometry for one of them.
+
+    Channel groups with the same offsets have a table each, so that their columns come apart. The samples are the same.
+    """
+    count = geom.groups if geom.offset_groups == 1 else 1
+    if count == 1:
+        return geom, 1
+    table_geom = replace(geom, in_channels=geom.in_channels // count, out_channels=geom.out_channels // count, groups=1)
+    return table_geom, count
+
+
+def _forward(
+    geom: ConvGeometry,
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: TapGrid,
+    output: Tensor,
+    *,
+    relu: bool,
+) -> None:
+    """Fill the output (B, O, Ho, Wo); the weight has the dtype of the computation."""
+    dtype = weight.dtype
+    geom, weight, _ = _join_narrow_groups(geom, weight)
+    table_geom, count = _tables(geom)
+    matrices = _weight_matrix(geom, weight).chunk(count)
+    biases = _chunk(bias, count)
+    output_rows = _view_rows(geom, output).chunk(count)
+    for images, blocks in divide_work(geom, dtype.itemsize, count):
+        tables = [make_table(geom, part, dtype) for part in input[images].chunk(count, 1)]
+        for block in blocks:
+            _, corners = _sample_block(table_geom, offset, mask, images, block.positions, grid)
+            for chunk in block.chunks:
+                rows, weights = corners.chunk(chunk)
+                for number, table in enumerate(tables):
+                    block_rows = output_rows[number][:, images, block.positions]
+                    # no variable holds the columns: so the next ones can reuse their memory, which is in the cache
+                    _contract(
+                        _sample_columns(table_geom, table, rows, weights),
+                        matrices[number],
+                        biases[number],
+                        block_rows[:, chunk.images, chunk.positions],
+                        relu=relu,
+                    )
 
 
 def _backward(
@@ -159,38 +291,52 @@ def _backward(
 ) -> Tensor | None:
     """Fill the gradients that are not None, and return that of the weight (O, C/G, kh, kw), if needed."""
     dtype = weight.dtype
+    groups = geom.groups
+    geom, weight, joined = _join_narrow_groups(geom, weight)
+    table_geom, count = _tables(geom)
     weight_matrix = _weight_matrix(geom, weight)
-    grad_rows = _view_rows(geom, grad_output)
+    matrices = weight_matrix.chunk(count)
+    grad_rows = _view_rows(geom, grad_output).chunk(count)
     grad_matrix = torch.zeros_like(weight_matrix, memory_format=torch.contiguous_format) if needs_weight else None
+    grad_matrices = _chunk(grad_matrix, count)
 
-    for images, blocks in divide_work(geom, dtype.itemsize):
-        table = make_table(geom, input[images], dtype)
-        grad_table = None if grad_input is None else torch.zeros_like(table)
+    for images, blocks in divide_work(geom, dtype.itemsize, count):
+        tables = [make_table(geom, part, dtype) for part in input[images].chunk(count, 1)]
+        grad_tables = [None if grad_input is None else torch.zeros_like(table) for table in tables]
         for block in blocks:
-            samples, corners = _sample_block(geom, offset, mask, images, block.positions, grid)
+            samples, corners = _sample_block(table_geom, offset, mask, images, block.positions, grid)
             corner_dots = torch.empty_like(corners.weights) if grad_offset_mask.needed else None
-            block_grads = grad_rows[:, images, block.positions]
             for chunk in block.chunks:
                 rows, weights = corners.chunk(chunk)
-                grad = block_grads[:, chunk.images, chunk.positions].to(dtype).flatten(1, 2)  # (G, n * p, O/G)
-                if _prefers_onednn(grad):
-                    grad = grad.contiguous()
-                if grad_matrix is not None:
-                    _add_product(grad_matrix, grad, _sample_columns(geom, table, rows, weights))
-                if grad_table is None and corner_dots is None:
-                    continue
+                readers = None if grad_input is None else _sort_readers(rows, weights)
+                dots = None if corner_dots is None else weights.new_zeros(len(rows))
+                for number, table in enumerate(tables):
+                    block_grads = grad_rows[number][:, images, block.positions]
+                    grad = block_grads[:, chunk.images, chunk.positions].to(dtype).flatten(1, 2)  # (G, n * p, O/G)
+                    if _prefers_onednn(grad, matrices[number]):
+                        grad = grad.contiguous()
+                    grad_of_weight = grad_matrices[number]
+                    if grad_of_weight is not None:
+                        _add_product(grad_of_weight, grad, _sample_columns(table_geom, table, rows, weights))
+                    if readers is None and dots is None:
+                        continue
 
-                grad_columns = _join_groups(geom, _matmul(grad, weight_matrix))
-                if grad_table is not None:
-                    _scatter_add(geom, grad_columns, rows, weights, grad_table)
-                if corner_dots is not None:
+                    grad_columns = _join_groups(table_geom, _matmul(grad, matrices[number]))
+                    grad_table = grad_tables[number]
+                    if grad_table is not None and readers is not None:
+                        _scatter_add(table_geom, grad_columns, readers, grad_table)
+                    if dots is not None:
+                        dots = _add_dots_with_corners(table_geom, dots, table, grad_columns, rows)
+                if corner_dots is not None and dots is not None:
                     chunk_dots = corner_dots[:, chunk.images, chunk.positions]
-                    chunk_dots.copy_(_dot_with_corners(geom, table, grad_columns, rows).view(chunk_dots.shape))
+                    chunk_dots.copy_(dots.view(chunk_dots.shape))
             if corner_dots is not None:
-                _write_sample_gradients(geom, corner_dots, samples, grad_offset_mask, images, block.positions)
-        if grad_input is not None and grad_table is not None:
-            grad_input[images].copy_(view_pixels(geom, grad_table).permute(0, 3, 1, 2))
-    return None if grad_matrix is None else _to_weight(geom, grad_matrix)
+                _write_sample_gradients(table_geom, corner_dots, samples, grad_offset_mask, images, block.positions)
+        if grad_input is not None:
+            for part, grad_table in zip(grad_input[images].chunk(count, 1), grad_tables, strict=True):
+                if grad_table is not None:
+                    part.copy_(view_pixels(geom, grad_table).permute(0, 3, 1, 2))
+    return None if grad_matrix is None else split_weight(_to_weight(geom, grad_matrix), groups, joined)
 
 
 def _sample_block(
@@ -268,7 +414,7 @@ def _contract(columns: Tensor, weight_matrix: Tensor, bias: Tensor | None, outpu
     """
     groups, images, _, _ = output_rows.shape
     one_matrix = groups == images == 1  # MKL multiplies the groups at once if what it writes is contiguous
-    in_place = one_matrix and output_rows.dtype == columns.dtype and not _prefers_onednn(columns)
+    in_place = one_matrix and output_rows.dtype == columns.dtype and not _prefers_onednn(columns, weight_matrix.mT)
     if in_place:
         product = output_rows.squeeze(1)
         torch.bmm(weight_matrix, columns.mT, out=product.mT)  # transposed, as the output lies in memory
@@ -284,7 +430,7 @@ def _contract(columns: Tensor, weight_matrix: Tensor, bias: Tensor | None, outpu
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:
     """Return left (G, rows, k) @ right (G, k, n)."""
-    if not _prefers_onednn(left):
+    if not _prefers_onednn(left, right):
         return torch.bmm(left, right)
     kernel = right[0].t()[:, :, None, None]
     product = F.conv2d(_as_image(left), kernel, dilation=CHOOSE_ONEDNN)
@@ -306,9 +452,12 @@ def _as_image(rows: Tensor) -> Tensor:
     return rows.unsqueeze(2).permute(0, 3, 1, 2)
 
 
-def _prefers_onednn(left: Tensor) -> bool:
-    """Tell whether `_matmul` multiplies these rows as a convolution, for which they must be contiguous."""
-    return _onednn_takes(left) and (torch.get_num_threads() > 1 or _is_amd_processor())
+def _prefers_onednn(left: Tensor, right: Tensor) -> bool:
+    """Tell whether `_matmul` multiplies these as a convolution, for which the left rows must be contiguous."""
+    if not _onednn_takes(left):
+        return False
+    is_narrow = min(right.shape[1:]) <= NARROW_PRODUCT
+    return _is_amd_processor() or (torch.get_num_threads() > 1 and not is_narrow)
 
 
 def _onednn_takes(rows: Tensor) -> bool:
@@ -332,8 +481,8 @@ def _is_amd_processor() -> bool:
     return "AuthenticAMD" in processor
 
 
-def _scatter_add(geom: ConvGeometry, grad_columns: Tensor, rows: Tensor, weights: Tensor, grad_table: Tensor) -> None:
-    """Add to each table row the weighted gradients of the samples that read it, in the order of the samples."""
+def _sort_readers(rows: Tensor, weights: Tensor) -> Readers:
+    """Sort the corners of a chunk by the table row that they read; rows and weights from `Corners.chunk`."""
     low, high = (int(limit) for limit in rows.aminmax())
     from_lowest = rows - low
     keys = from_lowest
@@ -344,20 +493,25 @@ def _scatter_add(geom: ConvGeometry, grad_columns: Tensor, rows: Tensor, weights
     corners_of_row = torch.bincount(from_lowest)
     first_of_row = corners_of_row.cumsum(0) - corners_of_row
     sample_of_corner = order >> 2  # four corners each
+    return Readers(slice(low, high + 1), first_of_row, sample_of_corner, weights.index_select(0, order))
+
+
+def _scatter_add(geom: ConvGeometry, grad_columns: Tensor, readers: Readers, grad_table: Tensor) -> None:
+    """Add to each table row the weighted gradients of the samples that read it, in the order of the samples."""
     gradient, *_ = torch.embedding_bag(
-        view_slices(geom, grad_columns),
-        sample_of_corner,
-        first_of_row,
-        per_sample_weights=weights.index_select(0, order),
+        view_slices(geom, grad_columns), readers.samples, readers.first_of_row, per_sample_weights=readers.weights
     )
-    view_slices(geom, grad_table)[low : high + 1].add_(gradient)
+    view_slices(geom, grad_table)[readers.rows].add_(gradient)
 
 
-def _dot_with_corners(geom: ConvGeometry, table: Tensor, grad_columns: Tensor, rows: Tensor) -> Tensor:
-    """Return the dot product of each sample's column gradient with each of its four corners, in the order of `rows`.
+def _add_dots_with_corners(
+    geom: ConvGeometry, dots: Tensor, table: Tensor, grad_columns: Tensor, rows: Tensor
+) -> Tensor:
+    """Return `dots` plus the dot product of each sample's column gradient with each of its four corners.
 
     Args:
         geom: of the call.
+        dots: (Q * n * p * K * J * 4,), in the order of `rows`.
         table: (R, C), from `make_table`.
         grad_columns: (Q, n * p, K*C/Q).
         rows: (Q * n * p * K * J * 4,), from `Corners.chunk`.
@@ -365,14 +519,14 @@ def _dot_with_corners(geom: ConvGeometry, table: Tensor, grad_columns: Tensor, r
     table = view_slices(geom, table)
     grads = view_slices(geom, grad_columns)
     if not rows.is_cpu:
-        return torch.stack([(table[corner] * grads).sum(-1) for corner in rows.view(-1, 4).unbind(1)], 1)
+        products = [(table[corner] * grads).sum(-1) for corner in rows.view(-1, 4).unbind(1)]
+        return dots + torch.stack(products, 1).flatten()
 
     # only four entries of each row of grads @ table.T are computed
     starts = torch.arange(0, len(rows) + 1, 4, dtype=rows.dtype)
-    zeros = table.new_zeros(len(rows))
-    entries = torch.sparse_csr_tensor(starts, rows, zeros, size=(len(grads), len(table)), check_invariants=False)
-    dots: Tensor = torch.sparse.sampled_addmm(entries, grads, table.t(), beta=0).values()
-    return dots
+    entries = torch.sparse_csr_tensor(starts, rows, dots, size=(len(grads), len(table)), check_invariants=False)
+    sums: Tensor = torch.sparse.sampled_addmm(entries, grads, table.t()).values()
+    return sums
 
 
 def _write_sample_gradients(
@@ -387,7 +541,7 @@ def _write_sample_gradients(
 
     Args:
         geom: of the call.
-        corner_dots: (Q, n, p, K, J, 4), from `_dot_with_corners`.
+        corner_dots: (Q, n, p, K, J, 4), from `_add_dots_with_corners`.
         samples: of the block.
         grad_offset_mask: of the whole call.
         images, positions: what the block is of.

@@ -105,7 +105,7 @@ class Corners(NamedTuple):
         return self.rows[part].flatten(), self.weights[part].flatten()
 
 
-def divide_work(geom: ConvGeometry, itemsize: int) -> Iterator[tuple[slice, list[Block]]]:
+def divide_work(geom: ConvGeometry, itemsize: int, tables: int = 1) -> Iterator[tuple[slice, list[Block]]]:
     """Divide the images and their positions so that memory stays bounded.
 
     The table of some images with its gradient, and the rows and weights of a block, take about CHUNK_BYTES each; the
@@ -116,13 +116,14 @@ def divide_work(geom: ConvGeometry, itemsize: int) -> Iterator[tuple[slice, list
     Args:
         geom: of the call.
         itemsize: bytes of an element in the dtype of the computation.
+        tables: in how many tables the channels are; columns are computed for one of them at a time.
 
     Yields:
         Some of the images, as a slice of the batch, and the blocks of their positions.
     """
     pixel_bytes = geom.in_channels * itemsize
     sample_bytes = 64 * geom.taps * geom.offset_groups  # per position: four rows and weights, and their order
-    column_bytes = geom.taps * pixel_bytes + sample_bytes
+    column_bytes = geom.taps * pixel_bytes // tables + sample_bytes
     table_bytes = image_pixels(geom) * pixel_bytes
     weight_bytes = geom.out_channels * geom.taps * pixel_bytes // geom.groups
     chunk_bytes = max(CHUNK_BYTES, CHUNK_WEIGHTS * weight_bytes)

@@ -11,7 +11,8 @@ of a column buffer are the output positions of one chunk.
 
 Narrow channel groups are joined: the computation is that of fewer groups, whose weight has zeros where an input and an
 output channel are of different groups. Columns of a few channels each would be written and read a few bytes at a time,
-and products this narrow take as long as those with the zeros.
+and products this narrow take as long as those with the zeros. Where all of them together have a fused kernel, which
+needs no columns in memory, all become one.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from triton_dcn import launchers, tile_table
 from triton_dcn.geometry import ConvGeometry
+from triton_dcn.joined_groups import groups_to_join, join_weight, split_weight
 from triton_dcn.launchers import SampleArrays
 from triton_dcn.matmul import accumulate, multiply, multiply_groups
 from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
@@ -32,10 +34,11 @@ from triton_dcn.workspace import column_chunks, image_slices, prefers_t_columns,
 NO_CONTEXT = nullcontext()
 NARROW_GROUP = 16
 """Channel groups of fewer input channels are joined."""
-JOINED_CHANNELS = 128
-"""With no more input channels all narrow groups become one, for which there are fused kernels, ..."""
-JOINED_GROUP = 64
-"""... else groups of at least so many input channels."""
+FUSED_CHANNELS = {("forward", "half"): 256}
+FUSED_CHANNELS_ELSE = 128
+"""With no more input channels all narrow groups become one if a fused kernel does the task, ..."""
+JOINED_CHANNELS = {"half": 64, "tf32": 64, "float32": 32}
+"""... else groups of at least so many input channels: as wide as a product may be that memory still bounds."""
 
 
 def forward(
@@ -79,7 +82,7 @@ def forward_with_samples(
         ValueError: one image has 2**27 pixels, or 2**29 samples, or more.
     """
     x = _channels_last(input)
-    geom, weight = _join_narrow_groups(geom, weight)
+    geom, weight = _join_narrow_groups(geom, weight, "forward", x)
     row = tile_table.find_row("forward", geom, x)
     w = _taps_last(weight) if row is None else launchers.forward_weight(row, weight)
     bias = None if bias is None else bias.contiguous()
@@ -137,7 +140,7 @@ def backward(
     """
     x = _channels_last(input)
     groups = geom.groups
-    geom, joined_weight = _join_narrow_groups(geom, weight)
+    geom, joined_weight = _join_narrow_groups(geom, weight, "grad_sample_fused", x)
     w = _taps_last(joined_weight)
     grad = _channels_last(grad_output).view(-1, geom.out_channels)
     grad_input = torch.empty_like(x) if needs_input else None  # written in full
@@ -195,7 +198,7 @@ def backward(
     grad_weight = None
     if weight_matrix_grad is not None:
         restore = _weight_from_t if use_t_columns else weight_from_columns
-        grad = _take_groups_apart(geom, groups, restore(geom, weight_matrix_grad))
+        grad = split_weight(restore(geom, weight_matrix_grad), groups, groups // geom.groups)
         # one copy for the order of the dimensions, the dtype and the layout
         grad_weight = torch.empty_like(weight).copy_(grad)
     elif needs_weight:  # no images
@@ -307,40 +310,29 @@ def _backward_by_columns(
     return grad_weight
 
 
-def joined_geometry(geom: ConvGeometry) -> ConvGeometry:
-    """Return the geometry with narrow channel groups joined, `geom` itself if they are not narrow."""
+def joined_geometry(geom: ConvGeometry, task: str, x: Tensor) -> ConvGeometry:
+    """Return the geometry with narrow channel groups joined, `geom` itself if they are not narrow.
+
+    Args:
+        geom: of the call.
+        task: for which fused kernels there may be one, "forward" or "grad_sample_fused".
+        x: the input; only its device and dtype are used.
+    """
     per_group = geom.in_channels // geom.groups
     if geom.groups == 1 or per_group >= NARROW_GROUP:
         return geom
-    joined = geom.groups
-    if geom.in_channels > JOINED_CHANNELS:
-        divisors = [count for count in range(1, geom.groups + 1) if geom.groups % count == 0]
-        joined = next(count for count in divisors if count * per_group >= JOINED_GROUP)
-    return replace(geom, groups=geom.groups // joined)
+    arithmetic = tile_table.arithmetic(x)
+    whole = replace(geom, groups=1)
+    is_small = geom.in_channels <= FUSED_CHANNELS.get((task, arithmetic), FUSED_CHANNELS_ELSE)
+    if is_small and tile_table.find_row(task, whole, x) is not None:
+        return whole
+    return replace(geom, groups=geom.groups // groups_to_join(geom.groups, per_group, JOINED_CHANNELS[arithmetic]))
 
 
-def _join_narrow_groups(geom: ConvGeometry, weight: Tensor) -> tuple[ConvGeometry, Tensor]:
+def _join_narrow_groups(geom: ConvGeometry, weight: Tensor, task: str, x: Tensor) -> tuple[ConvGeometry, Tensor]:
     """Return the joined geometry, and the weight (O, C/G, kh, kw) for it: zeros between the groups that were joined."""
-    joined_geom = joined_geometry(geom)
-    if joined_geom is geom:
-        return geom, weight
-    joined = geom.groups // joined_geom.groups
-    apart = weight.unflatten(0, (joined_geom.groups, joined, -1))
-    _, _, out_per_group, per_group, *kernel = apart.shape
-    together = weight.new_zeros(joined_geom.groups, joined, out_per_group, *kernel, joined, per_group)
-    together.diagonal(dim1=1, dim2=5).copy_(apart.permute(0, 2, 4, 5, 3, 1))
-    return joined_geom, together.view(geom.out_channels, *kernel, -1).permute(0, 3, 1, 2)
-
-
-def _take_groups_apart(geom: ConvGeometry, groups: int, weight: Tensor) -> Tensor:
-    """Return the weight (O, C/groups, kh, kw) in that of the joined groups of `geom`, (O, C/G, kh, kw)."""
-    joined = groups // geom.groups
-    if joined == 1:
-        return weight
-    out_channels, _, *kernel = weight.shape
-    per_group = geom.in_channels // groups
-    together = weight.view(geom.groups, joined, -1, joined, per_group, *kernel)
-    return together.diagonal(dim1=1, dim2=3).movedim(-1, 1).reshape(out_channels, per_group, *kernel)
+    joined_geom = joined_geometry(geom, task, x)
+    return joined_geom, join_weight(weight, geom.groups, geom.groups // joined_geom.groups)
 
 
 def column_gradients(geom: ConvGeometry, grad: Tensor, w: Tensor) -> Tensor:

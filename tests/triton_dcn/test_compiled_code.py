@@ -71,7 +71,14 @@ VARIANTS = """if True:
                 block = max(8, 1 << (channels - 1).bit_length())
                 report = compile_row(row, arch, CHANNELS=4 * channels, OFFSET_GROUPS=4, BLOCK_C=block)
                 narrow_groups.append((f"{arch} {arithmetic} {channels}", asdict(report)))
-    print(json.dumps([specialized, sample_gradients, narrow_groups]))
+    channel_groups = []
+    for arch in CHECKED_ARCHS:
+        for task in ("columns", "grad_sample", "g_form"):
+            row = tile_table.match_row(task, arch, "half", 256, 256)
+            for channels, groups in ((256, 4), (512, 32)):  # of ResNeXt: joined, and as they are
+                report = compile_row(row, arch, CHANNELS=channels, GROUPS=groups, WRITE_COLUMNS=True)
+                channel_groups.append((f"{task} {arch} {channels} {groups}", asdict(report)))
+    print(json.dumps([specialized, sample_gradients, narrow_groups, channel_groups]))
 """
 
 
@@ -81,12 +88,12 @@ def test_variants_of_the_rows(environment):
     No kernel is compiled anew for a size: only what is a constant of it, and the alignment of pointers, makes another
     variant. Sample gradients in a block of output channels that is not full, and one offset group after another,
     neither spill nor take more shared memory. For the gradient of the input the launcher makes blocks as narrow as an
-    offset group, and these are products for tensor cores, too.
+    offset group, and these are products for tensor cores, too. Channel groups do not spill.
     """
     command = [sys.executable, "-c", VARIANTS]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stdout + run.stderr
-    specialized, sample_gradients, narrow_groups = json.loads(run.stdout.splitlines()[-1])
+    specialized, sample_gradients, narrow_groups, channel_groups = json.loads(run.stdout.splitlines()[-1])
 
     assert specialized == []
     assert sample_gradients
@@ -94,6 +101,10 @@ def test_variants_of_the_rows(environment):
         assert report["spills"] <= 8, name
         assert report["shared"] <= shared, name
     assert len(narrow_groups) == 18
+    assert len(channel_groups) == 18
+    for name, report in channel_groups:
+        assert report["spills"] == 0, name
+        assert report["wide_loads"] > 0, name
     for name, report in narrow_groups:
         assert report["spills"] == 0, name
         assert report["tensor_core"] > 0, name

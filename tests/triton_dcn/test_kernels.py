@@ -323,36 +323,79 @@ def keep_groups_apart(monkeypatch):
     monkeypatch.setattr(triton_backend, "NARROW_GROUP", 1)
 
 
+def joined_groups(case):
+    """Return the channel groups that are left in the forward and in the backward pass."""
+    tasks = ("forward", "grad_sample_fused")
+    return [triton_backend.joined_geometry(case.geom, task, case.tensors[0]).groups for task in tasks]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spec", ["groups", "groups-cross", "depthwise"])
 def test_groups_apart(spec, dtype, monkeypatch):
     """As in `test_half`, which joins them."""
     keep_groups_apart(monkeypatch)
     case = make_case(few_taps(SPECS[spec]), dtype, DEVICE)
-    assert triton_backend.joined_geometry(case.geom) is case.geom
+    assert joined_groups(case) == [case.geom.groups] * 2
     assert_agree(run(case), exact(case), FLOOR[dtype])
 
 
 @pytest.mark.parametrize("needs_samples", [True, False])
 def test_several_joined_groups(needs_samples, monkeypatch):
     """Six groups of four channels become two of twelve, four output channels in each; by columns and by T."""
-    monkeypatch.setattr(triton_backend, "JOINED_CHANNELS", 16)
-    monkeypatch.setattr(triton_backend, "JOINED_GROUP", 12)
+    monkeypatch.setattr(triton_backend, "FUSED_CHANNELS_ELSE", 16)
+    monkeypatch.setattr(triton_backend, "JOINED_CHANNELS", dict.fromkeys(triton_backend.JOINED_CHANNELS, 12))
     case = make_case(OperatorCase("", 2, 24, 12, 6, 5, kernel=(2, 2), groups=6), torch.float32, DEVICE)
-    assert triton_backend.joined_geometry(case.geom).groups == 2
+    assert joined_groups(case) == [2, 2]
     needs = (True, needs_samples, needs_samples, True)
     assert_agree(run(case, needs), exact(case, needs), FLOOR[torch.float32])
 
 
 @pytest.mark.parametrize(
-    ("channels", "groups", "expected"),
-    [(96, 96, 1), (128, 32, 1), (256, 32, 4), (768, 768, 12), (90, 18, 1), (360, 36, 4), (64, 4, 4), (64, 1, 1)],
+    ("channels", "groups", "half", "float32"),
+    [
+        (64, 8, [1, 1], 2),
+        (128, 32, [1, 2], 4),
+        (256, 32, [1, 4], 8),
+        (272, 34, [2, 2], 2),
+        (512, 32, [32, 32], 32),
+        (1024, 32, [32, 32], 32),
+        (768, 768, [12, 12], 24),
+        (90, 18, [1, 1], 2),
+        (360, 36, [4, 4], 9),
+        (64, 4, [4, 4], 4),
+        (64, 1, [1, 1], 1),
+    ],
 )
-def test_narrow_groups_are_joined(channels, groups, expected):
-    """Groups of fewer than 16 channels: all of them up to 128 channels, else to at least 64; wider ones stay."""
-    case = make_case(OperatorCase("", 1, channels, channels, 2, 2, groups=groups), torch.float32)
-    joined = triton_backend.joined_geometry(case.geom)
-    assert joined == replace(case.geom, groups=expected)
+def test_narrow_groups_are_joined(channels, groups, half, float32):
+    """Groups of fewer than 16 channels: all where a fused kernel takes them, else to at least 64 or 32.
+
+    The interpreter has a fused kernel for offsets of at most 64 output channels.
+    """
+    spec = OperatorCase("", 1, channels, channels, 2, 2, groups=groups)
+    assert joined_groups(make_case(spec, torch.bfloat16)) == half
+    assert joined_groups(make_case(spec, torch.float32)) == [float32] * 2
+
+
+@pytest.mark.parametrize(
+    ("channels", "offset_groups", "dtype"),
+    [
+        (256, 1, torch.float32),
+        (512, 1, torch.float32),
+        (1024, 1, torch.float32),
+        (256, 2, torch.float32),
+        (256, 4, torch.float32),
+        (256, 1, torch.bfloat16),
+        (512, 1, torch.bfloat16),
+        (1024, 1, torch.bfloat16),
+        (256, 4, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_layers_of_resnext(channels, offset_groups, dtype):
+    """32 groups of 8, 16 and 32 channels."""
+    spec = OperatorCase("", 1, channels, channels, 3, 4, groups=32, offset_groups=offset_groups, has_bias=False)
+    case = make_case(replace(spec, kernel=(1, 2), padding=(0, 0)), dtype, DEVICE)
+    assert_agree(run(case), exact(case), FLOOR[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

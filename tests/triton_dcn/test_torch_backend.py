@@ -3,6 +3,7 @@
 import itertools
 import math
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -206,8 +207,9 @@ def stored(tensor, layout):
     seed=st.integers(0, 99),
     layout=st.sampled_from(["contiguous", "channels_last", "strided"]),
     chunk=st.sampled_from([1, 3000, 1 << 24]),
+    joined_channels=st.sampled_from([1, 3, 32]),
 )
-def test_random_shapes_agree_with_the_reference(spec, seed, layout, chunk):
+def test_random_shapes_agree_with_the_reference(spec, seed, layout, chunk, joined_channels):
     case = make_case(spec, torch.float64, seed=seed)
     target = run(case, backend=reference)
     case.tensors = tuple(stored(tensor, layout) for tensor in case.tensors)
@@ -215,11 +217,26 @@ def test_random_shapes_agree_with_the_reference(spec, seed, layout, chunk):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_samples, "CHUNK_BYTES", chunk)
         patch.setattr(torch_planes, "CHUNK_SAMPLES", chunk)
+        patch.setattr(torch_backend, "JOINED_CHANNELS", joined_channels)
         found = run(case)
     assert set(found) == set(target)
     for key, value in found.items():
         assert value.shape == target[key].shape
         assert relative(value, target[key]) < 1e-12, key
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("channels", "offset_groups"), [(256, 1), (512, 1), (1024, 1), (256, 2), (256, 4), (256, 32)])
+def test_layers_of_resnext(channels, offset_groups, dtype, threads):
+    """32 groups of 8, 16 and 32 channels."""
+    spec = OperatorCase("", 2, channels, channels, 5, 6, groups=32, offset_groups=offset_groups, has_bias=False)
+    case = make_case(spec, dtype)
+    target = run_in_float64(case)
+    with two_threads() if threads == 2 else nullcontext():
+        found = run(case)
+    for key, value in found.items():
+        assert relative(value, target[key]) < TOLERANCE[dtype], key
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)), ids=str)
