@@ -22,6 +22,7 @@ from detector.text import lasting_output, printable, shorten, show, show_message
 from train.metrics_file import describe_damage, parse_lines
 from train.run_folder import RunFolder
 
+MAX_COLUMNS = 5  # of panels: a cascade with masks has 16 curves
 MAX_POINTS = 300  # of a curve; neighbors are averaged where there are more
 PANEL_SIZE = (4.0, 3.5)  # inches
 LABEL_LENGTH = 60  # letters
@@ -65,10 +66,11 @@ def draw(runs: Sequence[Path], out: Path) -> None:
         lines_of_runs[run] = lines
 
     keys = _curve_keys([line for lines in lines_of_runs.values() for line in lines])
-    columns = math.ceil(len(keys) / 2)
+    rows = max(2, math.ceil(len(keys) / MAX_COLUMNS))
+    columns = math.ceil(len(keys) / rows)
     width, height = PANEL_SIZE
     mpl.use("Agg")
-    figure, panels = pyplot.subplots(2, columns, figsize=(columns * width, 2 * height), layout="constrained")
+    figure, panels = pyplot.subplots(rows, columns, figsize=(columns * width, rows * height), layout="constrained")
     for panel, key in zip(panels.flat, keys, strict=False):
         for run, lines in lines_of_runs.items():
             points = [(line["step"], line[key]) for line in lines if key in line and "step" in line]
