@@ -25,7 +25,16 @@ OFFSETS = ".conv_offset."
 MASK_HEAD = "roi_head.mask_head."
 ROI_EXTRACTOR = "roi_head.bbox_roi_extractor."
 ROI_HEAD = "roi_head."
-DECIDED_BY_WEIGHTS = ("depth", "groups", "width_per_group", "base_channels", "fpn_channels", "fc_channels")
+DECIDED_BY_WEIGHTS = (
+    "depth",
+    "groups",
+    "width_per_group",
+    "base_channels",
+    "fpn_channels",
+    "fc_channels",
+    "pixel_mean",
+    "pixel_std",
+)
 """Fields of the model that the weights of a file decide: nothing would fit another value."""
 
 

@@ -60,6 +60,7 @@ COUNTS: dict[str, int] = {
 CASCADE_IOU_STEPS = (0.0, 0.1, 0.2)
 """What each head of a cascade adds to `roi_positive_iou`."""
 
+MAX_SAMPLING_RATIO = 64  # samples per bin and axis of a RoI layer
 MAX_TOP_N = 1_000_000  # upper bound of both numbers of `rpn_pre_nms_top_n`
 MAX_IMAGE_PIXELS = 1 << 26  # upper bound of the product of `image_scale`; 67 million pixels
 SMALLEST_SIZE, LARGEST_SIZE = 1e-4, 1e4  # of anchors and deviations: their products stay far from 0 and infinity
@@ -86,6 +87,8 @@ class FasterRCNNConfig:
             anchors inside the image only, and proposes twice as many boxes in training.
         roi_layer: how the box heads read the pyramid: "align" (RoIAlign), "dpool" (deformable RoI pooling) or "mdpool"
             (modulated).
+        roi_sampling_ratio: samples per bin and axis of RoIAlign and of deformable RoI pooling, in the box heads and the
+            mask heads; 0 takes as many as a bin has cells.
         frozen_stages: the stem and this many stages are not trained; -1 trains everything, 0 freezes the stem.
         norm: "bn", batch norm; to train from scratch "gn", group norm, for small batches, or "syncbn", batch norm with
             the statistics of all GPUs.
@@ -125,6 +128,7 @@ class FasterRCNNConfig:
     mask: bool = False
     cascade: bool = False
     roi_layer: Literal["align", "dpool", "mdpool"] = "align"
+    roi_sampling_ratio: int = 0
     frozen_stages: int = 1
     norm: Literal["bn", "gn", "syncbn"] = "bn"
     norm_eval: bool = True
@@ -158,6 +162,8 @@ class FasterRCNNConfig:
             self._check(name, isinstance(getattr(self, name), bool), "True or False")
         for name, largest in COUNTS.items():
             self._check(name, _is_whole(getattr(self, name), 1, largest), f"a whole number from 1 to {largest}")
+        is_ratio = _is_whole(self.roi_sampling_ratio, 0, MAX_SAMPLING_RATIO)
+        self._check("roi_sampling_ratio", is_ratio, f"a whole number from 0 to {MAX_SAMPLING_RATIO}")
         for name in FRACTIONS:
             self._check(name, _is_number(getattr(self, name), 0, 1), "0 to 1")
 

@@ -101,6 +101,7 @@ class FasterRCNN(nn.Module):
             max_detections=config.max_detections,
             mask=config.mask,
             roi_layer=config.roi_layer,
+            roi_sampling_ratio=config.roi_sampling_ratio,
             smooth_l1_beta=1.0 if config.cascade else 0.0,
         )
         self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean).view(3, 1, 1), persistent=False)

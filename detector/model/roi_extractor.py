@@ -6,6 +6,7 @@ Letters: R regions, C channels, S bins per side.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ class RoIExtractor(nn.Module):
         layer: "align", "dpool" or "mdpool".
         channels: of the pyramid, C; for the deformable layers only.
         fc_channels: width of the layers that predict the offsets.
+        sampling_ratio: samples per bin and axis; 0 takes as many as a bin has cells.
 
     Source:
         MMDetection's SingleRoIExtractor with mmcv's RoIAlign, DeformRoIPoolPack or ModulatedDeformRoIPoolPack, whose
@@ -41,15 +43,25 @@ class RoIExtractor(nn.Module):
         layer: str = "align",
         channels: int = 256,
         fc_channels: int = 1024,
+        sampling_ratio: int = 0,
     ) -> None:
         super().__init__()
         self.strides = tuple(strides)
         self.output_size = output_size
+        self.sampling_ratio = sampling_ratio
         self.is_deformable = layer in DEFORMABLE
         self.roi_layers = nn.ModuleList()
         if self.is_deformable:
             for stride in self.strides:
-                self.roi_layers.append(DEFORMABLE[layer](output_size, channels, fc_channels, spatial_scale=1 / stride))
+                self.roi_layers.append(
+                    DEFORMABLE[layer](
+                        output_size,
+                        channels,
+                        fc_channels,
+                        spatial_scale=1 / stride,
+                        sampling_ratio=sampling_ratio,
+                    )
+                )
 
     def forward(self, features: Sequence[Tensor], rois: Tensor) -> Tensor:
         """Pool the features.
@@ -63,22 +75,22 @@ class RoIExtractor(nn.Module):
         """
         features = features[: len(self.strides)]
         levels = roi_levels(rois[:, 1:], len(self.strides))
-        aligned = roi_align(features, rois, levels, strides=self.strides, output_size=self.output_size)
+        pool = partial(
+            roi_align,
+            features,
+            rois,
+            strides=self.strides,
+            output_size=self.output_size,
+            sampling_ratio=self.sampling_ratio,
+        )
+        aligned = pool(levels)
         if not self.is_deformable:
             return aligned
 
         levels = torch.where(rois[:, 0] >= 0, levels, -1)
         layers = [layer for layer in self.roi_layers if isinstance(layer, DeformRoIPoolPack)]
         offset = self._by_level([layer.predict_offset for layer in layers], aligned, levels)
-        pooled = roi_align(
-            features,
-            rois,
-            levels,
-            strides=self.strides,
-            output_size=self.output_size,
-            offset=offset,
-            gamma=layers[0].gamma,
-        )
+        pooled = pool(levels, offset=offset, gamma=layers[0].gamma)
         modulated = [layer for layer in layers if isinstance(layer, ModulatedDeformRoIPoolPack)]
         if not modulated:
             return pooled

@@ -60,6 +60,7 @@ class RoIHead(nn.Module):
         max_detections: largest number of detections per image.
         mask: predict masks too, with a `MaskHead` in every stage.
         roi_layer: how the box heads pool, see `RoIExtractor`.
+        roi_sampling_ratio: samples per bin and axis, of box and mask heads, see `RoIExtractor`.
         smooth_l1_beta: below this difference the loss of the boxes is quadratic; 0 is the L1 loss.
 
     Source:
@@ -80,6 +81,7 @@ class RoIHead(nn.Module):
         max_detections: int,
         mask: bool = False,
         roi_layer: str = "align",
+        roi_sampling_ratio: int = 0,
         smooth_l1_beta: float = 0.0,
     ) -> None:
         super().__init__()
@@ -93,13 +95,20 @@ class RoIHead(nn.Module):
         self.smooth_l1_beta = smooth_l1_beta
 
         self.bbox_roi_extractor = self._per_stage(
-            lambda: RoIExtractor(strides, box_head.POOL_SIZE, roi_layer, channels, fc_channels)
+            lambda: RoIExtractor(
+                strides,
+                box_head.POOL_SIZE,
+                roi_layer,
+                channels,
+                fc_channels,
+                sampling_ratio=roi_sampling_ratio,
+            )
         )
         self.bbox_head = self._per_stage(
             lambda: BoxHead(channels, fc_channels, num_classes, class_agnostic=self.is_cascade)
         )
         if mask:
-            self.mask_roi_extractor = RoIExtractor(strides, mask_head.POOL_SIZE)
+            self.mask_roi_extractor = RoIExtractor(strides, mask_head.POOL_SIZE, sampling_ratio=roi_sampling_ratio)
             self.mask_head = self._per_stage(lambda: MaskHead(channels, num_classes))
 
     def _per_stage(self, make: Callable[[], nn.Module]) -> nn.Module:

@@ -17,12 +17,16 @@ from detector.weights.checkpoint import Checkpoint, list_names, read_checkpoint
 from detector.weights.load_weights import (
     CLASSIFIER,
     CLASSIFIERS,
+    class_order_message,
     count_channels,
     count_classes,
     find_classifiers,
+    has_version_1_names,
+    is_background_first,
     match_weights,
 )
 from detector.weights.mmdet_config import MMDetectionConfig, differences_message, read_mmdet_config
+from detector.weights.settings import is_same
 
 DEPTHS: dict[tuple[int, int], Literal[18, 50, 101]] = {(2, 2): 18, (6, 3): 50, (23, 3): 101}
 """(blocks in layer3, convolutions in a block) -> depth."""
@@ -77,6 +81,8 @@ def build_detector(checkpoint: Checkpoint, device: torch.device | str) -> tuple[
     if not is_detector(checkpoint):
         if checkpoint.mmdet_config is not None:
             _read_mmdet_config(checkpoint)  # which names the model if it is another one
+        if has_version_1_names(checkpoint.state):
+            raise ValueError(class_order_message(checkpoint.path))
         raise ValueError(f"{path}: expected the weights of a whole detector, got a file without {CLASSIFIER}")
     config = find_config(checkpoint)
     class_names = checkpoint.classes
@@ -132,9 +138,14 @@ def _read_mmdet_config(checkpoint: Checkpoint) -> MMDetectionConfig:
 def _find_mmdet_config(checkpoint: Checkpoint) -> FasterRCNNConfig:
     """Return the configuration of an MMDetection file with a config: its values, where they agree with the weights."""
     says = _read_mmdet_config(checkpoint)
+    if is_background_first(checkpoint.state):
+        raise ValueError(class_order_message(checkpoint.path))
     try:
         inferred = infer_config(checkpoint.state, dcn=says.network["dcn"])
-        config = replace(inferred, **says.network, **says.others)
+        network = says.network
+        if says.may_count_background and is_same(network["num_classes"], inferred.num_classes + 1):
+            network = network | {"num_classes": inferred.num_classes}
+        config = replace(inferred, **network, **says.others)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from error
     for name in SHOWN_BY_WEIGHTS:

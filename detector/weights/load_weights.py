@@ -17,6 +17,7 @@ from detector.weights.mmdet_config import differences_message, read_mmdet_config
 from detector.weights.settings import is_same
 
 STAGES = range(3)  # of a cascade
+CONVERTER = "tools/model_converters/upgrade_model_version.py"
 HEADS = (  # the layers whose size is the number of classes
     "roi_head.bbox_head.fc_cls",
     "roi_head.bbox_head.fc_reg",
@@ -26,7 +27,8 @@ HEADS = (  # the layers whose size is the number of classes
 )
 CLASSIFIER = "roi_head.bbox_head.fc_cls.weight"  # (classes + 1, hidden): the last row is background
 CLASSIFIERS = tuple(f"roi_head.bbox_head.{stage}.fc_cls.weight" for stage in STAGES)  # those of a cascade
-INPUT_FIELDS = ("pixel_mean", "pixel_std", "anchor_scale", "anchor_ratios")
+VERSION_1_CLASSIFIERS = ("bbox_head.fc_cls.weight", "bbox_head.0.fc_cls.weight")  # names in MMDetection 1
+INPUT_FIELDS = ("pixel_mean", "pixel_std", "anchor_scale", "anchor_ratios", "roi_sampling_ratio")
 """Fields of the model that its weights are made for, though no name and no shape shows it."""
 
 
@@ -78,6 +80,34 @@ def count_classes(state: Mapping[str, Tensor]) -> int:
     if len(set(counts)) > 1:
         raise ValueError(f"weights: expected one number of classes in all stages, got {counts}")
     return counts[0]
+
+
+def has_version_1_names(state: Mapping[str, Tensor]) -> bool:
+    """Tell whether a detector's heads have the names of MMDetection 1, where the first class is the background."""
+    return any(name in state for name in VERSION_1_CLASSIFIERS)
+
+
+def is_background_first(state: Mapping[str, Tensor]) -> bool:
+    """Tell whether heads under present names are of MMDetection before 2.0, with the background as their first class.
+
+    They then have boxes or masks of the background, too.
+    """
+    for classifier in find_classifiers(state):
+        count = count_channels(state, classifier)
+        boxes = state.get(classifier.replace("fc_cls", "fc_reg"))
+        masks = state.get(classifier.replace("bbox_head", "mask_head").replace("fc_cls", "conv_logits"))
+        for head, channels in ((boxes, 4 * count), (masks, count)):
+            if head is not None and head.dim() and len(head) == channels:
+                return True
+    return False
+
+
+def class_order_message(path: Path) -> str:
+    """Return the message about a file whose classes are in the order of MMDetection 1."""
+    return (
+        f"{path}: expected heads of MMDetection 2 or 3, whose last class is the background, got heads of version 1, "
+        f"whose first class it is: convert the file with MMDetection's {CONVERTER}"
+    )
 
 
 def count_channels(state: Mapping[str, Tensor], name: str) -> int:
@@ -174,6 +204,8 @@ def match_weights(
     """
     model_state = model.state_dict()
     state = checkpoint.state
+    if (strict and has_version_1_names(state)) or (not skip_heads and is_background_first(state)):
+        raise ValueError(class_order_message(checkpoint.path))
     skipped = list(checkpoint.dropped)
 
     from_imagenet = "conv1.weight" in state and "layer1.0.conv1.weight" in state

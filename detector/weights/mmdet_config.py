@@ -1,7 +1,7 @@
 """What an MMDetection config says, as fields of `FasterRCNNConfig`; what has no field must be as it is here.
 
-Read are the forms of MMDetection 2 and 3. Settings that only training reads are taken where there is a field for them,
-and are otherwise not looked at: they change nothing in what a detector of a file detects.
+Read are the forms of MMDetection 1, 2 and 3. Settings that only training reads are taken where there is a field for
+them, and are otherwise not looked at: they change nothing in what a detector of a file detects.
 """
 
 from __future__ import annotations
@@ -38,12 +38,15 @@ class MMDetectionConfig:
         others: fields of detection and training: thresholds, numbers, the size of images.
         network_problems: settings of the network that this package does not have, one line each.
         other_problems: such settings of the detection.
+        may_count_background: whether `num_classes` may be one more than the classes of the weights, see
+            `_may_count_background`.
     """
 
     network: dict[str, Any]
     others: dict[str, Any]
     network_problems: tuple[str, ...]
     other_problems: tuple[str, ...]
+    may_count_background: bool = False
 
 
 def read_mmdet_config(values: Mapping[str, Any]) -> MMDetectionConfig:
@@ -68,8 +71,30 @@ def read_mmdet_config(values: Mapping[str, Any]) -> MMDetectionConfig:
         "frozen_stages": backbone.take("frozen_stages", default=-1),
         "norm_eval": backbone.take("norm_eval", default=True),
     }
-    others |= _read_pipeline(pipeline, other_problems)
-    return MMDetectionConfig(network, others, tuple(problems), tuple(other_problems))
+    others |= _read_pipeline(pipeline, other_problems) if pipeline else _read_dataset(values, other_problems)
+    return MMDetectionConfig(
+        network,
+        others,
+        tuple(problems),
+        tuple(other_problems),
+        may_count_background=_may_count_background(model.values, network),
+    )
+
+
+def _may_count_background(model: Mapping[str, Any], network: Mapping[str, Any]) -> bool:
+    """Tell whether weights of one class less than the config says can be those of the config.
+
+    MMDetection 1 counted the background, as its first class. Its converter moves the background behind the classes,
+    renames the weights, and leaves the config as it is.
+
+    In spring 2020 weights had their present names for some weeks with the background still first. Shapes show it, but
+    for the heads of a cascade without masks: nothing in them depends on the number of classes except the classifiers,
+    which have one row more in either order.
+    """
+    is_from_before_2 = _at(model, "rpn_head", "anchor_generator") is None
+    is_from_1 = model.get("roi_head") is None
+    shapes_tell = network["mask"] or not network["cascade"]
+    return is_from_before_2 and (is_from_1 or shapes_tell)
 
 
 def differences_message(problems: tuple[str, ...]) -> str:
@@ -117,7 +142,10 @@ def _read_model(model: Settings) -> dict[str, Any]:
     fields = _read_backbone(model.part("backbone"))
     fields |= _read_neck(model.part("neck"))
     fields |= _read_rpn(model.part("rpn_head"))
-    fields |= _read_roi_head(model.part("roi_head"))
+    if "bbox_head" in model and "roi_head" not in model:  # MMDetection 1
+        fields |= _read_heads(model, cascade=model.values["type"].endswith("CascadeRCNN"))
+    else:
+        fields |= _read_roi_head(model.part("roi_head"))
     model.finish()
     return fields
 
@@ -149,7 +177,7 @@ def _read_backbone(backbone: Settings) -> dict[str, Any]:
         fields |= {"groups": groups, "width_per_group": 64 if groups == 1 else width}
     else:
         fields |= {"groups": 1, "width_per_group": 64}
-    fields |= _read_deformable(backbone)
+    fields |= _read_deformable(backbone, fields["groups"])
     backbone.finish()
     return fields
 
@@ -163,20 +191,21 @@ def _read_norm(norm: Settings, norm_eval: Any) -> str | None:
     return "bn" if norm_eval is True else NORMS.get(kind)
 
 
-def _read_deformable(backbone: Settings) -> dict[str, Any]:
-    """Return `dcn`, `dcn_stages` and `deform_groups`."""
+def _read_deformable(backbone: Settings, groups: Any) -> dict[str, Any]:
+    """Return `dcn`, `dcn_stages` and `deform_groups`; `groups` are those of the backbone's convolutions."""
     stages = backbone.take("stage_with_dcn", default=(False,) * 4)
     stages = tuple(stages) if isinstance(stages, list | tuple) else stages
     if "dcn" not in backbone or stages == (False,) * 4:
         backbone.ignore("dcn")
         return {"dcn": None, "dcn_stages": (False,) * 4}
     dcn = backbone.part("dcn")
-    kind = dcn.expect_type("DCN", "DCNv2")
+    kind = dcn.expect_type("DCN", "DCNv2", default="DCN")  # which MMDetection 1 did not name
     is_modulated = dcn.take("modulated", default=False) is True or kind == "DCNv2"
-    groups = dcn.take("deform_groups", "deformable_groups", default=1)
+    deform_groups = dcn.take("deform_groups", "deformable_groups", default=1)
+    dcn.expect("groups", value=groups, default=groups)
     dcn.expect("fallback_on_stride", value=False, default=False)
     dcn.finish()
-    return {"dcn": "v2" if is_modulated else "v1", "dcn_stages": stages, "deform_groups": groups}
+    return {"dcn": "v2" if is_modulated else "v1", "dcn_stages": stages, "deform_groups": deform_groups}
 
 
 def _read_neck(neck: Settings) -> dict[str, Any]:
@@ -199,6 +228,7 @@ def _read_rpn(rpn: Settings) -> dict[str, Any]:
     rpn.expect("num_convs", value=1, default=1)
     rpn.expect("num_classes", value=1, default=1)
     rpn.ignore("in_channels", "feat_channels", "loss_bbox", "reg_decoded_bbox", "init_cfg", "train_cfg", "test_cfg")
+    rpn.expect("use_sigmoid_cls", value=True, default=True)  # until MMDetection 1.0
     loss = rpn.part("loss_cls", default={"use_sigmoid": True})
     loss.expect("use_sigmoid", value=True)
     _check_coder(rpn, (1.0, 1.0, 1.0, 1.0))
@@ -253,47 +283,64 @@ def _check_coder(head: Settings, stds: tuple[float, ...]) -> None:
 
 
 def _read_roi_head(roi_head: Settings) -> dict[str, Any]:
-    kind = roi_head.expect_type("StandardRoIHead", "CascadeRoIHead")
-    fields: dict[str, Any] = {"cascade": kind == "CascadeRoIHead", "mask": "mask_head" in roi_head}
+    kind = roi_head.expect_type("StandardRoIHead", "BaseRoIHead", "CascadeRoIHead")  # the second until April 2020
+    cascade = kind == "CascadeRoIHead"
     if not kind:
-        return fields
-    stages = 1
-    if fields["cascade"]:
-        stages = len(STAGE_STDS)
-        roi_head.expect("num_stages", value=stages)
+        return {"cascade": cascade, "mask": "mask_head" in roi_head}
     roi_head.ignore("stage_loss_weights", "init_cfg", "train_cfg", "test_cfg", "pretrained")
-
-    for extractor in _stages(roi_head, "bbox_roi_extractor", stages):
-        fields["roi_layer"] = _read_extractor(extractor, 7, tuple(ROI_LAYERS))
-    heads = _stages(roi_head, "bbox_head", stages)
-    for stds, head in zip(STAGE_STDS, heads, strict=False):
-        fields |= _read_box_head(head, stds, fields)
-    if fields["mask"]:
-        for extractor in _stages(roi_head, "mask_roi_extractor", stages):
-            _read_extractor(extractor, 14, ("RoIAlign",))
-        for head in _stages(roi_head, "mask_head", stages):
-            _check_mask_head(head, fields)
-    else:
-        roi_head.ignore("mask_roi_extractor", "mask_head")
+    fields = _read_heads(roi_head, cascade)
     roi_head.finish()
     return fields
 
 
-def _stages(roi_head: Settings, name: str, count: int) -> list[Settings]:
+def _read_heads(parent: Settings, cascade: bool) -> dict[str, Any]:
+    """Return the fields of the heads and of the layers that pool for them, which are settings of `parent`."""
+    fields: dict[str, Any] = {"cascade": cascade, "mask": "mask_head" in parent}
+    stages = 1
+    if cascade:
+        stages = len(STAGE_STDS)
+        parent.expect("num_stages", value=stages)
+
+    for extractor in _stages(parent, "bbox_roi_extractor", stages):
+        layers = tuple(name for name, layer in ROI_LAYERS.items() if layer == fields.get("roi_layer", layer))
+        fields |= _read_extractor(extractor, 7, layers, fields)
+    heads = _stages(parent, "bbox_head", stages)
+    for stds, head in zip(STAGE_STDS, heads, strict=False):
+        fields |= _read_box_head(head, stds, fields)
+    if fields["mask"]:
+        for extractor in _stages(parent, "mask_roi_extractor", stages):
+            _read_extractor(extractor, 14, ("RoIAlign",), fields)
+        for head in _stages(parent, "mask_head", stages):
+            _check_mask_head(head, fields)
+    else:
+        parent.ignore("mask_roi_extractor", "mask_head")
+    return fields
+
+
+def _stages(parent: Settings, name: str, count: int) -> list[Settings]:
     """Return the settings of each stage of a cascade, which are a list or, where they are the same, one dict."""
-    value = roi_head.take(name)
-    path = f"{roi_head.path}.{name}"
+    value = parent.take(name)
+    path = f"{parent.path}.{name}"
     if count == 1 or not isinstance(value, list | tuple):
-        return [Settings(value, path, roi_head.problems)]
+        return [Settings(value, path, parent.problems)]
     if len(value) != count:
-        roi_head.problems.append(f"{path}: expected {count} stages, got {len(value)}")
-    return [Settings(stage, f"{path}[{index}]", roi_head.problems) for index, stage in enumerate(value[:count])]
+        parent.problems.append(f"{path}: expected {count} stages, got {len(value)}")
+    return [Settings(stage, f"{path}[{index}]", parent.problems) for index, stage in enumerate(value[:count])]
 
 
-def _read_extractor(extractor: Settings, size: int, layers: tuple[str, ...]) -> str | None:
-    """Return the field `roi_layer` of an extractor."""
+def _read_extractor(
+    extractor: Settings, size: int, layers: tuple[str, ...], fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return `roi_layer` and `roi_sampling_ratio` of an extractor.
+
+    Args:
+        extractor: its settings.
+        size: bins per side that its layer must have.
+        layers: types that its layer may have.
+        fields: those of the extractors before it, which must have the same sampling ratio.
+    """
     if not extractor.expect_type("SingleRoIExtractor"):
-        return None
+        return {}
     extractor.expect("featmap_strides", value=(4, 8, 16, 32))
     extractor.expect("finest_scale", value=56, default=56)
     extractor.ignore("out_channels", "init_cfg")
@@ -302,10 +349,13 @@ def _read_extractor(extractor: Settings, size: int, layers: tuple[str, ...]) -> 
 
     kind = layer.expect_type(*layers)
     if not kind:
-        return None
+        return {}
     layer.expect("output_size", "out_size", value=size)
+    ratio = fields.get("roi_sampling_ratio", 0)
+    if "Pooling" not in kind:
+        ratio = fields.get("roi_sampling_ratio", layer.take("sampling_ratio", "sample_num", default=0))
+        layer.expect("sampling_ratio", "sample_num", value=ratio, default=0)
     if kind == "RoIAlign":
-        layer.expect("sampling_ratio", "sample_num", value=0, default=0)
         layer.expect("aligned", value=True, default=True)
         layer.expect("pool_mode", value="avg", default="avg")
         layer.ignore("use_torchvision")
@@ -316,17 +366,19 @@ def _read_extractor(extractor: Settings, size: int, layers: tuple[str, ...]) -> 
         layer.ignore("out_channels", "deform_fc_channels", "part_size", "sample_per_part", "num_offset_fcs")
         layer.ignore("num_mask_fcs")
     else:
-        layer.expect("sampling_ratio", value=0, default=0)
         layer.expect("gamma", value=0.1, default=0.1)
         layer.ignore("output_channels", "deform_fc_channels")
     layer.finish()
-    return ROI_LAYERS[kind]
+    return {"roi_layer": ROI_LAYERS[kind], "roi_sampling_ratio": ratio}
 
 
 def _read_box_head(head: Settings, stds: tuple[float, ...], fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a box head; `fields` are those that are known: of the stages before it, for example."""
-    if not head.expect_type("Shared2FCBBoxHead"):
+    kind = head.expect_type("Shared2FCBBoxHead", "SharedFCBBoxHead")
+    if not kind:
         return {}
+    if kind == "SharedFCBBoxHead":  # before MMDetection 2.0
+        head.expect("num_fcs", value=2, default=2)
     head.expect("roi_feat_size", value=7, default=7)
     head.expect("reg_class_agnostic", value=fields["cascade"], default=False)
     head.expect("with_avg_pool", value=False, default=False)
@@ -361,6 +413,8 @@ def _check_mask_head(head: Settings, fields: Mapping[str, Any]) -> None:
     upsample = head.part("upsample_cfg", default={"type": "deconv"})
     upsample.expect("type", value="deconv")
     upsample.expect("scale_factor", value=2, default=2)
+    head.expect("upsample_method", value="deconv", default="deconv")  # both before MMDetection 2.0
+    head.expect("upsample_ratio", value=2, default=2)
     head.expect("num_classes", value=fields.get("num_classes"), default=80)
     head.ignore("in_channels", "conv_out_channels", "roi_feat_size", "loss_mask", "init_cfg")
     head.finish()  # conv_cfg and norm_cfg must be None
@@ -458,10 +512,24 @@ def _expect_flag(settings: Settings, name: str, default: bool) -> None:
         settings.problems.append(f"{settings.path}.{name}: expected True or False, got {shown(value)}")
 
 
+def _read_dataset(values: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Return the size of images in configs before July 2019: the data set has the settings of its only pipeline.
+
+    Without them nothing is known.
+    """
+    for split in ("test", "val"):
+        dataset = _at(values, "data", split)
+        if _at(dataset, "img_scale") is not None:
+            settings = Settings(dataset, f"data.{split}", problems)
+            settings.expect("size_divisor", value=32, default=None)
+            settings.expect("flip_ratio", value=0, default=0)
+            settings.expect("resize_keep_ratio", value=True, default=True)
+            return {"image_scale": _to_scale(settings.take("img_scale"))}
+    return {}
+
+
 def _read_pipeline(pipeline: Pipeline, problems: list[str]) -> dict[str, Any]:
-    """Return the size of images; compare everything else that happens to them. Without a pipeline nothing is known."""
-    if not pipeline:
-        return {}
+    """Return the size of images; compare everything else that happens to them."""
     kinds = [_type_of(transform) for _, transform in pipeline]
     is_version_3 = "PackDetInputs" in kinds
     scale: Any = None

@@ -129,6 +129,17 @@ def test_flag_that_does_not_fit_the_weights_is_named(files, tmp_path, flags, mes
         adapt(command(*flags.split(), "--weights", files()))
 
 
+@pytest.mark.parametrize("name", ["pixel_mean", "pixel_std"])
+def test_images_are_normalized_as_those_of_the_file(files, name):
+    model = replace(STORED, pixel_mean=(1.0, 2.0, 3.0), pixel_std=(4.0, 5.0, 6.0))
+    path = files(pixel_mean=model.pixel_mean, pixel_std=model.pixel_std)
+    assert adapt(command("--preset", "small", "--weights", path))[0].model == model
+
+    asked = replace(PRESETS["small"].model, **{name: (7.0, 8.0, 9.0)})
+    with pytest.raises(ValueError, match=rf"^model\.{name}: expected .*, as in .*, got \(7\.0, 8\.0, 9\.0\): the wei"):
+        adapt(replace(PRESETS["small"], weights=path, model=asked))
+
+
 def test_values_that_differ_from_the_preset_were_asked_for_in_python(files, tmp_path):
     small = replace(PRESETS["small"], weights=files())
     asked = replace(

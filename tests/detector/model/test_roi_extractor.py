@@ -8,6 +8,7 @@ from detector import FasterRCNN, FasterRCNNConfig
 from detector.model.roi_extractor import RoIExtractor
 from detector.ops.roi_align import roi_levels
 from tests.detector.golden_model import assert_summary, fill_model, make_batch
+from tests.detector.test_export import run_graph
 from triton_dcn import DeformRoIPoolPack, ModulatedDeformRoIPoolPack
 
 LOSSES = ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox")
@@ -183,19 +184,22 @@ ROIS = torch.tensor(
 )
 
 
-def make_extractor(layer):
+def make_extractor(layer, sampling_ratio=0):
     torch.manual_seed(0)
-    extractor = RoIExtractor((4, 8, 16, 32), 3, layer, channels=2, fc_channels=8).double()
+    extractor = RoIExtractor(
+        (4, 8, 16, 32), 3, layer, channels=2, fc_channels=8, sampling_ratio=sampling_ratio
+    ).double()
     for parameter in extractor.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     features = [torch.randn(2, 2, 256 // stride, 320 // stride, dtype=torch.float64) for stride in (4, 8, 16, 32)]
     return extractor, [feature.requires_grad_() for feature in features]
 
 
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
 @pytest.mark.parametrize("layer", ["dpool", "mdpool"])
-def test_a_region_has_the_layer_of_its_level(layer):
+def test_a_region_has_the_layer_of_its_level(layer, sampling_ratio):
     """The same as every region by itself through the layer of its level; 0 for padding."""
-    extractor, features = make_extractor(layer)
+    extractor, features = make_extractor(layer, sampling_ratio)
     rois = ROIS.double()
     pooled = extractor(features, rois)
     assert isinstance(extractor.roi_layers[0], ModulatedDeformRoIPoolPack if layer == "mdpool" else DeformRoIPoolPack)
@@ -240,3 +244,46 @@ def test_under_autocast():
         pooled = extractor([feature.detach().bfloat16() for feature in features], ROIS)
     expected = extractor([feature.detach().float() for feature in features], ROIS)
     torch.testing.assert_close(pooled.float(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("cascade", [False, True])
+def test_sampling_ratio_reaches_boxes_and_masks(cascade):
+    """With another ratio the pooled features differ, and are those of an extractor with this ratio."""
+    small = {"depth": 18, "base_channels": 16, "fpn_channels": 4, "fc_channels": 8, "num_classes": 2, "dcn": None}
+    model = FasterRCNN(FasterRCNNConfig(**small, mask=True, cascade=cascade, roi_sampling_ratio=2)).double()
+    features = [torch.randn(2, 4, 256 // stride, 320 // stride, dtype=torch.float64) for stride in (4, 8, 16, 32)]
+    rois = ROIS.double()
+    boxes = model.roi_head.bbox_roi_extractor
+    extractors = [*boxes] if cascade else [boxes]
+    for extractor in [*extractors, model.roi_head.mask_roi_extractor]:
+        expected = RoIExtractor((4, 8, 16, 32), extractor.output_size, sampling_ratio=2)(features, rois)
+        adaptive = RoIExtractor((4, 8, 16, 32), extractor.output_size)(features, rois)
+        assert torch.equal(extractor(features, rois), expected)
+        assert (expected - adaptive).abs().max() > 0.1
+
+
+class Extract(torch.nn.Module):
+    """An extractor whose levels are arguments by themselves, as graphs take them."""
+
+    def __init__(self, extractor):
+        super().__init__()
+        self.extractor = extractor
+
+    def forward(self, *tensors):
+        return self.extractor(tensors[:4], tensors[4])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layer", ["align", "mdpool"])
+def test_sampling_ratio_is_exported(layer):
+    pytest.importorskip("onnxscript")
+    extractor, features = make_extractor(layer, sampling_ratio=2)
+    extract = Extract(extractor.float())
+    tensors = (*(feature.detach().float() for feature in features), ROIS)
+    with torch.no_grad():
+        expected = extract(*tensors)
+        program = torch.export.export(extract, tensors)
+        torch.testing.assert_close(program.module()(*tensors), expected)
+        torch.testing.assert_close(run_graph(extract, tensors)[0][0], expected, rtol=0, atol=2e-6)
+        extractor.sampling_ratio = 0
+        assert (extract(*tensors) - expected).abs().max() > 0.1

@@ -347,6 +347,125 @@ def variant_model(file: str) -> dict[str, Any]:
     return model
 
 
+WITHOUT_PIPELINES = """
+img_norm_cfg = dict(
+    mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
+data = dict(
+    imgs_per_gpu=2,
+    workers_per_gpu=2,
+    test=dict(
+        type='CocoDataset',
+        img_scale=(1333, 800),
+        img_norm_cfg=img_norm_cfg,
+        size_divisor=32,
+        flip_ratio=0,
+        with_mask=False,
+        with_label=False,
+        test_mode=True))
+"""
+"""The data of configs before July 2019."""
+
+OLDER = ("2.28", "2.3", "2020-01", "1.1", "1.0rc0")
+"""Versions of MMDetection, or the month of a version before 2.0, whose configs are of different forms."""
+
+
+def older_text(model: Mapping[str, Any], version: str) -> str:
+    """Return the text that MMDetection wrote for a model of `variant_model` in one of the versions `OLDER`.
+
+    Configs of version 1 have two samples per bin, and count the background as a class.
+    """
+    age = OLDER.index(version)
+    model = json.loads(json.dumps(model))
+    del model["data_preprocessor"]
+    for name in ("train_cfg", "test_cfg"):
+        model["roi_head"].pop(name, None)
+    model["backbone"]["init_cfg"] = {"type": "Pretrained", "checkpoint": "torchvision://resnet50"}
+    beside: dict[str, Any] = {}
+    if age >= OLDER.index("2.3"):
+        beside = _to_version_2_0(model)
+    if age >= OLDER.index("2020-01"):
+        _to_january_2020(model)
+    if age >= OLDER.index("1.1"):
+        _to_version_1(model, beside)
+    data = VERSION_2_DATA
+    if age >= OLDER.index("1.0rc0"):
+        _name_no_deformable_type(model["backbone"])
+        data = WITHOUT_PIPELINES
+    lines = ["configs/dcn/model.py", f"model = {as_text(model)}"]
+    lines += [f"{name} = {as_text(value)}" for name, value in beside.items()]
+    return "\n".join(lines) + data + "gpu_ids = range(0, 8)\n"
+
+
+def _stages(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _rename(values: dict[str, Any], names: Mapping[str, str]) -> None:
+    for name in list(values):
+        values[names.get(name, name)] = values.pop(name)
+
+
+def _to_version_2_0(model: dict[str, Any]) -> dict[str, Any]:
+    """Change the names of settings, and return those that were beside the model."""
+    del model["backbone"]["init_cfg"]
+    model["pretrained"] = "torchvision://resnet50"
+    if "dcn" in model["backbone"]:
+        _rename(model["backbone"]["dcn"], {"deform_groups": "deformable_groups"})
+        model["backbone"]["dcn"]["fallback_on_stride"] = False
+    for name in ("bbox_roi_extractor", "mask_roi_extractor"):
+        for extractor in _stages(model["roi_head"].get(name, [])):
+            layer = extractor["roi_layer"]
+            new = {"output_size": "out_size", "sampling_ratio": "sample_num", "output_channels": "out_channels"}
+            _rename(layer, new)
+            if layer["type"] != "RoIAlign":
+                layer["type"] = layer["type"].replace("PoolPack", "PoolingPack")
+                layer |= {"no_trans": False, "group_size": 1, "trans_std": 0.1}
+    beside = {name: model.pop(name) for name in ("train_cfg", "test_cfg")}
+    for proposals in (beside["train_cfg"]["rpn_proposal"], beside["test_cfg"]["rpn"]):
+        proposals["nms_thr"] = proposals.pop("nms")["iou_threshold"]
+        proposals["max_num"] = proposals["nms_post"] = proposals.pop("max_per_img")
+        proposals["nms_across_levels"] = False
+    _rename(beside["test_cfg"]["rcnn"]["nms"], {"iou_threshold": "iou_thr"})
+    return beside
+
+
+def _to_january_2020(model: dict[str, Any]) -> None:
+    rpn = model["rpn_head"]
+    rpn |= {f"anchor_{name}": value for name, value in rpn.pop("anchor_generator").items() if name != "type"}
+    roi_head = model["roi_head"]
+    heads = _stages(roi_head["bbox_head"])
+    for head in [rpn, *heads]:
+        head |= {name: value for name, value in head.pop("bbox_coder").items() if name != "type"}
+    for head in heads:
+        head |= {"type": "SharedFCBBoxHead", "num_fcs": 2}
+    roi_head["type"] = roi_head["type"].replace("Standard", "Base")
+    for extractor in _stages(roi_head["bbox_roi_extractor"]) + _stages(roi_head.get("mask_roi_extractor", [])):
+        extractor["roi_layer"].pop("sample_num", None)
+    for name in ("norm_cfg", "norm_eval"):
+        del model["backbone"][name]
+
+
+def _to_version_1(model: dict[str, Any], beside: dict[str, Any]) -> None:
+    roi_head = model.pop("roi_head")
+    del roi_head["type"]
+    if "stage_loss_weights" in roi_head:
+        beside["train_cfg"]["stage_loss_weights"] = roi_head.pop("stage_loss_weights")
+        beside["test_cfg"]["keep_all_stages"] = False
+    model |= roi_head
+    for extractor in _stages(model["bbox_roi_extractor"]) + _stages(model.get("mask_roi_extractor", [])):
+        if extractor["roi_layer"]["type"] == "RoIAlign":
+            extractor["roi_layer"]["sample_num"] = 2
+    for head in _stages(model["bbox_head"]) + _stages(model.get("mask_head", [])):
+        head["num_classes"] += 1
+
+
+def _name_no_deformable_type(backbone: dict[str, Any]) -> None:
+    if "dcn" in backbone:
+        backbone["dcn"]["modulated"] = backbone["dcn"].pop("type") == "DCNv2"
+        if "groups" in backbone:
+            backbone["dcn"]["groups"] = backbone["groups"]
+
+
 def variant_shapes(file: str) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of the state dict of one of MMDetection's DCN configs."""
     lines = []

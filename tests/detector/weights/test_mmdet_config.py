@@ -11,8 +11,10 @@ from tests.detector.weights.mmdet_texts import (
     CAFFE,
     CAFFE_IMAGES,
     OLD_FILES,
+    OLDER,
     VARIANTS,
     VERSION_2,
+    older_text,
     variant_model,
     version_3,
 )
@@ -57,6 +59,117 @@ def test_dcn_configs(file):
     assert config.roi_layer == ("mdpool" if "mdpool" in file else "dpool" if "dpool" in file else "align")
     if config.dcn:
         assert config.dcn_stages == (False, True, True, True)
+
+
+@pytest.mark.parametrize("version", OLDER)
+@pytest.mark.parametrize("file", VARIANTS["variants"])
+def test_older_forms_stand_for_the_same_model(file, version):
+    expected = fields_of(version_3(variant_model(file)))
+    text = older_text(variant_model(file), version)
+    if version.startswith("1"):
+        ratio = 2 if expected.roi_layer == "align" else 0
+        expected = replace(expected, num_classes=81, roi_sampling_ratio=ratio)
+    assert fields_of(text) == expected
+    is_from_1 = version.startswith("1")
+    is_known = not expected.cascade or expected.mask
+    may_count_background = is_from_1 or (version == "2020-01" and is_known)
+    assert read(text).may_count_background == may_count_background
+    assert not read(version_3(variant_model(file))).may_count_background
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("type='FasterRCNN'", "type='CascadeRCNN'", "model.num_stages: expected a value, got none"),
+        ("num_fcs=2", "num_fcs=3", "model.bbox_head.num_fcs: expected 2, got 3"),
+        ("out_size=7", "out_size=14", "model.bbox_roi_extractor.roi_layer.out_size: expected 7, got 14"),
+        ("sample_num=2", "sample_num=2, aligned=False", "model.bbox_roi_extractor.roi_layer.aligned: expected True, "),
+        ("sample_num=2", "sample_num=2, use_mask=1", "roi_layer.use_mask: expected no such setting, got 1"),
+        ("modulated=False", "modulated=False, groups=2", "model.backbone.dcn.groups: expected 1, got 2"),
+        ("rpn_head=dict(", "shared_head=dict(), rpn_head=dict(", "model.shared_head: expected no such setting, got {}"),
+        ("rpn_head=dict(", "rpn_head=dict(use_sigmoid_cls=False, ", "rpn_head.use_sigmoid_cls: expected True, got F"),
+        ("size_divisor=32", "size_divisor=None", "data.test.size_divisor: expected 32, got None"),
+        ("flip_ratio=0", "flip_ratio=0.5", "data.test.flip_ratio: expected 0, got 0.5"),
+        ("flip_ratio=0", "resize_keep_ratio=False", "data.test.resize_keep_ratio: expected True, got False"),
+    ],
+)
+def test_settings_of_version_1_are_named(old, new, message):
+    text = older_text(variant_model("dcn/faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py"), "1.0rc0")
+    assert old in text
+    assert any(message in problem for problem in problems_of(text.replace(old, new)))
+
+
+def test_masks_of_version_1():
+    text = older_text(variant_model(MASK), "1.1")
+    same = text.replace("num_convs=4", "num_convs=4, upsample_method='deconv', upsample_ratio=2")
+    assert fields_of(same) == fields_of(text)
+    for new in ("upsample_method='nearest'", "upsample_ratio=4"):
+        name = new.partition("=")[0]
+        (problem,) = problems_of(text.replace("num_convs=4", f"num_convs=4, {new}"))
+        assert problem.startswith(f"model.mask_head.{name}: expected ")
+
+
+def test_size_of_images_without_pipelines():
+    text = older_text(variant_model(MDCONV), "1.0rc0").replace("img_scale=(1333, 800)", "img_scale=(600, 1000)")
+    assert fields_of(text).image_scale == (1000, 600)
+
+
+@pytest.mark.parametrize("file", [MASK, CASCADE, DPOOL])
+def test_sampling_ratio(file):
+    model = variant_model(file)
+    for name in ("bbox_roi_extractor", "mask_roi_extractor"):
+        if name in model["roi_head"]:
+            model["roi_head"][name]["roi_layer"]["sampling_ratio"] = 2
+    assert fields_of(version_3(model)).roi_sampling_ratio == 2
+
+
+@pytest.mark.parametrize("file", [MASK, CASCADE])
+def test_masks_have_the_sampling_ratio_of_boxes(file):
+    model = variant_model(file)
+    model["roi_head"]["mask_roi_extractor"]["roi_layer"]["sampling_ratio"] = 2
+    expected = "model.roi_head.mask_roi_extractor.roi_layer.sampling_ratio: expected 0, got 2"
+    assert problems_of(version_3(model)) == [expected]
+    for name, ratio in (("bbox_roi_extractor", 2), ("mask_roi_extractor", 0)):
+        model["roi_head"][name]["roi_layer"]["sampling_ratio"] = ratio
+    assert problems_of(version_3(model)) == [expected.replace("0, got 2", "2, got 0")]
+
+
+def test_stages_have_the_same_roi_layer():
+    model = variant_model(CASCADE)
+    extractor = model["roi_head"]["bbox_roi_extractor"]
+    model["roi_head"]["bbox_roi_extractor"] = [extractor] * 3
+    assert problems_of(version_3(model)) == []
+    others = {
+        "type: expected 'RoIAlign', got 'Def": {"type": "DeformRoIPoolPack", "output_size": 7},
+        "sampling_ratio: expected 0, got 2": extractor["roi_layer"] | {"sampling_ratio": 2},
+    }
+    for message, layer in others.items():
+        model["roi_head"]["bbox_roi_extractor"] = [extractor, extractor | {"roi_layer": layer}, extractor]
+        (problem,) = problems_of(version_3(model))
+        assert problem.startswith(f"model.roi_head.bbox_roi_extractor[1].roi_layer.{message}")
+
+
+def test_settings_of_dumps_that_change_nothing():
+    model = variant_model(MASK)
+    model["_scope_"] = model["backbone"]["_scope_"] = "mmdet"
+    model["data_preprocessor"] |= {"batch_augments": [{"type": "BatchFixedSizePad"}], "non_blocking": False}
+    model["roi_head"]["bbox_head"]["loss_cls"] |= {"avg_non_ignore": False, "class_weight": None}
+    model["roi_head"]["mask_head"]["init_cfg"] = {"type": "Normal"}
+    model["roi_head"]["bbox_roi_extractor"]["roi_layer"] |= {"_delete_": True, "pool_mode": "avg"}
+    model["train_cfg"]["rpn"]["assigner"] |= {"gpu_assign_thr": -1, "iou_calculator": {"type": "BboxOverlaps2D"}}
+    model["test_cfg"]["rpn"]["nms_across_levels"] = False
+    text = (
+        version_3(model)
+        + """
+custom_imports = dict(allow_failed_imports=False, imports=['projects.model'])
+default_hooks = dict(checkpoint=dict(interval=1, type='CheckpointHook'))
+gpu_ids = range(0, 8)
+tta_model = dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
+vis_backends = [dict(type='LocalVisBackend')]
+visualizer = dict(name='visualizer', type='DetLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
+"""
+    )
+    assert fields_of(text) == FasterRCNNConfig(mask=True)
 
 
 def test_every_value_with_a_field_is_taken():
@@ -263,7 +376,7 @@ SOFT_NMS = {"type": "soft_nms", "iou_threshold": 0.5, "min_score": 0.05}
             MDCONV,
             "roi_head.type",
             "DoubleHeadRoIHead",
-            "model.roi_head.type: expected one of ('StandardRoIHead', 'Casc",
+            "model.roi_head.type: expected one of ('StandardRoIHead', 'Base",
         ),
         (MDCONV, "roi_head.shared_head", {}, "model.roi_head.shared_head: expected no such setting, got {}"),
         (
@@ -281,18 +394,12 @@ SOFT_NMS = {"type": "soft_nms", "iou_threshold": 0.5, "min_score": 0.05}
         ),
         (
             MDCONV,
-            "roi_head.bbox_roi_extractor.roi_layer.sampling_ratio",
-            2,
-            ".roi_layer.sampling_ratio: expected 0, got",
-        ),
-        (
-            MDCONV,
             "roi_head.bbox_roi_extractor.roi_layer.aligned",
             False,
             ".roi_layer.aligned: expected True, got False",
         ),
         (DPOOL, "roi_head.bbox_roi_extractor.roi_layer.gamma", 0.2, ".roi_layer.gamma: expected 0.1, got 0.2"),
-        (MDCONV, "roi_head.bbox_head.type", "SABLHead", "model.roi_head.bbox_head.type: expected 'Shared2FCBBoxHead',"),
+        (MDCONV, "roi_head.bbox_head.type", "SABLHead", ".bbox_head.type: expected one of ('Shared2FCBBoxHead', 'Shar"),
         (
             MDCONV,
             "roi_head.bbox_head.reg_class_agnostic",

@@ -21,8 +21,10 @@ from tests.detector.weights.mmdet_texts import (
     CAFFE,
     CAFFE_IMAGES,
     OLD_FILES,
+    OLDER,
     VARIANTS,
     VERSION_2,
+    older_text,
     variant_model,
     variant_shapes,
     version_3,
@@ -73,8 +75,8 @@ def test_dcn_models_are_recognized_and_have_the_same_names(file):
 SMALL = {"depth": 18, "num_classes": 3, "base_channels": 16, "fpn_channels": 32, "fc_channels": 16}
 
 
-def small_text(file=MDCONV):
-    """Return the config of a model of the same kind with the sizes of `SMALL`."""
+def small_text(file=MDCONV, version=None):
+    """Return the config of a model of the same kind with the sizes of `SMALL`, in version 3 or an older one."""
     model = variant_model(file)
     model["backbone"] |= {"depth": 18, "base_channels": 16, "stem_channels": 16}
     model["neck"] |= {"in_channels": [16, 32, 64, 128], "out_channels": 32}
@@ -86,7 +88,7 @@ def small_text(file=MDCONV):
         masks = roi_head["mask_head"]
         for head in masks if isinstance(masks, list) else [masks]:
             head |= {"num_classes": 3, "in_channels": 32, "conv_out_channels": 32}
-    return version_3(model)
+    return older_text(model, version) if version else version_3(model)
 
 
 def small_model(file=MDCONV, **changes):
@@ -157,6 +159,98 @@ def test_files_of_version_2(tmp_path, text):
     loaded, names = load(mmdet_file(tmp_path, model, small(text), key="config", CLASSES=("a", "b", "c")), "cpu")
     assert (loaded.config, names) == (model.config, ["a", "b", "c"])
     assert same_weights(model, loaded)
+
+
+@pytest.mark.parametrize("version", OLDER)
+@pytest.mark.parametrize(
+    "file",
+    [
+        "dcn/cascade-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py",
+        "dcn/faster-rcnn_r50_fpn_dpool_1x_coco.py",
+        "dcnv2/faster-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py",
+        "dcnv2/mask-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py",
+        CASCADE_MASK,
+    ],
+)
+def test_older_files(tmp_path, file, version):
+    """Those of version 1 have been converted: their weights do not count the background, their configs do.
+
+    MMDetection's own files of version 2.0 say that they were made by 1.0rc1, because its number was raised later.
+    """
+    ratio = 2 if version.startswith("1") and "roi_layer" not in MODELS[file] else 0
+    model = small_model(file, roi_sampling_ratio=ratio)
+    meta = {"CLASSES": ("a", "b", "c"), "mmdet_version": "1.0rc1+5f9f470"}
+    path = mmdet_file(tmp_path, model, small_text(file, version), key="config", **meta)
+    loaded, names = load(path, "cpu")
+    assert (loaded.config, names) == (model.config, ["a", "b", "c"])
+    assert same_weights(model, loaded)
+    assert not load_weights(FasterRCNN(model.config), path).missing
+    extractors = [loaded.roi_head.bbox_roi_extractor]
+    if model.config.mask:
+        extractors.append(loaded.roi_head.mask_roi_extractor)
+    for extractor in extractors:
+        stages = extractor if isinstance(extractor, nn.ModuleList) else [extractor]
+        assert {stage.sampling_ratio for stage in stages} == {ratio}
+
+
+def background_first(model, names=str):
+    """Return weights as versions before 2.0 had them: the background is the first class, and has boxes and masks."""
+    state = {}
+    agnostic = model.config.cascade
+    for name, value in model.state_dict().items():
+        if "fc_cls" in name:
+            value = value.roll(1, 0)
+        elif "conv_logits" in name or ("fc_reg" in name and not agnostic):
+            rows = 4 if "fc_reg" in name else 1
+            value = torch.cat([torch.zeros_like(value[:rows]), value])
+        state[names(name)] = value
+    return state
+
+
+CONVERT = "whose first class it is: convert the file with MMDetection's tools/model_converters/upgrade_model_version.py"
+
+
+@pytest.mark.parametrize("meta", [{"config": True}, {}])
+@pytest.mark.parametrize("file", [MDCONV, "dcn/cascade-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py", CASCADE_MASK])
+def test_files_of_version_1_have_to_be_converted(tmp_path, file, meta):
+    model = small_model(file, roi_sampling_ratio=2)
+    state = background_first(model, lambda name: name.removeprefix("roi_head."))
+    meta = {key: small_text(file, "1.1") for key in meta}
+    torch.save({"state_dict": state, "meta": meta}, tmp_path / "old.pth")
+    for read in (load, lambda path: load_weights(model, path), lambda path: load_weights(model, path, skip_heads=True)):
+        with pytest.raises(ValueError, match=re.escape(CONVERT)) as error:
+            read(tmp_path / "old.pth")
+        assert str(error.value).startswith(f"{tmp_path / 'old.pth'}: expected heads of MMDetection 2 or 3, ")
+    before = model.roi_head.state_dict()
+    summary = load_weights(model, tmp_path / "old.pth", strict=False)
+    assert "backbone.conv1.weight" in summary.loaded
+    assert not any(name.startswith("roi_head.") for name in summary.loaded)
+    assert all(torch.equal(value, before[name]) for name, value in model.roi_head.state_dict().items())
+
+
+@pytest.mark.parametrize("version", ["2020-01", None])
+@pytest.mark.parametrize("file", [MDCONV, "dcnv2/mask-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py", CASCADE_MASK])
+def test_background_first_under_present_names(tmp_path, file, version):
+    model = small_model(file)
+    meta = {}
+    if version:
+        meta = {"config": small_text(file, version).replace("num_classes=3", "num_classes=4")}
+    path = tmp_path / "old.pth"
+    torch.save({"state_dict": background_first(model), "meta": meta}, path)
+    for strict in (True, False):
+        with pytest.raises(ValueError, match=re.escape(CONVERT)):
+            load_weights(model, path, strict=strict)
+    with pytest.raises(ValueError, match=re.escape(CONVERT)):
+        load(path, "cpu")
+    assert "roi_head.bbox_head" in str(load_weights(model, path, skip_heads=True).skipped)
+
+
+def test_cascades_without_masks_hide_the_order_of_their_classes(tmp_path):
+    file = "dcn/cascade-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py"
+    text = small_text(file, "2020-01").replace("num_classes=3", "num_classes=4")
+    path = mmdet_file(tmp_path, small_model(file), text, key="config")
+    with pytest.raises(ValueError, match="num_classes: expected weights of 4, as its MMDetection config says, got 3"):
+        load(path, "cpu")
 
 
 def test_files_of_weights_alone_have_the_defaults(tmp_path):
@@ -391,6 +485,7 @@ def test_texts_that_cannot_be_read_are_named_and_nothing_runs(tmp_path, monkeypa
         ("bgr_to_rgb=True", "bgr_to_rgb=False", "pixel_mean"),
         ("scales=[8]", "scales=[4]", "anchor_scale"),
         ("ratios=[0.5, 1.0, 2.0]", "ratios=[1, 2, 3]", "anchor_ratios"),
+        ("sampling_ratio=0", "sampling_ratio=2", "roi_sampling_ratio"),
     ],
 )
 def test_weights_for_other_images_or_anchors_do_not_fit_a_model(tmp_path, old, new, field):
