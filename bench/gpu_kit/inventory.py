@@ -175,8 +175,7 @@ def _run_roi_pool(dtype: str, bins: int, deformed: bool, device: torch.device) -
     levels = torch.empty(64, dtype=torch.int64, device=device)
     offset = torch.empty(64, 2, bins, bins, dtype=DTYPES[dtype], device=device) if deformed else None
     grad = torch.empty(64, 256, bins, bins, dtype=DTYPES[dtype], device=device)
-    roi_pool.forward(geometry, features, rois, levels, offset)
-    cells = roi_pool.cell_table(features, DTYPES[dtype]) if deformed else None
+    _, cells = roi_pool.forward(geometry, features, rois, levels, offset, keep_cells=deformed)
     roi_pool.backward(geometry, grad, cells, rois, levels, offset, needs_features=True, needs_offset=deformed)
 
 

@@ -208,8 +208,7 @@ def roi_pool_errors(dtype: str, deformed: bool, tiny: bool, device: torch.device
     def run(module: ModuleType, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         maps = [feature.to(device, dtype) for feature in features]
         places = (rois.to(device), levels.to(device), None if offset is None else offset.to(device))
-        pooled = module.forward(geometry, maps, *places)
-        cells = module.cell_table(maps, dtype) if deformed else None
+        pooled, cells = module.forward(geometry, maps, *places, keep_cells=deformed)
         gradients = module.backward(
             geometry, grad.to(device, dtype), cells, *places, needs_features=True, needs_offset=deformed
         )

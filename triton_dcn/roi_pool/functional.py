@@ -17,7 +17,7 @@ from triton_dcn.functional import DTYPES, HALF_DTYPES, HAS_TRITON, choose_backen
 from triton_dcn.operator import without_autocast
 from triton_dcn.roi_pool import reference
 from triton_dcn.roi_pool.geometry import RoIPoolGeometry
-from triton_dcn.roi_pool.operator import forward_op
+from triton_dcn.roi_pool.operator import forward_op, needs_gradient
 
 
 def deform_roi_pool(
@@ -143,9 +143,9 @@ def roi_pool(
     refuse_tangents(
         f"{operation} has no forward-mode derivative (jvp, jacfwd): use torch.autograd.grad", *features, rois, offset
     )
-    pooled: Tensor = forward_op(
-        features, rois, levels, offset, float_scales, list(bins), sampling_ratio, float(gamma), backend
-    )
+    settings = (float_scales, list(bins), sampling_ratio, float(gamma), backend, needs_gradient(offset))
+    pooled: Tensor
+    pooled, _ = forward_op(features, rois, levels, offset, *settings)
     return pooled
 
 

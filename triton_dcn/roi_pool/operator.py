@@ -1,10 +1,10 @@
 """The `torch.library` operators of RoI pooling, with and without an offset: one forward, one backward.
 
-A third one copies the features into the table that the backward operator reads for the gradient of the offset, because
-`is_grads_batched` of `torch.autograd.grad` does not run operators that take lists of tensors.
-
 Receive checked tensors and the name of a backend from `roi_pool.functional`, hand them on to the backend as a
 `RoIPoolGeometry`. All levels of a pyramid go through one call.
+
+For the gradient of an offset the forward operator also returns the features as the one table that it reads, so that the
+backward operator need not copy them again.
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ def _module_of(backend: str) -> ModuleType:
     raise ValueError(f"backend: expected 'triton' or 'torch', got {backend!r}")
 
 
+def needs_gradient(offset: Tensor | None) -> bool:
+    """Tell whether autograd is on and the offset takes part: then `forward_op` has to keep the cells."""
+    return offset is not None and offset.requires_grad and torch.is_grad_enabled()
+
+
 @torch.library.custom_op("triton_dcn::roi_pool", mutates_args=())
 def forward_op(
     features: list[Tensor],
@@ -44,8 +49,14 @@ def forward_op(
     sampling_ratio: int,
     gamma: float,
     backend: str,
-) -> Tensor:
-    """Pool; arguments and result are those of `roi_pool.functional.roi_pool`."""
+    keep_cells: bool,
+) -> tuple[Tensor, Tensor]:
+    """Pool; the arguments are those of `roi_pool.functional.roi_pool`, and `keep_cells`.
+
+    Returns:
+        The pooled features; and, with `keep_cells`, the table (N, C) of all cells for `backward_op`: level after level,
+        each in (B, Hl, Wl) order. An empty tensor takes its place if it is not asked for.
+    """
     geometry = RoIPoolGeometry(
         batch=features[0].shape[0],
         heights=tuple(feature.shape[2] for feature in features),
@@ -55,8 +66,8 @@ def forward_op(
         sampling_ratio=sampling_ratio,
         gamma=gamma,
     )
-    pooled: Tensor = _module_of(backend).forward(geometry, features, rois, levels, offset)
-    return pooled
+    pooled, cells = _module_of(backend).forward(geometry, features, rois, levels, offset, keep_cells=keep_cells)
+    return pooled, features[0].new_empty(0) if cells is None else cells
 
 
 @forward_op.register_fake
@@ -70,23 +81,14 @@ def _forward_fake(
     sampling_ratio: int,
     gamma: float,
     backend: str,
-) -> Tensor:
-    channels_last_shape = (rois.shape[0], *output_size, features[0].shape[1])
-    return features[0].new_empty(channels_last_shape).permute(0, 3, 1, 2)
-
-
-@torch.library.custom_op("triton_dcn::roi_pool_cells", mutates_args=())
-def cells_op(features: list[Tensor], backend: str) -> Tensor:
-    """Copy the features into one (N, C) table: level after level, each in (B, Hl, Wl) order."""
-    table: Tensor = _module_of(backend).cell_table(features, features[0].dtype)
-    return table
-
-
-@cells_op.register_fake
-def _cells_fake(features: list[Tensor], backend: str) -> Tensor:
-    batch, channels = features[0].shape[:2]
-    cells = sum(batch * feature.shape[2] * feature.shape[3] for feature in features)
-    return features[0].new_empty(cells, channels)
+    keep_cells: bool,
+) -> tuple[Tensor, Tensor]:
+    first = features[0]
+    pooled = first.new_empty(rois.shape[0], *output_size, first.shape[1]).permute(0, 3, 1, 2)
+    if not keep_cells:
+        return pooled, first.new_empty(0)
+    num_cells = sum(first.shape[0] * feature.shape[2] * feature.shape[3] for feature in features)
+    return pooled, first.new_empty(num_cells, first.shape[1], dtype=_module_of(backend).table_dtype(first.dtype))
 
 
 @torch.library.custom_op("triton_dcn::roi_pool_backward", mutates_args=())
@@ -109,7 +111,7 @@ def backward_op(
 
     Args:
         grad: (R, C, Ph, Pw).
-        cells: (N, C) of `cells_op`, where the gradient of the offset is needed; else None.
+        cells: (N, C) of `forward_op`, where the gradient of the offset is needed; else None.
         rois, levels, offset, scales, sampling_ratio, gamma, backend: as in `forward_op`.
         batch, heights, widths: sizes of the features.
         needs: whether the gradient of the features is needed, and that of the offset.
@@ -161,32 +163,36 @@ def _backward_fake(
     return table, offset.new_empty(offset.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, rois, levels, offset, scales, _, sampling_ratio, gamma, backend = inputs
-    needs_offset = offset is not None and offset.requires_grad
-    ctx.needs = [any(feature.requires_grad for feature in features), needs_offset]
-    ctx.save_for_backward(rois, levels, offset, *(features if needs_offset else []))
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    features, rois, levels, offset, scales, _, sampling_ratio, gamma, backend, keep_cells = inputs
+    _, cells = output
+    if offset is not None and offset.requires_grad and not keep_cells:
+        raise RuntimeError("keep_cells: expected True for an offset that needs a gradient, got False")
+    ctx.set_materialize_grads(False)
+    ctx.needs = [any(feature.requires_grad for feature in features), keep_cells]
+    ctx.save_for_backward(rois, levels, offset, cells if keep_cells else None)
     ctx.batch = features[0].shape[0]
     ctx.heights = [feature.shape[2] for feature in features]
     ctx.widths = [feature.shape[3] for feature in features]
     ctx.settings = (scales, sampling_ratio, gamma, backend)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    rois, levels, offset, *features = ctx.saved_tensors
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    grad_features: list[Tensor | None] = [None] * len(ctx.heights)
+    if grad is None:
+        return grad_features, *[None] * 9
+    rois, levels, offset, cells = ctx.saved_tensors
     needs_features, needs_offset = ctx.needs
-    cells = cells_op(features, ctx.settings[-1]) if needs_offset else None
     table, grad_offset = backward_op(
         grad, cells, rois, levels, offset, ctx.batch, ctx.heights, ctx.widths, *ctx.settings, ctx.needs
     )
-    grad_features: list[Tensor | None] = [None] * len(ctx.heights)
     if needs_features:
         sizes = list(zip(ctx.heights, ctx.widths, strict=True))
         level_tables = table.split([ctx.batch * height * width for height, width in sizes])
         for level, (height, width) in enumerate(sizes):
             channels_last = level_tables[level].view(ctx.batch, height, width, table.shape[1])
             grad_features[level] = channels_last.permute(0, 3, 1, 2)
-    return grad_features, None, None, grad_offset if needs_offset else None, None, None, None, None, None
+    return grad_features, None, None, grad_offset if needs_offset else None, *[None] * 6
 
 
 def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -203,7 +209,9 @@ forward_op.register_autograd(_backward, setup_context=_setup_context)
 backward_op.register_autograd(_second_backward, setup_context=_setup_second)
 
 
-def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
+def _vmap_forward(
+    info: Any, in_dims: tuple[Any, ...], *arguments: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
     """Run all elements as one call: their rois one after the other and, where features differ, more images.
 
     Args:
@@ -212,9 +220,10 @@ def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple
         arguments: of `forward_op`.
 
     Returns:
-        The pooled features, and the dimension along which they are stacked.
+        The pooled features and the table of all cells, which is that of no element; the dimension along which they are
+        stacked.
     """
-    features, rois, levels, offset, *settings = arguments
+    features, rois, levels, offset, *settings, _ = arguments
     feature_dims, roi_dim, level_dim, offset_dim = in_dims[:4]
     elements = info.batch_size
     folded_rois = fold(rois, roi_dim, elements)
@@ -222,9 +231,11 @@ def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple
         batch = features[0].shape[0] if feature_dims[0] is None else features[0].movedim(feature_dims[0], 0).shape[1]
         folded_rois = _images_apart(folded_rois, batch, elements)
         features = [fold(feature, dim, elements) for feature, dim in zip(features, feature_dims, strict=True)]
+    folded_levels = fold(levels, level_dim, elements)
     folded_offset = None if offset is None else fold(offset, offset_dim, elements)
-    pooled = forward_op(features, folded_rois, fold(levels, level_dim, elements), folded_offset, *settings)
-    return unfold(pooled, elements), 0
+    keep_cells = needs_gradient(folded_offset)  # not so for `offset`, whose gradient is not known inside of vmap
+    pooled, cells = forward_op(features, folded_rois, folded_levels, folded_offset, *settings, keep_cells)
+    return (unfold(pooled, elements), cells), (0, None)
 
 
 def _vmap_backward(

@@ -50,7 +50,12 @@ def forward(
         box = roi[1:] * geometry.scales[level] - 0.5
         bins = pool_roi(geometry, feature, box, None if offset is None else offset[index])
         pooled.append(bins[None])
-    return torch.cat(pooled)
+
+    # Without a roi the gradients are 0, not missing.
+    zero = torch.stack([feature[:0].sum() for feature in features]).sum()
+    if offset is not None:
+        zero = zero + offset[:0].sum().to(zero.dtype)
+    return torch.cat(pooled) + zero
 
 
 def is_live(roi: Tensor, level: int, geometry: RoIPoolGeometry) -> bool:

@@ -35,12 +35,27 @@ SUM = 0
 """What `embedding_bag` calls its mode in the dispatcher."""
 
 
+def table_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the table that `forward` keeps for features of this dtype."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def forward(
-    geometry: RoIPoolGeometry, features: list[Tensor], rois: Tensor, levels: Tensor, offset: Tensor | None
-) -> Tensor:
-    """Pool the features; see `roi_pool.functional`. Returns (R, C, Ph, Pw) with channels_last strides."""
+    geometry: RoIPoolGeometry,
+    features: list[Tensor],
+    rois: Tensor,
+    levels: Tensor,
+    offset: Tensor | None,
+    *,
+    keep_cells: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Pool the features; see `roi_pool.functional`.
+
+    Returns:
+        (R, C, Ph, Pw) with channels_last strides; and, with `keep_cells`, the table (N, C) of all cells for `backward`.
+    """
     dtype = features[0].dtype
-    table = cell_table(features, torch.promote_types(dtype, torch.float32))
+    table = _cell_table(features, table_dtype(dtype))
 
     pooled = []
     for bags in _bags(geometry, rois, levels, offset):
@@ -48,7 +63,8 @@ def forward(
         pooled.append(F.embedding_bag(bags.cells, table, bags.begins, mode="sum", per_sample_weights=weights))
 
     bins = pooled[0] if len(pooled) == 1 else torch.cat([table[:0], *pooled])
-    return bins.view(len(rois), *geometry.bins, table.shape[1]).to(dtype).permute(0, 3, 1, 2)
+    bins = bins.view(len(rois), *geometry.bins, table.shape[1]).to(dtype)
+    return bins.permute(0, 3, 1, 2), table if keep_cells else None
 
 
 def backward(
@@ -67,15 +83,13 @@ def backward(
     Args:
         geometry: of the call.
         grad: (R, C, Ph, Pw).
-        cells: (N, C) of `cell_table`; read only for the gradient of the offset.
+        cells: (N, C), what `forward` kept; read only for the gradient of the offset.
         rois, levels, offset: as in `forward`.
         needs_features, needs_offset: which gradients to compute; None takes the place of the other one.
     """
     channels = grad.shape[1]
     dtype = torch.promote_types(grad.dtype, torch.float32)
     grad_bins = grad.permute(0, 2, 3, 1).to(dtype).reshape(-1, channels)  # (R * Ph * Pw, C)
-    if cells is not None:
-        cells = cells.to(dtype)
 
     table = None
     slopes = []
@@ -113,7 +127,7 @@ def _offset_gradient(
     return torch.stack([grad_x, grad_y], 1).to(offset.dtype)
 
 
-def cell_table(features: list[Tensor], dtype: torch.dtype) -> Tensor:
+def _cell_table(features: list[Tensor], dtype: torch.dtype) -> Tensor:
     """Copy the features into one (N, C) table, level after level, each in (B, Hl, Wl) order."""
     channels = features[0].shape[1]
     num_cells = sum(feature.numel() // channels for feature in features)
@@ -137,15 +151,20 @@ class _Bags:
         cells: (E,) int64, row in the table of each entry's cell.
         begins: (bins,) int64, where each bag begins among the entries.
         weights: (E,), how much the cell counts in its bin.
-        y_slopes, x_slopes: (E,), how fast that changes where the bin moves by one cell; None if not asked for.
+        lines: (bins,) int64, how many lines of cells each bag has.
+        lengths: of each line of each bag, int64.
+        y_moving: (lines, 2), for each line, slope and free weight along y, see `_AxisWeights`; None if not asked for.
+        x_moving: (E, 2), for each entry, free weight and slope along x.
     """
 
     first: int
     cells: Tensor
     begins: Tensor
     weights: Tensor
-    y_slopes: Tensor | None
-    x_slopes: Tensor | None
+    lines: Tensor
+    lengths: Tensor
+    y_moving: Tensor | None
+    x_moving: Tensor | None
 
     def bag_of_entries(self) -> Tensor:
         """Return the bag of each entry (E,), counted from 0."""
@@ -159,19 +178,25 @@ class _Bags:
             grad_bins: (R * Ph * Pw, C), gradient of the loss for the pooled bins.
             table: (N, C), the cells.
         """
-        assert self.y_slopes is not None
-        assert self.x_slopes is not None
+        assert self.y_moving is not None
+        assert self.x_moving is not None
         grad_bags = grad_bins[self.first : self.first + len(self.begins)]
         # The product of each entry's cell and its bin's gradient, by what autograd runs for `per_sample_weights`.
         products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             grad_bags, table, self.cells, self.begins, bag, SUM
         )
-        terms = torch.stack([products * self.y_slopes.to(products), products * self.x_slopes.to(products)], 1)
-        sums = torch.segment_reduce(terms, "sum", lengths=self._sizes(), axis=0, initial=0)  # (bins, 2)
-        return sums.t()
+        entries = products[:, None] * self.x_moving.to(products.dtype)
+        sums = _segment_sums(entries, self.lengths) * self.y_moving.to(products.dtype)
+        return _segment_sums(sums, self.lines).t()
 
     def _sizes(self) -> Tensor:
         return self.begins.diff(append=self.begins.new_tensor([len(self.cells)]))
+
+
+def _segment_sums(rows: Tensor, lengths: Tensor) -> Tensor:
+    """Return the sums of consecutive rows, of which there are as many as `lengths` says."""
+    # `unsafe` spares the check of the lengths, which fails where there are none
+    return torch.segment_reduce(rows, "sum", lengths=lengths, axis=0, initial=0, unsafe=True)
 
 
 @dataclass(frozen=True)
@@ -244,7 +269,7 @@ def _bags(
     sizes = y_axis.count * x_axis.count  # (R, Ph, Pw)
     for start, stop in _chunks(sizes.sum((1, 2)).tolist()):
         part = slice(start, stop)
-        bags = _outer_product(y_axis, x_axis, part, axes.image_starts, axes.widths, with_slopes)
+        bags = _outer_product(y_axis, x_axis, part, axes.image_starts, axes.widths)
         yield _Bags(start * geometry.bins_per_roi, *bags)
 
 
@@ -281,16 +306,15 @@ class _AxisWeights:
         count: how many consecutive cells it has; 0 for a bin without samples.
         begin: where the weights of the bin begin in `weights`.
         weights: flat, already divided by the number of samples per bin.
-        free_weights: the same for samples that are not moved onto the map; None if not asked for.
-        slopes: the same for the derivatives of the weights for the position of the bin; None if not asked for.
+        moving: (weights, 2), None if not asked for: the weights for samples that are not moved onto the map, called
+            free, and the derivatives of the weights for the position of the bin, called slopes.
     """
 
     first: Tensor
     count: Tensor
     begin: Tensor
     weights: Tensor
-    free_weights: Tensor | None
-    slopes: Tensor | None
+    moving: Tensor | None
 
 
 def _merge_samples(
@@ -331,7 +355,7 @@ def _merge_samples(
 
     # Leave out the samples that read 0.
     last_cell = size[roi] - 1
-    inside = (position >= -1) & (position <= last_cell + 1)
+    inside = ((position >= -1) & (position <= last_cell + 1)).nonzero()[:, 0]
     bin_index = bin_index[inside]
     roi = roi[inside]
     position = position[inside]
@@ -360,12 +384,11 @@ def _merge_samples(
         return merged
 
     weights = merge(low_weight, high_weight)
-    free_weights = None
-    slopes = None
+    moving = None
     if with_slopes:
-        free_weights = merge((high - position) / samples, (position - low) / samples)
-        slopes = merge(-1 / samples, 1 / samples)
-    return _AxisWeights(first.view(shape), count.view(shape), begin.view(shape), weights, free_weights, slopes)
+        free = merge((high - position) / samples, (position - low) / samples)
+        moving = torch.stack([free, merge(-1 / samples, 1 / samples)], 1)
+    return _AxisWeights(first.view(shape), count.view(shape), begin.view(shape), weights, moving)
 
 
 def _sample_range(
@@ -392,8 +415,7 @@ def _outer_product(
     part: slice,
     image_starts: Tensor,
     widths: Tensor,
-    with_slopes: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Expand the outer product of the axes into bags, in (roi, bin y, bin x, cell y, cell x) order.
 
     Args:
@@ -401,10 +423,9 @@ def _outer_product(
         part: the rois to expand.
         image_starts: (R,), row of the table where the roi's image begins at the roi's level.
         widths: (R,), cells per line of that level.
-        with_slopes: whether to expand also the last two.
 
     Returns:
-        Of `_Bags`: cells, begins, weights, y_slopes and x_slopes.
+        The attributes of `_Bags` after the first.
     """
     device = image_starts.device
     bins = torch.broadcast_shapes(y_axis.count[part].shape, x_axis.count[part].shape)
@@ -432,15 +453,8 @@ def _outer_product(
     x_index = entry + (of_bags(x_axis.begin)[bag] - run_begins)[run]
     weights = x_axis.weights[x_index] * y_axis.weights[y_index][run]
 
-    y_slopes = None
-    x_slopes = None
-    if with_slopes:
-        assert y_axis.slopes is not None
-        assert y_axis.free_weights is not None
-        assert x_axis.slopes is not None
-        assert x_axis.free_weights is not None
-        y_slopes = x_axis.free_weights[x_index] * y_axis.slopes[y_index][run]
-        x_slopes = x_axis.slopes[x_index] * y_axis.free_weights[y_index][run]
+    y_moving = None if y_axis.moving is None else y_axis.moving.flip(1).index_select(0, y_index)
+    x_moving = None if x_axis.moving is None else x_axis.moving.index_select(0, x_index)
 
     sizes = lines * of_bags(x_axis.count)
-    return cells, sizes.cumsum(0) - sizes, weights, y_slopes, x_slopes
+    return cells, sizes.cumsum(0) - sizes, weights, lines, lengths, y_moving, x_moving

@@ -247,7 +247,7 @@ def test_opcheck():
     rois = random_rois(4, batch=1)
     levels = torch.tensor([0, 1, 2, 3])
     scales = [1 / stride for stride in STRIDES]
-    torch.library.opcheck(operator.forward_op, (features, rois, levels, None, scales, [2, 2], 0, 0.1, "torch"))
+    torch.library.opcheck(operator.forward_op, (features, rois, levels, None, scales, [2, 2], 0, 0.1, "torch", False))
 
     grad = torch.randn(4, 2, 2, 2).double()
     heights = [height for height, _ in SIZES]
@@ -284,7 +284,7 @@ class TestKernels:
         """Return the output and the gradients of the features, on the CPU."""
         features = [feature.to(DEVICE) for feature in features]
         rois, levels, grad = (tensor.to(DEVICE) for tensor in (rois, levels, grad))
-        output = kernels.forward(geometry, features, rois, levels, None)
+        output, _ = kernels.forward(geometry, features, rois, levels, None)
         assert output.is_contiguous(memory_format=torch.channels_last)
 
         table, _ = kernels.backward(geometry, grad, None, rois, levels, None, needs_features=True, needs_offset=False)

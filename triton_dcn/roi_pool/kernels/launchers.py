@@ -30,15 +30,31 @@ BLOCK_L = 32  # cells of an axis per program
 MAX_BLOCK_C = 256
 
 
+def table_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the table that `forward` keeps for features of this dtype."""
+    return dtype
+
+
 def forward(
-    geometry: RoIPoolGeometry, features: list[Tensor], rois: Tensor, levels: Tensor, offset: Tensor | None
-) -> Tensor:
-    """Pool the features; see `roi_pool.functional`. Returns (R, C, Ph, Pw) with channels_last strides."""
-    maps = _channels_last(features)
-    channels = maps[0].shape[3]
-    out = maps[0].new_empty(len(rois), *geometry.bins, channels)  # written in full
+    geometry: RoIPoolGeometry,
+    features: list[Tensor],
+    rois: Tensor,
+    levels: Tensor,
+    offset: Tensor | None,
+    *,
+    keep_cells: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Pool the features; see `roi_pool.functional`.
+
+    Returns:
+        (R, C, Ph, Pw) with channels_last strides; and, with `keep_cells`, the table (N, C) of all cells for `backward`.
+    """
+    cells = _cell_table(geometry, features) if keep_cells else None
+    maps = _channels_last(features) if cells is None else cells.split(geometry.level_cells)
+    channels = features[0].shape[1]
+    out = features[0].new_empty(len(rois), *geometry.bins, channels)  # written in full
     if out.numel() == 0 or geometry.batch == 0:
-        return out.zero_().permute(0, 3, 1, 2)
+        return out.zero_().permute(0, 3, 1, 2), cells
 
     rois = rois.float().contiguous()
     levels = levels.contiguous()
@@ -88,7 +104,7 @@ def forward(
                 num_warps=1,
                 enable_fp_fusion=True,
             )
-    return out.permute(0, 3, 1, 2)
+    return out.permute(0, 3, 1, 2), cells
 
 
 def backward(
@@ -107,7 +123,7 @@ def backward(
     Args:
         geometry: of the call.
         grad: (R, C, Ph, Pw).
-        cells: (N, C) of `cell_table`; read only for the gradient of the offset.
+        cells: (N, C), what `forward` kept; read only for the gradient of the offset.
         rois, levels, offset: as in `forward`.
         needs_features, needs_offset: which gradients to compute; None takes the place of the other one.
     """
@@ -238,17 +254,6 @@ def _sum_offset_gradient(
     )
 
 
-def cell_table(features: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Copy the features into one (N, C) table, level after level, each in (B, Hl, Wl) order."""
-    channels = features[0].shape[1]
-    sizes = [feature.numel() // channels for feature in features]
-    table = features[0].new_empty(sum(sizes), channels, dtype=dtype)
-    for part, feature in zip(table.split(sizes), features, strict=True):
-        cells = feature.permute(0, 2, 3, 1)
-        part.view(cells.shape).copy_(cells)
-    return table
-
-
 def merge_samples(geometry: RoIPoolGeometry, rois: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return weights, bounds and hulls of `axis_weights`; rois (R, 5) float32, levels (R,) int64, contiguous; R > 0."""
     longest = max(geometry.heights + geometry.widths)
@@ -358,6 +363,15 @@ def sort_by_image(geometry: RoIPoolGeometry, rois: Tensor, levels: Tensor) -> tu
 def _channels_last(features: list[Tensor]) -> tuple[Tensor, ...]:
     """Return the features as (B, H, W, C), contiguous."""
     return tuple(feature.permute(0, 2, 3, 1).contiguous() for feature in features)
+
+
+def _cell_table(geometry: RoIPoolGeometry, features: list[Tensor]) -> Tensor:
+    """Copy the features into one (N, C) table, level after level, each in (B, Hl, Wl) order."""
+    table = features[0].new_empty(geometry.num_cells, features[0].shape[1])
+    for part, feature in zip(table.split(geometry.level_cells), features, strict=True):
+        cells = feature.permute(0, 2, 3, 1)
+        part.view(cells.shape).copy_(cells)
+    return table
 
 
 def _block_c(channels: int) -> int:
