@@ -111,6 +111,57 @@ class DeformConv2dPack(DeformConv2d):
 """
 
 
+MMCV_ROI_POOL = """
+import torch
+from torch import nn
+from triton_dcn.roi_pool.functional import deform_roi_pool as ours
+
+calls = []
+
+def deform_roi_pool(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma):
+    calls.append("roi")
+    return ours(input, rois, offset, output_size=output_size, spatial_scale=spatial_scale,
+                sampling_ratio=sampling_ratio, gamma=gamma, backend="reference")
+
+class DeformRoIPool(nn.Module):
+    def __init__(self, output_size, spatial_scale=1.0, sampling_ratio=0, gamma=0.1):
+        super().__init__()
+        self.output_size = (output_size, output_size)
+        self.spatial_scale, self.sampling_ratio, self.gamma = spatial_scale, sampling_ratio, gamma
+
+    def forward(self, input, rois, offset=None):
+        return deform_roi_pool(input, rois, offset, self.output_size, self.spatial_scale, self.sampling_ratio,
+                               self.gamma)
+
+class DeformRoIPoolPack(DeformRoIPool):
+    def __init__(self, output_size, output_channels, deform_fc_channels=1024, *args):
+        super().__init__(output_size, *args)
+        self.output_channels, self.deform_fc_channels = output_channels, deform_fc_channels
+        bins = output_size * output_size
+        self.offset_fc = nn.Sequential(
+            nn.Linear(bins * output_channels, deform_fc_channels), nn.ReLU(inplace=True),
+            nn.Linear(deform_fc_channels, deform_fc_channels), nn.ReLU(inplace=True),
+            nn.Linear(deform_fc_channels, bins * 2))
+
+    def forward(self, input, rois):
+        x = super().forward(input, rois)
+        offset = self.offset_fc(x.flatten(1)).view(-1, 2, *self.output_size)
+        return super().forward(input, rois, offset)
+
+class ModulatedDeformRoIPoolPack(DeformRoIPoolPack):
+    def __init__(self, output_size, output_channels, deform_fc_channels=1024, *args):
+        super().__init__(output_size, output_channels, deform_fc_channels, *args)
+        bins = output_size * output_size
+        self.mask_fc = nn.Sequential(
+            nn.Linear(bins * output_channels, deform_fc_channels), nn.ReLU(inplace=True),
+            nn.Linear(deform_fc_channels, bins), nn.Sigmoid())
+
+    def forward(self, input, rois):
+        x = DeformRoIPool.forward(self, input, rois)
+        return super().forward(input, rois) * self.mask_fc(x.flatten(1)).view(-1, 1, *self.output_size)
+"""
+
+
 @pytest.fixture
 def torchvision_stub(monkeypatch):
     return make_modules(
@@ -122,9 +173,10 @@ def torchvision_stub(monkeypatch):
 def mmcv_stub(monkeypatch):
     v2 = make_modules(monkeypatch, STUB + MMCV_V2, "mmcv.ops.modulated_deform_conv")
     v1 = make_modules(monkeypatch, STUB + MMCV_V1, "mmcv.ops.deform_conv")
+    roi_pool = make_modules(monkeypatch, MMCV_ROI_POOL, "mmcv.ops.deform_roi_pool")
     ops = make_modules(monkeypatch, "", "mmcv", "mmcv.ops")
-    v2.calls = v1.calls
-    for module in (v1, v2):
+    v2.calls = roi_pool.calls = v1.calls
+    for module in (v1, v2, roi_pool):
         vars(ops).update(deformable(module))
     ops.calls = v1.calls
     return ops
@@ -255,6 +307,46 @@ def test_convert_keeps_parameters_names_and_hooks(stub, compat, make, names, req
     assert not any("triton" in key for module in model.modules() for key in vars(module))
     run(model, x)
     assert len(ops.calls) == 2 * count
+
+
+class AllRoIPools(nn.Module):
+    """The three layers of deformable RoI pooling, one beside the other."""
+
+    def __init__(self, ops):
+        super().__init__()
+        self.plain = ops.DeformRoIPool(3, 0.5, 2, 0.2)
+        self.pack = ops.DeformRoIPoolPack(3, 4, 6, 0.5)
+        self.modulated = ops.ModulatedDeformRoIPoolPack(3, 4, 6, 0.5)
+        self.offset = nn.Parameter(torch.randn(2, 2, 3, 3))
+
+    def forward(self, x):
+        rois = torch.tensor([[0, 1, 2, 13, 9], [1, 3, 1, 9, 12]]).to(x)
+        return torch.stack([self.plain(x, rois, self.offset), self.pack(x, rois), self.modulated(x, rois)])
+
+
+@pytest.mark.parametrize("way", ["patch", "convert"])
+def test_roi_pooling_of_mmcv(mmcv_stub, way):
+    model = AllRoIPools(mmcv_stub).double()
+    x = torch.randn(2, 4, 7, 9, dtype=torch.float64)
+    expected = run(model, x)
+    assert mmcv_stub.calls == ["roi"] * 6
+    names = ["plain", "pack", "modulated"]
+    parameters = dict(model.named_parameters())
+    if way == "patch":
+        with compat_mmcv.patch():
+            assert_same(run(model, x), expected)
+    else:
+        assert compat_mmcv.convert(model) == names
+        assert type(model.modulated) is triton_dcn.ModulatedDeformRoIPoolPack
+        assert_same(run(model, x), expected)
+        assert repr(model.pack).startswith("DeformRoIPoolPack(\n  output_size=(3, 3), spatial_scale=0.5")
+        assert compat_mmcv.revert(model) == names
+        assert type(model.modulated) is mmcv_stub.ModulatedDeformRoIPoolPack
+        assert not any("triton" in key for module in model.modules() for key in vars(module))
+    assert dict(model.named_parameters()).keys() == parameters.keys()
+    assert mmcv_stub.calls == ["roi"] * 6
+    run(model, x)
+    assert len(mmcv_stub.calls) == 12
 
 
 def test_convert_leaves_subclasses_and_takes_the_model_itself(torchvision_stub):

@@ -1,11 +1,11 @@
-"""Drop-in replacements for mmcv's deformable convolutions, in mmcv, MMDetection and all that builds on them.
+"""Drop-in replacements for mmcv's deformable operators, in mmcv, MMDetection and all that builds on them.
 
     from triton_dcn.compat import mmcv as compat
 
     compat.patch()                # every call from now on; `.undo()`, or `with compat.patch(): ...`
     compat.convert(model)         # the layers of one model; `compat.revert(model)`
 
-Results and gradients agree. Any batch size works, whatever `im2col_step`.
+Results and gradients agree. Any batch size works, whatever `im2col_step`. Deformable RoI pooling also works on a CPU.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from triton_dcn.compat.swap import Patch, Replacement, convert_layers, import_library, revert_layers
 from triton_dcn.functional import deform_conv2d
 from triton_dcn.nn import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack
+from triton_dcn.roi_pool import functional as roi_pool
+from triton_dcn.roi_pool.nn import DeformRoIPool, DeformRoIPoolPack, ModulatedDeformRoIPoolPack
 
 Pair = int | tuple[int, int]
 
@@ -81,6 +83,36 @@ def deform_conv2d_v2(
     return deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
 
 
+def deform_roi_pool(
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor | None,
+    output_size: Pair,
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 0,
+    gamma: float = 0.1,
+) -> Tensor:
+    """Pool as `mmcv.ops.deform_roi_pool` does.
+
+    mmcv rounds `gamma` to float32 also for tensors in float64.
+
+    Args:
+        input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma: as in `triton_dcn.deform_roi_pool`.
+
+    Raises:
+        ValueError, TypeError: as there.
+    """
+    return roi_pool.deform_roi_pool(
+        input,
+        rois,
+        offset,
+        output_size=output_size,
+        spatial_scale=spatial_scale,
+        sampling_ratio=sampling_ratio,
+        gamma=gamma,
+    )
+
+
 def _check_groups(name: str, groups: int, groups_by_shapes: float) -> None:
     if groups != groups_by_shapes:
         raise ValueError(f"{name}: expected {groups_by_shapes:g} by the shapes, got {groups}")
@@ -89,12 +121,13 @@ def _check_groups(name: str, groups: int, groups_by_shapes: float) -> None:
 FUNCTIONS: dict[tuple[str, str], Callable[..., Tensor]] = {
     ("deform_conv", "deform_conv2d"): deform_conv2d_v1,
     ("modulated_deform_conv", "modulated_deform_conv2d"): deform_conv2d_v2,
+    ("deform_roi_pool", "deform_roi_pool"): deform_roi_pool,
 }
 """By module of mmcv.ops and name in it; mmcv.ops has the same names."""
 
 
 def patch() -> Patch:
-    """Replace `mmcv.ops.deform_conv2d` and `modulated_deform_conv2d`, and with them what all of mmcv's layers call.
+    """Replace `mmcv.ops.deform_conv2d`, `modulated_deform_conv2d` and `deform_roi_pool`, which mmcv's layers call.
 
     Code that imported one of the functions by name before keeps the original.
 
@@ -121,13 +154,17 @@ def _replacement_classes() -> dict[type[nn.Module], type[nn.Module]]:
         ops.DeformConv2dPack: DeformConv2dPack,
         ops.ModulatedDeformConv2d: DeformConv2d,
         ops.ModulatedDeformConv2dPack: ModulatedDeformConv2dPack,
+        ops.DeformRoIPool: DeformRoIPool,
+        ops.DeformRoIPoolPack: DeformRoIPoolPack,
+        ops.ModulatedDeformRoIPoolPack: ModulatedDeformRoIPoolPack,
     }
 
 
 def convert(model: nn.Module) -> list[str]:
-    """Turn mmcv's `(Modulated)DeformConv2d` and `...Pack` layers of a model into this package's, in place.
+    """Turn mmcv's `(Modulated)DeformConv2d`, `DeformRoIPool` and `...Pack` layers of a model into this package's.
 
-    Parameters stay the same objects under the same names. Subclasses are left alone; `patch` reaches them.
+    They change in place: parameters stay the same objects under the same names. Subclasses are left alone; `patch`
+    reaches them.
 
     Returns:
         Names of the converted layers.

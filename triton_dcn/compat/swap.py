@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from triton_dcn.nn import DeformConv2d, DeformConv2dPack
+
 Replacement = tuple[ModuleType, str, Callable[..., Any]]
 """Module, name in it, new function."""
 
@@ -77,7 +79,8 @@ def convert_layers(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.M
         original = type(layer)
         if original not in classes:
             continue
-        if not hasattr(layer, "bias"):  # as in mmcv's version 1
+        is_convolution = issubclass(classes[original], (DeformConv2d, DeformConv2dPack))
+        if is_convolution and not hasattr(layer, "bias"):  # as in mmcv's version 1
             layer.register_parameter("bias", None)
             layer.__dict__[HAD_NO_BIAS] = True
         layer.__class__ = classes[original]
@@ -116,7 +119,7 @@ def revert_layers(model: nn.Module, originals: Iterable[type[nn.Module]]) -> lis
 def _check_revertible(name: str, layer: nn.Module) -> None:
     """Raise ValueError where the original class would silently ignore what fusing has added to a layer."""
     original = layer.__dict__[ORIGINAL_CLASS].__name__
-    if layer.relu:
+    if isinstance(layer, (DeformConv2d, DeformConv2dPack)) and layer.relu:
         raise ValueError(f"{name}: expected no ReLU, which {original} does not have, got a layer fused with one")
     if HAD_NO_BIAS in layer.__dict__ and layer.bias is not None:
         raise ValueError(f"{name}: expected no bias, which {original} does not have, got a layer fused with one")
