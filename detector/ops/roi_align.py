@@ -9,6 +9,8 @@ from torch import Tensor
 
 from triton_dcn.roi_pool.functional import roi_pool
 
+NO_FORWARD_MODE = "roi_align has no forward-mode derivative (jvp, jacfwd): use torch.autograd.grad"
+
 
 def roi_levels(boxes: Tensor, num_levels: int = 4, finest_scale: float = 56) -> Tensor:
     """Choose the pyramid level of each box from its size.
@@ -83,7 +85,7 @@ def roi_align(
         output_size=output_size,
         sampling_ratio=sampling_ratio,
         gamma=gamma,
-        operation="roi_align",
+        no_forward_mode=NO_FORWARD_MODE,
     )
 
 

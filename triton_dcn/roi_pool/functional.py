@@ -19,6 +19,10 @@ from triton_dcn.roi_pool import reference
 from triton_dcn.roi_pool.geometry import RoIPoolGeometry
 from triton_dcn.roi_pool.operator import forward_op, needs_gradient
 
+NO_FORWARD_MODE = (
+    "deform_roi_pool has no forward-mode derivative (jvp, jacfwd): use torch.autograd.grad, or backend='reference'"
+)
+
 
 def deform_roi_pool(
     features: Tensor,
@@ -69,7 +73,8 @@ def deform_roi_pool(
     _check_tensors(features=features, rois=rois, offset=offset)
     if features.dim() != 4 or 0 in features.shape[1:]:
         raise ValueError(f"features: expected (B, C, H, W) with C, H, W > 0, got {tuple(features.shape)}")
-    _check_number("spatial_scale", spatial_scale)
+    if not 0 < spatial_scale < math.inf:
+        raise ValueError(f"spatial_scale: expected a positive number, got {spatial_scale}")
     device = features.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and features.dtype in (*HALF_DTYPES, torch.float32):
         features = features.to(torch.get_autocast_dtype(device))
@@ -84,7 +89,6 @@ def deform_roi_pool(
         sampling_ratio=sampling_ratio,
         gamma=gamma,
         backend=backend,
-        operation="deform_roi_pool",
     )
 
 
@@ -99,7 +103,7 @@ def roi_pool(
     sampling_ratio: int = 0,
     gamma: float = 0.1,
     backend: str | None = None,
-    operation: str = "roi_pool",
+    no_forward_mode: str = NO_FORWARD_MODE,
 ) -> Tensor:
     """Pool as `deform_roi_pool` does, each roi from its level of a pyramid, all in one call.
 
@@ -108,7 +112,7 @@ def roi_pool(
         rois, offset, output_size, sampling_ratio, gamma, backend: as in `deform_roi_pool`.
         levels: (R,) int64, index into `features`; a roi whose level does not exist is ignored.
         scales: cells per pixel of each level.
-        operation: what messages about derivatives call the caller.
+        no_forward_mode: the message of the error that forward-mode differentiation is.
 
     Returns:
         (R, C, Ph, Pw), dtype of the features, channels_last strides.
@@ -140,9 +144,7 @@ def roi_pool(
         )
         with without_autocast(rois.device.type):
             return reference.forward(geometry, features, rois, levels, offset)
-    refuse_tangents(
-        f"{operation} has no forward-mode derivative (jvp, jacfwd): use torch.autograd.grad", *features, rois, offset
-    )
+    refuse_tangents(no_forward_mode, *features, rois, offset)
     settings = (float_scales, list(bins), sampling_ratio, float(gamma), backend, needs_gradient(offset))
     pooled: Tensor
     pooled, _ = forward_op(features, rois, levels, offset, *settings)
@@ -210,9 +212,3 @@ def _check_tensors(**arguments: Tensor | None) -> None:
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if tensor.layout != torch.strided:
             raise TypeError(f"{name}: expected layout torch.strided, got {tensor.layout}")
-
-
-def _check_number(name: str, value: float) -> None:
-    """Raise ValueError unless the number is positive and finite."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}: expected a positive number, got {value}")
