@@ -166,8 +166,6 @@ def _backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     features, rois, levels, offset, scales, _, sampling_ratio, gamma, backend, keep_cells = inputs
     _, cells = output
-    if offset is not None and offset.requires_grad and not keep_cells:
-        raise RuntimeError("keep_cells: expected True for an offset that needs a gradient, got False")
     ctx.set_materialize_grads(False)
     ctx.needs = [any(feature.requires_grad for feature in features), keep_cells]
     ctx.save_for_backward(rois, levels, offset, cells if keep_cells else None)
@@ -183,6 +181,8 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...
         return grad_features, *[None] * 9
     rois, levels, offset, cells = ctx.saved_tensors
     needs_features, needs_offset = ctx.needs
+    if ctx.needs_input_grad[3] and not needs_offset:
+        raise RuntimeError("offset: expected one that needs no gradient, as when the graph was made without gradients")
     table, grad_offset = backward_op(
         grad, cells, rois, levels, offset, ctx.batch, ctx.heights, ctx.widths, *ctx.settings, ctx.needs
     )

@@ -26,7 +26,7 @@ from torch import Tensor
 from triton_dcn.roi_pool.geometry import MAX_ADAPTIVE_SAMPLES, RoIPoolGeometry
 
 CHUNK_ENTRIES = 1 << 22
-"""Entries expanded at a time; bounds the memory of the index arrays."""
+"""Samples merged, and entries expanded, at a time; bounds the memory of the index arrays."""
 
 COPY_CELLS = 4096
 """Cells copied at a time, so that the lines of the table that they write stay in the cache for all channels."""
@@ -204,7 +204,7 @@ class _AxesOfRoIs:
     """Where the rois lie on the maps of their levels.
 
     Attributes:
-        live: (R,) bool, or (R, Ph, Pw) with an offset: what is pooled at all.
+        live: (R, 1, 1) bool, or (R, Ph, Pw) with an offset: what is pooled at all.
         y_start, x_start: first edge of the rois in cells, (R, 1, 1) or, moved by the offset, (R, Ph, Pw).
         y_length, x_length: (R,), extent of the rois in cells.
         heights, widths: (R,) int64, size of the roi's level in cells.
@@ -253,16 +253,41 @@ class _AxesOfRoIs:
         image_starts = level_starts + rois[:, 0].long() * heights * widths
         return cls(live, y_start, x_start, y_length, x_length, heights, widths, image_starts)
 
+    def of_rois(self, part: slice) -> _AxesOfRoIs:
+        """Return a range of rois."""
+        return _AxesOfRoIs(**{name: tensor[part] for name, tensor in vars(self).items()})
+
+    def most_samples(self, geometry: RoIPoolGeometry) -> list[int]:
+        """Return for each roi how many samples of its bins can be on the map, along both axes together, at most."""
+        bins_y, bins_x = geometry.bins
+        most = torch.zeros_like(self.y_length)
+        for length, bins, size, start in (
+            (self.y_length, bins_y, self.heights, self.y_start),
+            (self.x_length, bins_x, self.widths, self.x_start),
+        ):
+            moved_bins = start.shape[1] * start.shape[2]
+            num_bins = geometry.bins_per_roi if moved_bins > 1 else bins
+            samples = (length / bins).ceil().clamp(min=0).minimum(2 * size + 8)  # over half a cell apart
+            most += num_bins * (geometry.sampling_ratio or samples)
+        return most.long().tolist()
+
 
 def _bags(
     geometry: RoIPoolGeometry, rois: Tensor, levels: Tensor, offset: Tensor | None, with_slopes: bool = False
 ) -> Iterator[_Bags]:
     """Yield the bags of all bins in chunks of consecutive rois."""
-    bins_y, bins_x = geometry.bins
     axes = _AxesOfRoIs.of(geometry, rois, levels, offset)
+    for start, stop in _chunks(axes.most_samples(geometry)):
+        yield from _bags_of_rois(geometry, axes.of_rois(slice(start, stop)), start, with_slopes)
+
+
+def _bags_of_rois(geometry: RoIPoolGeometry, axes: _AxesOfRoIs, first_roi: int, with_slopes: bool) -> Iterator[_Bags]:
+    """Yield the bags of the bins of consecutive rois, whose samples are merged at once."""
+    bins_y, bins_x = geometry.bins
+    device = axes.live.device
     ratio = geometry.sampling_ratio
-    y_bins = torch.arange(bins_y, device=rois.device)[:, None]
-    x_bins = torch.arange(bins_x, device=rois.device)
+    y_bins = torch.arange(bins_y, device=device)[:, None]
+    x_bins = torch.arange(bins_x, device=device)
     y_axis = _merge_samples(axes.y_start, axes.y_length / bins_y, y_bins, axes.heights, axes.live, ratio, with_slopes)
     x_axis = _merge_samples(axes.x_start, axes.x_length / bins_x, x_bins, axes.widths, axes.live, ratio, with_slopes)
 
@@ -270,7 +295,7 @@ def _bags(
     for start, stop in _chunks(sizes.sum((1, 2)).tolist()):
         part = slice(start, stop)
         bags = _outer_product(y_axis, x_axis, part, axes.image_starts, axes.widths)
-        yield _Bags(start * geometry.bins_per_roi, *bags)
+        yield _Bags((first_roi + start) * geometry.bins_per_roi, *bags)
 
 
 def _live_rois(rois: Tensor, levels: Tensor, geometry: RoIPoolGeometry) -> Tensor:
