@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -108,6 +109,38 @@ def test_onnx_file_describes_itself(onnx_file):
     assert [value.name for value in graph.graph.output] == list(export.OUTPUTS[:4])
     assert {opset.domain for opset in graph.opset_import} <= {""}
     assert not list(onnx_file.parent.glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("roi_layer", ["align", "mdpool"])
+def test_cascade_with_masks(model, roi_layer, tmp_path, monkeypatch):
+    """Program and ONNX file of a cascade, whose heads run one after the other, and of deformable RoI pooling."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime", minversion="1.31", reason="older ones have no DeformConv")
+    torch.manual_seed(0)
+    config = replace(model.config, dcn=None, base_channels=16, cascade=True, mask=True, roi_layer=roi_layer)
+    cascade = FasterRCNN(config).eval()
+    for name, parameter in cascade.named_parameters():
+        if "bn2.weight" in name:
+            nn.init.constant_(parameter, 0.5)
+        elif any(part in name for part in ("fc_cls", "fc_reg", "rpn_cls", "rpn_reg", "offset_fc.4", "mask_fc.2")):
+            nn.init.normal_(parameter, std=0.1)
+
+    batch = make_images(2, 192, 96)
+    expected = cascade.detect(batch)
+    assert expected[3].any()
+    program = export.export_program(cascade)
+    for output, tensor in zip(program.module()(batch.images, batch.sizes), expected, strict=True):
+        torch.testing.assert_close(output, tensor, rtol=1e-4, atol=1e-4)
+
+    monkeypatch.setattr(export, "export_program", lambda *_, **__: program)
+    path = tmp_path / "cascade.onnx"
+    export.export_onnx(cascade, path, classes=CLASSES)
+    pixels, score = runtime.largest_difference(cascade(batch), runtime.run_onnx(path, batch))
+    assert pixels < 2e-3
+    assert score < 2e-5
 
 
 class Pool(nn.Module):

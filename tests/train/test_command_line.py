@@ -173,7 +173,7 @@ def test_every_value_is_a_flag_or_for_python_only(capsys):
     flags = help_flags(capsys)
     assert flags | PYTHON_ONLY == values
     assert not flags & PYTHON_ONLY
-    assert len(flags) < 50
+    assert len(flags) < 54
 
 
 def test_flags_of_the_model_have_the_types_of_its_fields():
