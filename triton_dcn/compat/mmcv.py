@@ -94,7 +94,7 @@ def deform_roi_pool(
 ) -> Tensor:
     """Pool as `mmcv.ops.deform_roi_pool` does.
 
-    mmcv rounds `gamma` to float32 also for tensors in float64.
+    mmcv rounds `gamma` to float32 also for tensors in float64. An empty offset is none, as there.
 
     Args:
         input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma: as in `triton_dcn.deform_roi_pool`.
@@ -105,7 +105,7 @@ def deform_roi_pool(
     return roi_pool.deform_roi_pool(
         input,
         rois,
-        offset,
+        None if offset is None or offset.numel() == 0 else offset,
         output_size=output_size,
         spatial_scale=spatial_scale,
         sampling_ratio=sampling_ratio,

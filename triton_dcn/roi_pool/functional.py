@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from triton_dcn.roi_pool.operator import forward_op, needs_gradient
 NO_FORWARD_MODE = (
     "deform_roi_pool has no forward-mode derivative (jvp, jacfwd): use torch.autograd.grad, or backend='reference'"
 )
+
+MAX_SAMPLING_RATIO = 1024
+LARGEST_SCALE = torch.finfo(torch.float32).max  # positions are computed in float32
 
 
 def deform_roi_pool(
@@ -52,7 +56,7 @@ def deform_roi_pool(
             float32 beside features in half precision.
         output_size: bins of a roi, int or (Ph, Pw).
         spatial_scale: cells of `features` per pixel of the image.
-        sampling_ratio: samples per bin and axis; 0 takes ceil(side of a bin in cells), at most 2**20.
+        sampling_ratio: samples per bin and axis, up to 1024; 0 takes ceil(side of a bin in cells), at most 2**20.
         gamma: what offsets are multiplied by.
         backend: None chooses by device and dtype; "triton"; "torch", fast on a CPU, runs on any device; "reference",
             slow, plain PyTorch, with second derivatives and forward-mode differentiation.
@@ -73,8 +77,7 @@ def deform_roi_pool(
     _check_tensors(features=features, rois=rois, offset=offset)
     if features.dim() != 4 or 0 in features.shape[1:]:
         raise ValueError(f"features: expected (B, C, H, W) with C, H, W > 0, got {tuple(features.shape)}")
-    if not 0 < spatial_scale < math.inf:
-        raise ValueError(f"spatial_scale: expected a positive number, got {spatial_scale}")
+    check_settings(spatial_scale, sampling_ratio, gamma)
     device = features.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and features.dtype in (*HALF_DTYPES, torch.float32):
         features = features.to(torch.get_autocast_dtype(device))
@@ -149,6 +152,22 @@ def roi_pool(
     pooled: Tensor
     pooled, _ = forward_op(features, rois, levels, offset, *settings)
     return pooled
+
+
+def check_settings(spatial_scale: float, sampling_ratio: int, gamma: float) -> None:
+    """Raise ValueError for numbers that `deform_roi_pool` and its layers cannot take."""
+    if not _is_number(spatial_scale) or not 0 < spatial_scale <= LARGEST_SCALE:
+        raise ValueError(f"spatial_scale: expected a positive number, got {spatial_scale!r}")
+    if not isinstance(sampling_ratio, Integral) or not 0 <= sampling_ratio <= MAX_SAMPLING_RATIO:
+        raise ValueError(
+            f"sampling_ratio: expected 0 (adaptive) or more, up to {MAX_SAMPLING_RATIO}, got {sampling_ratio!r}"
+        )
+    if not _is_number(gamma) or not math.isfinite(gamma):
+        raise ValueError(f"gamma: expected a finite number, got {gamma!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_arguments(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from triton_dcn.functional import pair
 from triton_dcn.geometry import check_minimum
-from triton_dcn.roi_pool.functional import deform_roi_pool
+from triton_dcn.roi_pool.functional import check_settings, deform_roi_pool
 
 
 class DeformRoIPool(nn.Module):
@@ -27,7 +27,7 @@ class DeformRoIPool(nn.Module):
         input (B, C, H, W), rois (R, 5), offset (R, 2, Ph, Pw) or None -> (R, C, Ph, Pw).
 
     Raises:
-        ValueError: `output_size` is not one or two positive integers.
+        ValueError: `output_size` is not one or two positive integers, or another number is out of its range.
 
     Source:
         mmcv.ops.DeformRoIPool; Dai et al., Deformable Convolutional Networks, ICCV 2017, section 2.2.
@@ -43,6 +43,7 @@ class DeformRoIPool(nn.Module):
         super().__init__()
         self.output_size = pair("output_size", output_size)
         check_minimum("output_size", self.output_size, 1)
+        check_settings(spatial_scale, sampling_ratio, gamma)
         self.spatial_scale = float(spatial_scale)
         self.sampling_ratio = int(sampling_ratio)
         self.gamma = float(gamma)
@@ -133,7 +134,7 @@ class DeformRoIPoolPack(DeformRoIPool):
         return offset.view(-1, 2, *self.output_size)
 
     def _check_channels(self, input: Tensor) -> None:
-        if input.dim() == 4 and input.shape[1] != self.output_channels:
+        if isinstance(input, Tensor) and input.dim() == 4 and input.shape[1] != self.output_channels:
             raise ValueError(f"input: expected {self.output_channels} channels (output_channels), got {input.shape[1]}")
 
 

@@ -60,6 +60,7 @@ def forward(
 
 def is_live(roi: Tensor, level: int, geometry: RoIPoolGeometry) -> bool:
     """Tell whether image and level of a roi (5,) exist, and the box and its sides are finite, also in cells."""
+    roi = roi.detach()
     exists = 0 <= float(roi[0]) < geometry.batch and 0 <= level < len(geometry.scales)
     sides = roi[3:] - roi[1:3]
     numbers = torch.cat([roi[1:], sides]) * max(1.0, *geometry.scales)

@@ -217,10 +217,11 @@ def test_layers_of_levels_without_regions_have_zero_gradients(layer):
         assert all((parameter.grad != 0).any() == (index == 0) for parameter in roi_layer.parameters())
     assert all((feature.grad == 0).all() for feature in features[1:])
 
-    extractor, features = make_extractor(layer)
     assert extractor(features, rois[:0]).shape == (0, 2, 3, 3)
-    extractor(features, rois[:0]).sum().backward()
-    assert all((parameter.grad == 0).all() for parameter in extractor.parameters())
+    for nothing in (rois[:0], ROIS.double()[2:3].expand(4, 5)):  # the second one is padding
+        extractor, features = make_extractor(layer)
+        extractor(features, nothing).sum().backward()
+        assert all((parameter.grad == 0).all() for parameter in [*extractor.parameters(), *features])
 
 
 @pytest.mark.parametrize("layer", ["dpool", "mdpool"])

@@ -120,6 +120,10 @@ def test_pool_takes_an_offset_or_none():
 def test_errors(pack):
     with pytest.raises(ValueError, match=r"input: expected 4 channels \(output_channels\), got 3"):
         pack(2, 4, 8)(torch.zeros(1, 3, 9, 9), torch.zeros(1, 5))
+    with pytest.raises(ValueError, match="sampling_ratio: expected 0 .* got 1.7"):
+        pack(2, 3, sampling_ratio=1.7)
+    with pytest.raises(TypeError, match="features: expected a tensor, got list"):
+        pack(2, 3)([[1.0]], torch.zeros(1, 5))
     with pytest.raises(ValueError, match="output_size"):
         pack(0, 4)
     with pytest.raises(ValueError, match="output_channels: expected at least 1, got 0"):
