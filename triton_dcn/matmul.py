@@ -48,8 +48,9 @@ def multiply(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> N
 
 def multiply_groups(left: Tensor, right: Tensor) -> Tensor:
     """Return left (G, rows, k) @ right (G, k, n), dtype of `left`."""
-    product = _float32_on_cpu(left) @ _float32_on_cpu(right)
-    return product.to(left.dtype)
+    if left.is_cuda:
+        return left @ right
+    return (left.float() @ right.float()).to(left.dtype)
 
 
 def accumulate(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -60,9 +61,10 @@ def accumulate(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
         left: any strides.
         right: any strides.
     """
-    if not left.is_cuda or left.dtype == torch.float32:
-        left = _float32_on_cpu(left)
-        right = _float32_on_cpu(right)
+    if not left.is_cuda:
+        left = left.float()
+        right = right.float()
+    if left.dtype == torch.float32:
         return torch.bmm(left, right) if total is None else total.baddbmm_(left, right)
 
     # a float32 product is not rounded to half precision before it is added

@@ -82,7 +82,8 @@ def forward_with_samples(
         ValueError: one image has 2**27 pixels, or 2**29 samples, or more.
     """
     x = _channels_last(input)
-    geom, weight = _join_narrow_groups(geom, weight, "forward", x)
+    if geom.groups > 1:
+        geom, weight = _join_narrow_groups(geom, weight, "forward", x)
     row = tile_table.find_row("forward", geom, x)
     w = _taps_last(weight) if row is None else launchers.forward_weight(row, weight)
     bias = None if bias is None else bias.contiguous()
@@ -140,7 +141,9 @@ def backward(
     """
     x = _channels_last(input)
     groups = geom.groups
-    geom, joined_weight = _join_narrow_groups(geom, weight, "grad_sample_fused", x)
+    joined_weight = weight
+    if groups > 1:
+        geom, joined_weight = _join_narrow_groups(geom, weight, "grad_sample_fused", x)
     w = _taps_last(joined_weight)
     grad = _channels_last(grad_output).view(-1, geom.out_channels)
     grad_input = torch.empty_like(x) if needs_input else None  # written in full
@@ -198,7 +201,9 @@ def backward(
     grad_weight = None
     if weight_matrix_grad is not None:
         restore = _weight_from_t if use_t_columns else weight_from_columns
-        grad = split_weight(restore(geom, weight_matrix_grad), groups, groups // geom.groups)
+        grad = restore(geom, weight_matrix_grad)
+        if groups > 1:
+            grad = split_weight(grad, groups, groups // geom.groups)
         # one copy for the order of the dimensions, the dtype and the layout
         grad_weight = torch.empty_like(weight).copy_(grad)
     elif needs_weight:  # no images

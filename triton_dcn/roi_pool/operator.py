@@ -59,8 +59,8 @@ def forward_op(
     """
     geometry = RoIPoolGeometry(
         batch=features[0].shape[0],
-        heights=tuple(feature.shape[2] for feature in features),
-        widths=tuple(feature.shape[3] for feature in features),
+        heights=tuple([feature.shape[2] for feature in features]),
+        widths=tuple([feature.shape[3] for feature in features]),
         scales=tuple(scales),
         bins=(output_size[0], output_size[1]),
         sampling_ratio=sampling_ratio,

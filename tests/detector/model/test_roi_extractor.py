@@ -82,7 +82,10 @@ def mdpool(golden):
     return Run(golden, "mdpool", torch.float64)
 
 
-@pytest.fixture(scope="module", params=["mdpool", "dpool"])
+DPOOL = pytest.param("dpool", marks=pytest.mark.slow)  # a part of mdpool; test_zoo.py has it in every run
+
+
+@pytest.fixture(scope="module", params=["mdpool", DPOOL])
 def float64(request, golden):
     return request.getfixturevalue("mdpool") if request.param == "mdpool" else Run(golden, "dpool", torch.float64)
 
@@ -159,7 +162,7 @@ def test_offsets_and_masks(float64):
             assert_summary(float64.arrays, f"{name}.mask_fc{level}", float64.trained[f"mask_fc{level}"], 512, 1e-10)
 
 
-@pytest.mark.parametrize("layer", ["mdpool", "dpool"])
+@pytest.mark.parametrize("layer", ["mdpool", DPOOL])
 def test_float32(golden, layer):
     assert_numbers(Run(golden, layer, torch.float32), 1e-5, 1e-5, 1e-2)
 

@@ -362,7 +362,7 @@ def sort_by_image(geometry: RoIPoolGeometry, rois: Tensor, levels: Tensor) -> tu
 
 def _channels_last(features: list[Tensor]) -> tuple[Tensor, ...]:
     """Return the features as (B, H, W, C), contiguous."""
-    return tuple(feature.permute(0, 2, 3, 1).contiguous() for feature in features)
+    return tuple([feature.permute(0, 2, 3, 1).contiguous() for feature in features])
 
 
 def _cell_table(geometry: RoIPoolGeometry, features: list[Tensor]) -> Tensor:
