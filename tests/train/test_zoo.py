@@ -33,7 +33,9 @@ MODELS = {
 def test_one_step(start, coco, tmp_path, name):
     flags = MODELS[name].split()
     out = tmp_path / "run"
-    status, _, stderr = start("--data.root", coco, "--out", out, "--max-steps", 1, *flags)
+    status, _, stderr = start(
+        "--data.root", coco, "--out", out, "--max-steps", 1, "--pictures", 0, "--data.limit", 2, *flags
+    )
     assert status == 0, stderr
     step, evaluation = lines(out)
     assert step["step"] == 1

@@ -196,6 +196,7 @@ def test_pasted_masks(float64, index):
     assert np.array_equal(masks, expected)
 
 
+@pytest.mark.slow
 def test_float32(float32):
     """The tolerances of the golden README for float32."""
     assert_losses_and_gradients(float32, 1e-5, 1e-2)

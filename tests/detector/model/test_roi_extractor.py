@@ -162,11 +162,13 @@ def test_offsets_and_masks(float64):
             assert_summary(float64.arrays, f"{name}.mask_fc{level}", float64.trained[f"mask_fc{level}"], 512, 1e-10)
 
 
-@pytest.mark.parametrize("layer", ["mdpool", DPOOL])
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", ["mdpool", "dpool"])
 def test_float32(golden, layer):
     assert_numbers(Run(golden, layer, torch.float32), 1e-5, 1e-5, 1e-2)
 
 
+@pytest.mark.slow
 def test_detections(mdpool):
     mdpool.model.eval()
     with torch.no_grad():

@@ -39,15 +39,9 @@ ZOO = {
 IN_EVERY_RUN = (
     "dcn/faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py",
     "dcn/faster-rcnn_x101-32x4d-dconv-c3-c5_fpn_1x_coco.py",
-    "dcn/faster-rcnn_r50_fpn_dpool_1x_coco.py",
-    "dcn/mask-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py",
     "dcn/cascade-mask-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py",
-    "dcnv2/faster-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py",
-    "dcnv2/faster-rcnn_r50-mdconv-group4-c3-c5_fpn_1x_coco.py",
-    "dcnv2/faster-rcnn_r50_fpn_mdpool_1x_coco.py",
-    "dcnv2/mask-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py",
 )
-"""Models that have every part between them; the slow tests train the others as well."""
+"""With the golden groups model, mask and mdpool they have every part; the slow tests train the others as well."""
 
 MODELS = [  # the two amp files train the same model in float16
     name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.slow) for name in ZOO if "amp" not in name
