@@ -10,12 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from detector.model.faster_rcnn import CASCADE_DELTA_STDS
 from detector.text import short_list, shown
 from detector.weights.settings import Settings, is_same, to_numbers
 
 MODELS = ("FasterRCNN", "MaskRCNN", "CascadeRCNN")
-STAGE_STDS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
-"""Deviations of the boxes' deltas, of each stage of a cascade; of a single head the first."""
 ROI_LAYERS: dict[str, Literal["align", "dpool", "mdpool"]] = {
     "RoIAlign": "align",
     "DeformRoIPoolPack": "dpool",
@@ -277,7 +276,8 @@ def _check_coder(head: Settings, stds: tuple[float, ...]) -> None:
         coder.ignore("ctr_clamp", "use_box_type")
     coder.expect("target_means", value=means, default=means)
     is_rpn = head.path.endswith("rpn_head")
-    coder.expect("target_stds", value=stds, default=(1.0,) * 4 if is_rpn or coder is not head else STAGE_STDS[0])
+    default_stds = (1.0,) * 4 if is_rpn or coder is not head else CASCADE_DELTA_STDS[0]
+    coder.expect("target_stds", value=stds, default=default_stds)
     if coder is not head:
         coder.finish()
 
@@ -298,14 +298,14 @@ def _read_heads(parent: Settings, cascade: bool) -> dict[str, Any]:
     fields: dict[str, Any] = {"cascade": cascade, "mask": "mask_head" in parent}
     stages = 1
     if cascade:
-        stages = len(STAGE_STDS)
+        stages = len(CASCADE_DELTA_STDS)
         parent.expect("num_stages", value=stages)
 
     for extractor in _stages(parent, "bbox_roi_extractor", stages):
         layers = tuple(name for name, layer in ROI_LAYERS.items() if layer == fields.get("roi_layer", layer))
         fields |= _read_extractor(extractor, 7, layers, fields)
     heads = _stages(parent, "bbox_head", stages)
-    for stds, head in zip(STAGE_STDS, heads, strict=False):
+    for stds, head in zip(CASCADE_DELTA_STDS, heads, strict=False):
         fields |= _read_box_head(head, stds, fields)
     if fields["mask"]:
         for extractor in _stages(parent, "mask_roi_extractor", stages):
