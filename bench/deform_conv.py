@@ -1,7 +1,8 @@
 """Time deformable convolutions side by side: `python -m bench.deform_conv --cases r50 --modes fwd both --csv FILE`.
 
-Every provider is first compared with the float64 reference and not timed where it disagrees; then all are timed in
-turns. The exit status is 1 where one of ours was left out for this, or anything failed.
+Every provider is first compared with the float64 reference, then all are timed in turns. Ours are not timed where they
+disagree; the time of a peer that does, as torchvision's in half precision with its offsets in half precision, stands
+with its error. The exit status is 1 where one of ours was left out, or anything failed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from bench.measure import (
 from bench.providers import FACTORIES, OURS, Provider, load_providers
 from bench.report import markdown
 from bench.roofline import Machine, measure_machine
-from bench.rows import ResultRow, environment_columns, timing_row, write_csv
+from bench.rows import ERROR_COLUMN, ResultRow, environment_columns, timing_row, write_csv
 from triton_dcn.tf32 import allow_tf32
 
 MACHINE_SECONDS = 3.0
@@ -73,7 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
         with record_failure(dtype, failed), allow_tf32(dtype == "tf32"):
             machine = measure_machine(DTYPES[dtype], device, min(MACHINE_SECONDS, options.seconds * 10))
             for name, shape, timing in machine.measurements:
-                rows.append(timing_row("machine", name, shape, dtype, name, timing, environment))
+                row = timing_row("machine", name, shape, dtype, name, timing, environment)
+                rows.append({**row, ERROR_COLUMN: ""})
             settings = _Settings(dtype, device, providers, machine, options, environment)
             progress = tqdm(cases, desc=dtype, unit="case", disable=None)
             for case in progress:
@@ -107,12 +109,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _measure(case: Case, settings: _Settings, failed: list[str]) -> list[ResultRow]:
-    """Return the rows of one case: every provider that agrees, in every mode, and the roofline."""
+    """Return the rows of one case: every provider that `_compare` leaves, in every mode, and the roofline."""
     options = settings.options
     dtype = settings.dtype
-    agreeing = _agreeing_providers(case, settings)
+    timed, errors = _compare(case, settings)
     for name in OURS:
-        if name in settings.providers and name not in agreeing:
+        if name in settings.providers and name not in timed:
             failed.append(f"{case.name} {dtype}: {name}")
 
     inputs = make_inputs(
@@ -134,23 +136,25 @@ def _measure(case: Case, settings: _Settings, failed: list[str]) -> list[ResultR
     for mode in options.modes:
         what = f"{case.name} {dtype} {mode}"
         functions = {}
-        for name, provider in agreeing.items():
+        for name, provider in timed.items():
             with record_failure(f"{what}: {name}", failed):
                 functions[name] = timed_call(provider, inputs, mode)
         timings = time_interleaved(functions, settings.device, options.seconds, what, failed)
         least = settings.machine.least_ms(case, mode, DTYPES[dtype].itemsize)
         timings["roofline"] = Timing(least, least, least, None)
         for name, timing in timings.items():
-            rows.append(timing_row(name, case.name, shape, dtype, mode, timing, settings.environment))
+            row = timing_row(name, case.name, shape, dtype, mode, timing, settings.environment)
+            rows.append({**row, ERROR_COLUMN: errors.get(name, "")})
     return rows
 
 
-def _agreeing_providers(case: Case, settings: _Settings) -> dict[str, Provider]:
-    """Return the providers whose output and gradients agree with the reference, and the limits; name the others."""
+def _compare(case: Case, settings: _Settings) -> tuple[dict[str, Provider], dict[str, str]]:
+    """Return the providers to time, and the errors of those among them that disagree with the reference."""
     dtype = settings.dtype
     inputs = comparison_inputs(case, DTYPES[dtype], settings.device, settings.options.offset_magnitude)
     expected = reference_results(inputs)
-    agreeing = {}
+    timed = {}
+    errors = {}
     for name, provider in settings.providers.items():
         if provider.checked:
             try:
@@ -161,10 +165,12 @@ def _agreeing_providers(case: Case, settings: _Settings) -> dict[str, Provider]:
                     traceback.print_exc()
                 continue
             if not error < TOLERANCE[dtype]:
-                tqdm.write(f"{case.name}: {name} disagrees by {error:.1e} and is not timed", file=sys.stderr)
-                continue
-        agreeing[name] = provider
-    return agreeing
+                tqdm.write(f"{case.name}: {name} disagrees by {error:.1e}", file=sys.stderr)
+                if name in OURS:
+                    continue
+                errors[name] = f"{error:.0e}"
+        timed[name] = provider
+    return timed, errors
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The measurement that `bench.train_step` and `bench.inference` share: options, timing, counts, rows.
 
-Options are measured one by one against the plain float32 step; each is a provider of its own in the tables:
+Options are measured against the plain float32 step, one by one or joined as in `bf16+graph`; each is a provider of its
+own in the tables:
 
 - `channels_last`: the weights too are stored so (the images and features always are).
 - `bf16`: under autocast.
@@ -9,6 +10,8 @@ Options are measured one by one against the plain float32 step; each is a provid
 - `compile`: `torch.compile` of the network and its losses; minutes of compilation before the first step.
 - `graph`: one CUDA graph per shape of the batch, CUDA only; measured after all others, since a capture that fails may
   leave the device unusable.
+
+torchvision's model is measured as it is and with the same `channels_last`, `bf16` and `tf32`, joined or not.
 
 What fails is named, gives the exit status 1, and leaves the rows of the others.
 """
@@ -41,10 +44,13 @@ from triton_dcn.tf32 import allow_tf32
 
 OPTIONS = ("channels_last", "bf16", "tf32", "fused", "compile", "graph")
 CUDA_ONLY = ("tf32", "graph")
+PEER_OPTIONS = ("channels_last", "bf16", "tf32")
+OURS = "triton_dcn"
+PEER = "torchvision"
 EXTRA_COLUMNS = ("images_per_second", "launches", "waits")
 LAUNCH_EVENTS = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
 WAIT_EVENTS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
-STEPS_PER_READING = 10
+STEPS_PER_READING = 5
 """Steps on a CUDA device between two readings of the clock, so that the host may run ahead."""
 
 
@@ -65,8 +71,10 @@ class Step:
     peak_mib: float | None = None
 
 
-MakeStep = Callable[[nn.Module, Batch, str, torch.device], Step]
-"""(model, batch, option, device) -> step; the model is ours or torchvision's."""
+Options = frozenset[str]
+"""Some of `OPTIONS`, together; none for the plain step."""
+MakeStep = Callable[[nn.Module, Batch, Options, torch.device], Step]
+"""(model, batch, options, device) -> step; the model is ours or torchvision's."""
 
 
 def command_line(module: str, doc: str) -> argparse.ArgumentParser:
@@ -88,7 +96,12 @@ def command_line(module: str, doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--cascade", action="store_true", help="Cascade R-CNN")
     parser.add_argument("--mask", action="store_true", help="Mask R-CNN")
     parser.add_argument(
-        "--options", nargs="*", choices=OPTIONS, default=default_options, help="measured beside the plain step"
+        "--options",
+        nargs="*",
+        type=joined_options,
+        default=default_options,
+        metavar="OPTION[+OPTION]",
+        help=f"measured beside the plain step: {', '.join(OPTIONS)}",
     )
     parser.add_argument(
         "--peer", action=argparse.BooleanOptionalAction, default=True, help="torchvision's, if it is there"
@@ -98,6 +111,18 @@ def command_line(module: str, doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--csv", type=Path, help="write the measurements here")
     return parser
+
+
+def joined_options(text: str) -> str:
+    """Return an argument of `--options` as it is.
+
+    Raises:
+        argparse.ArgumentTypeError: a part of it is no option.
+    """
+    for name in text.split("+"):
+        if name not in OPTIONS:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(OPTIONS)}, joined by +, got {name!r}")
+    return text
 
 
 def run(make_step: MakeStep, mode: str, options: argparse.Namespace) -> int:
@@ -120,17 +145,17 @@ def run(make_step: MakeStep, mode: str, options: argparse.Namespace) -> int:
 
     rows: list[ResultRow] = []
     failed: list[str] = []
-    for size, names in itertools.product(sizes, groups):
-        seconds = options.seconds * len(names) / sum(len(group) for group in groups)
+    for size, providers in itertools.product(sizes, groups):
+        seconds = options.seconds * len(providers) / sum(len(group) for group in groups)
         shape = f"{options.batch_size}x3x{size[0]}x{size[1]}"
         what = f"{mode} {shape}"
         # by default torch lets cuDNN use tf32 in float32 convolutions, which the deformable ones would not use
-        with record_failure(f"{what} {', '.join(names)}", failed), allow_tf32(False):
+        with record_failure(f"{what} {', '.join(providers)}", failed), allow_tf32(False):
             batch = make_batch(config, options.batch_size, size).to(device)
             steps = {}
-            for name in names:
-                with record_failure(f"{what} {name}", failed):
-                    steps[_provider(name)] = build_step(make_step, name, config, batch, size, device)
+            for provider in providers:
+                with record_failure(f"{what} {provider}", failed):
+                    steps[provider] = build_step(make_step, provider, config, batch, size, device)
             measurements = measure_steps(steps, mode, options.batch_size, device, seconds, failed)
             rows += _rows(measurements, config, shape, environment)
         write_csv(options.csv, rows)
@@ -145,28 +170,27 @@ def run(make_step: MakeStep, mode: str, options: argparse.Namespace) -> int:
 def _groups_of_steps(
     options: argparse.Namespace, mode: str, config: FasterRCNNConfig, device: torch.device
 ) -> list[list[str]]:
-    """Return the names of the steps that are measured side by side; "graph" comes alone and last."""
-    names = ["plain"]
+    """Return the providers of the steps that are measured side by side; those with a graph come alone and last."""
+    providers = [OURS]
+    peers = [PEER]
+    with_graph = []
     for name in options.options:
-        if name in CUDA_ONLY and device.type != "cuda":
+        parts = set(name.split("+"))
+        if parts.intersection(CUDA_ONLY) and device.type != "cuda":
             continue
-        if name == "fused" and (mode != "detect" or config.norm == "gn"):
+        if "fused" in parts and (mode != "detect" or config.norm == "gn"):
             continue
-        if name != "graph":
-            names.append(name)
+        if "graph" in parts:
+            with_graph.append([f"{OURS} {name}"])
+            continue
+        providers.append(f"{OURS} {name}")
+        if parts.issubset(PEER_OPTIONS):
+            peers.append(f"{PEER} {name}")
     if options.peer and detector_models.TorchvisionFasterRCNN is None:
         print("skipped torchvision: it cannot be imported", file=sys.stderr)
     elif options.peer:
-        names.append("torchvision")
-    with_graph = "graph" in options.options and device.type == "cuda"
-    return [names, ["graph"]] if with_graph else [names]
-
-
-def _provider(name: str) -> str:
-    """Return what the rows call a step: "triton_dcn", "triton_dcn OPTION" or "torchvision"."""
-    if name == "torchvision":
-        return name
-    return "triton_dcn" if name == "plain" else f"triton_dcn {name}"
+        providers += peers
+    return [providers, *with_graph]
 
 
 def configure_model(options: argparse.Namespace) -> FasterRCNNConfig:
@@ -185,33 +209,35 @@ def configure_model(options: argparse.Namespace) -> FasterRCNNConfig:
 
 def build_step(
     make_step: MakeStep,
-    name: str,
+    provider: str,
     config: FasterRCNNConfig,
     batch: Batch,
     size: tuple[int, int],
     device: torch.device,
 ) -> Step:
-    """Return the step of our detector with an option or "plain", or the plain one of "torchvision"."""
-    if name == "torchvision":
-        return make_step(build_torchvision(config, size, device), batch, "plain", device)
-    step = make_step(build_detector(config, device), batch, name, device)
-    if name == "tf32":
-        return replace(step, run=with_tf32(step.run), dtype="tf32")
-    return step
+    """Return the step of a provider: `OURS` or `PEER`, followed by its options, if any."""
+    name, _, joined = provider.partition(" ")
+    options = frozenset(joined.split("+")) if joined else frozenset()
+    model = build_torchvision(config, size, device) if name == PEER else build_detector(config, device)
+    if "tf32" not in options:
+        return make_step(model, batch, options, device)
+    with allow_tf32(True):
+        step = make_step(model, batch, options, device)
+    return replace(step, run=with_tf32(step.run), dtype="tf32" if step.dtype == "float32" else step.dtype)
 
 
-def apply_option(model: nn.Module, option: str) -> nn.Module:
-    """Return the model with its weights as the option has them."""
-    if option == "fused":
-        return fuse_batch_norms(model.eval())
-    if option == "channels_last":
-        return model.to(memory_format=torch.channels_last)
+def apply_options(model: nn.Module, options: Options) -> nn.Module:
+    """Return the model with its weights as the options have them."""
+    if "fused" in options:
+        model = fuse_batch_norms(model.eval())
+    if "channels_last" in options:
+        model = model.to(memory_format=torch.channels_last)
     return model
 
 
-def autocast_for(option: str, device: torch.device) -> tuple[Callable[[], AbstractContextManager[Any]], str]:
-    """Return the context of the forward pass and the name of the dtype, for an option."""
-    if option == "bf16":
+def autocast_for(options: Options, device: torch.device) -> tuple[Callable[[], AbstractContextManager[Any]], str]:
+    """Return the context of the forward pass and the name of the dtype, for some options."""
+    if "bf16" in options:
         return lambda: torch.autocast(device.type, torch.bfloat16), "bfloat16"
     return nullcontext, "float32"
 

@@ -86,12 +86,19 @@ PLAN = (
         75,
     ),
     Benchmark(
-        "train-step", "train_step", (*TRAIN, "--options", "channels_last", "bf16", "tf32", "graph"), DRY_STEP, 75
+        "train-step",
+        "train_step",
+        (*TRAIN, "--options", "tf32", "bf16+channels_last", "tf32+channels_last+graph", "bf16+channels_last+graph"),
+        DRY_STEP,
+        75,
     ),
     Benchmark(
         "inference",
         "inference",
-        (*DETECT, "--options", "channels_last", "bf16", "tf32", "fused", "graph"),
+        (
+            *(*DETECT, "--options", "tf32", "bf16+channels_last"),
+            *("bf16+channels_last+fused", "tf32+channels_last+fused+graph", "bf16+channels_last+fused+graph"),
+        ),
         DRY_STEP,
         60,
     ),

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from bench.detector_models import torchvision_inputs
 from bench.detector_steps import (
+    Options,
     Step,
-    apply_option,
+    apply_options,
     autocast_for,
     capture_graph,
     command_line,
@@ -25,14 +26,14 @@ from bench.model_parts import PartTimer
 from detector import Batch, FasterRCNN
 
 
-def make_step(model: nn.Module, batch: Batch, option: str, device: torch.device) -> Step:
-    """Return the detection step of a model, ours or torchvision's, with an option of `bench.detector_steps`."""
+def make_step(model: nn.Module, batch: Batch, options: Options, device: torch.device) -> Step:
+    """Return the detection step of a model, ours or torchvision's, with options of `bench.detector_steps`."""
     ours = isinstance(model, FasterRCNN)
-    model = apply_option(model, option).eval()
-    if option in ("compile", "graph"):
-        return _fixed_shape_step(model, batch, option)
+    model = apply_options(model, options).eval()
+    if not options.isdisjoint(("compile", "graph")):
+        return _fixed_shape_step(model, batch, options, device)
 
-    autocast, dtype = autocast_for(option, device)
+    autocast, dtype = autocast_for(options, device)
     timer = PartTimer(model, device) if ours else None
     images = batch if ours else torchvision_inputs(batch)[0]
 
@@ -43,27 +44,28 @@ def make_step(model: nn.Module, batch: Batch, option: str, device: torch.device)
     return Step(step, dtype, timer)
 
 
-def _fixed_shape_step(model: FasterRCNN, batch: Batch, option: str) -> Step:
+def _fixed_shape_step(model: FasterRCNN, batch: Batch, options: Options, device: torch.device) -> Step:
     """Return the step that is compiled or captured: its detections are tensors of a fixed shape."""
-    detect = compile_if(option == "compile", model.detect)
+    autocast, dtype = autocast_for(options, device)
+    detect = compile_if("compile" in options, model.detect)
     detections: tuple[Tensor, ...] = ()
 
     def detect_batch() -> None:
         nonlocal detections
-        detections = detect(batch)
+        with torch.no_grad(), autocast():
+            detections = detect(batch)
 
     run_detection = detect_batch
     peak_mib = None
-    if option == "graph":
+    if "graph" in options:
         run_detection, peak_mib = capture_graph(detect_batch)
 
     def step() -> list[int]:
-        with torch.no_grad():
-            run_detection()
+        run_detection()
         valid = detections[3]
         return valid.sum(1).tolist()  # waits for the device, as the lists of the plain step do
 
-    return Step(step, "float32", None, peak_mib)
+    return Step(step, dtype, None, peak_mib)
 
 
 def main(arguments: list[str] | None = None) -> int:

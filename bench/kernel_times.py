@@ -28,6 +28,7 @@ from bench.device import DTYPES, gpu_or_dry_run
 from bench.measure import record_failure, timed_call
 from bench.providers import Provider, load_providers
 from bench.rows import CASE_COLUMNS, ResultRow, environment_columns, write_csv
+from detector.graph import CudaRecorder
 from triton_dcn.tf32 import allow_tf32
 
 TOTAL = "all kernels"
@@ -103,35 +104,33 @@ class KernelTimer:
         ]
 
     def host_time(self, call: Call, calls: int = HOST_CALLS) -> float:
-        """Return the microseconds in which the host starts a call."""
+        """Return the microseconds in which the host starts a call, the median.
+
+        The device is idle before each call: where a thousand launches wait for it, the driver lets the host wait, too.
+        """
         for _ in range(self._warm_up_calls):
             call()
-        self._wait()
-        start = time.perf_counter()
+        seconds = []
         for _ in range(calls):
+            self._wait()
+            start = time.perf_counter()
             call()
-        seconds = time.perf_counter() - start
+            seconds.append(time.perf_counter() - start)
         self._wait()
-        return 1e6 * seconds / calls
+        return 1e6 * statistics.median(seconds)
 
     def graph_time(self, call: Call) -> float:
         """Return the microseconds of a call captured in a CUDA graph."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_CALLS):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
+        recorder = CudaRecorder(self._device)
+        for _ in range(WARM_UP_CALLS):
+            recorder.run(call)
+        _, replay = recorder.record(call)
 
         start = torch.cuda.Event(enable_timing=True)
         stop = torch.cuda.Event(enable_timing=True)
-        graph.replay()
         start.record()
         for _ in range(GRAPH_REPLAYS):
-            graph.replay()
+            replay()
         stop.record()
         torch.cuda.synchronize()
         return 1e3 * start.elapsed_time(stop) / GRAPH_REPLAYS
@@ -223,8 +222,18 @@ def _measure(
                     add(name, mode, HOST, timer.host_time(call, HOST_CALLS if rounds > 1 else 1), 1)
         if name == "triton" and inputs.input.is_cuda:
             with record_failure(f"{what} graph", failed):
-                add(name, "both", GRAPH, timer.graph_time(timed_call(provider, inputs, "both")), 1)
+                call = timed_call(provider, _with_new_leaves(inputs), "both")
+                add(name, "both", GRAPH, timer.graph_time(call), 1)
     return rows
+
+
+def _with_new_leaves(inputs: Inputs) -> Inputs:
+    """Return the inputs as new leaves of autograd.
+
+    The old ones are tied to the stream of a graph that is kept for the backward passes, which must not be captured.
+    """
+    leaves = (leaf.detach().requires_grad_() for leaf in inputs.leaves)
+    return Inputs(inputs.case, *leaves, inputs.grad_output)
 
 
 def _training_forward(provider: Provider, inputs: Inputs) -> Call:

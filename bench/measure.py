@@ -21,7 +21,7 @@ from triton_dcn import reference
 from triton_dcn.offset_mask import OffsetMask
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "tf32": 5e-3, "float16": 5e-3, "bfloat16": 4e-2}
-"""Relative l2 error to the float64 reference above which a provider is not timed."""
+"""Relative l2 error to the float64 reference above which a provider disagrees."""
 MODES = ("fwd", "bwd", "both")
 SLEEP_CYCLES = 2_000_000
 """About 1 ms that a CUDA device sleeps before a call, so that the host launches ahead and its time is not measured."""

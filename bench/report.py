@@ -6,6 +6,7 @@ One CSV gives a markdown table; two give the ratio of each measurement to the sa
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
 from dataclasses import replace
@@ -15,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.cases import Case, all_cases
-from bench.rows import ResultRow, read_csv
+from bench.rows import ERROR_COLUMN, ResultRow, read_csv
 
 COLORS = {
     "triton": "#123f6d",
@@ -30,6 +31,10 @@ COLORS = {
 }
 """Color of every provider, in the order of the columns."""
 OTHER_COLOR = "#555555"
+LABELS = {"conv2d": "conv2d without offsets", "roofline": "least time by roofline"}
+"""What the pictures call what is no deformable convolution."""
+MARKERS = "osD^"
+"""Of the dtypes of a roofline."""
 TITLES = {"fwd": "forward", "bwd": "backward", "both": "forward + backward"}
 
 MeasurementKey = tuple[str, str, str, str]
@@ -69,7 +74,10 @@ def markdown_table(header: list[str], lines: list[list[str]]) -> str:
 
 
 def markdown(rows: list[ResultRow]) -> str:
-    """Return milliseconds (and peak MiB in brackets) of every provider, a line per case, dtype and mode."""
+    """Return milliseconds (and peak MiB in brackets) of every provider, a line per case, dtype and mode.
+
+    Results that disagree with the reference stand with their relative error.
+    """
     if not rows:
         return "nothing was measured"
     names = _provider_names(rows)
@@ -87,6 +95,8 @@ def _time_and_memory(row: ResultRow) -> str:
     text = f"{float(row['ms_p50']):.4g}"
     if row["peak_mib"]:
         text += f" ({float(row['peak_mib']):.0f})"
+    if row.get(ERROR_COLUMN):
+        text += f" error {row[ERROR_COLUMN]}"
     return text
 
 
@@ -120,13 +130,18 @@ def draw_bars(rows: list[ResultRow], path: Path) -> None:
     for (case, _, dtype, mode), by_provider in _group_rows(rows).items():
         panels.setdefault((dtype, mode), {})[case] = by_provider
     names = _provider_names(rows)
-    figure = Figure(figsize=(9, 3.2 * len(panels)), layout="constrained")
+    most_cases = max(len(cases) for cases in panels.values())
+    figure = Figure(figsize=(max(9, 1.7 * most_cases), 3.2 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axis, ((dtype, mode), cases) in zip(axes, panels.items(), strict=True):
         _draw_panel(axis, cases, names)
         axis.set_title(f"{TITLES[mode]}, {dtype}")
-    axes[0].legend(ncols=len(names), fontsize=8, frameon=False)
-    figure.suptitle(f"{rows[0]['gpu']}, torch {rows[0]['torch']}", fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), fontsize=8, frameon=False)
+    title = f"{rows[0]['gpu']}, torch {rows[0]['torch']}; lower is better"
+    if any(row.get(ERROR_COLUMN) for row in rows):
+        title += "; *: results disagree with the reference"
+    figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=130)
 
 
@@ -136,20 +151,22 @@ def _draw_panel(axis: Axes, cases: dict[str, dict[str, ResultRow]], names: list[
     for index, name in enumerate(names):
         shift = (index - (len(names) - 1) / 2) * width
         positions = [x + shift for x in range(len(cases))]
-        heights = [float(by_provider[name]["ms_p50"]) if name in by_provider else 0 for by_provider in cases.values()]
-        bars = axis.bar(positions, heights, width, label=name, color=COLORS.get(name, OTHER_COLOR))
-        axis.bar_label(bars, [_bar_label(height) for height in heights], fontsize=7, padding=1)
+        measured = [by_provider.get(name) for by_provider in cases.values()]
+        heights = [float(row["ms_p50"]) if row else 0 for row in measured]
+        bars = axis.bar(positions, heights, width, label=LABELS.get(name, name), color=COLORS.get(name, OTHER_COLOR))
+        axis.bar_label(bars, [_bar_label(row) for row in measured], fontsize=7, padding=1)
     axis.set_xticks(range(len(cases)), list(cases))
-    axis.set_yscale("log")
     axis.set_ylabel("ms")
     axis.spines[["top", "right"]].set_visible(False)
     axis.margins(y=0.12)
 
 
-def _bar_label(height: float) -> str:
-    if not height:
-        return ""
-    return f"{height:.0f}" if height >= 100 else f"{height:.3g}"
+def _bar_label(row: ResultRow | None) -> str:
+    if row is None:
+        return "-"
+    milliseconds = float(row["ms_p50"])
+    text = f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.2g}"
+    return f"{text}*" if row.get(ERROR_COLUMN) else text
 
 
 def draw_roofline(rows: list[ResultRow], path: Path) -> None:
@@ -161,18 +178,22 @@ def draw_roofline(rows: list[ResultRow], path: Path) -> None:
     machine_rows = [row for row in rows if row["provider"] == "machine"]
     if not machine_rows:
         raise ValueError("rows: expected a measurement of the machine, got none")
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axis = figure.subplots()
-    for dtype in dict.fromkeys(row["dtype"] for row in machine_rows):
+    dtypes = dict.fromkeys(row["dtype"] for row in machine_rows)
+    for marker, dtype in zip(itertools.cycle(MARKERS), dtypes, strict=False):
         bandwidth, rate = roof([row for row in machine_rows if row["dtype"] == dtype])
         knee = rate / bandwidth
         axis.plot([1, knee, 1e4], [bandwidth / 1e9, rate / 1e9, rate / 1e9], "k-", lw=1)
-        axis.annotate(f"{dtype}, {rate / 1e9:.4g} GFLOP/s", (1e4, rate / 1e9), fontsize=8, va="bottom", ha="right")
+        text = f"{dtype}: {rate / 1e9:,.0f} GFLOP/s"
+        axis.annotate(text, (knee, rate / 1e9), (4, 2), textcoords="offset points", fontsize=8)
         for name, points in _forward_points(rows, dtype).items():
             intensities, rates = zip(*points, strict=True)
-            axis.plot(intensities, rates, "o", color=COLORS.get(name), label=f"{name}, {dtype}")
-    axis.set(xscale="log", yscale="log", xlabel="FLOP per byte of inputs and output", ylabel="GFLOP/s, forward")
-    axis.legend(fontsize=8, frameon=False)
+            color = COLORS.get(name, OTHER_COLOR)
+            axis.plot(intensities, rates, marker, color=color, label=f"{LABELS.get(name, name)}, {dtype}")
+    axis.set(xscale="log", yscale="log", xlabel="FLOP per byte of inputs and output", ylabel="GFLOP/s")
+    axis.set_title(f"forward; lines: most that copies and products reach on {rows[0]['gpu']}", fontsize=9)
+    axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
 

@@ -18,6 +18,8 @@ CASE_COLUMNS = ("provider", "case", "shape", "dtype", "mode")
 TIMING_COLUMNS = ("ms_p50", "ms_p20", "ms_p80", "peak_mib")
 ENVIRONMENT_COLUMNS = ("gpu", "driver", "torch", "triton", "commit", "date")
 COLUMNS = (*CASE_COLUMNS, *TIMING_COLUMNS, *ENVIRONMENT_COLUMNS)
+ERROR_COLUMN = "error"
+"""Relative l2 error to float64 of a provider that disagrees. Files of the operator's times have it after `COLUMNS`."""
 
 ResultRow = dict[str, str]
 

@@ -14,8 +14,9 @@ from torch import nn
 
 from bench.detector_models import torchvision_inputs
 from bench.detector_steps import (
+    Options,
     Step,
-    apply_option,
+    apply_options,
     autocast_for,
     capture_graph,
     command_line,
@@ -26,21 +27,21 @@ from bench.model_parts import PartTimer
 from detector import Batch, FasterRCNN
 
 
-def make_step(model: nn.Module, batch: Batch, option: str, device: torch.device) -> Step:
-    """Return the training step of a model, ours or torchvision's, with an option of `bench.detector_steps`."""
+def make_step(model: nn.Module, batch: Batch, options: Options, device: torch.device) -> Step:
+    """Return the training step of a model, ours or torchvision's, with options of `bench.detector_steps`."""
     ours = isinstance(model, FasterRCNN)
-    model = apply_option(model, option).train()
-    autocast, dtype = autocast_for(option, device)
+    model = apply_options(model, options).train()
+    autocast, dtype = autocast_for(options, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, 1e-4, momentum=0.9, weight_decay=1e-4)
 
     timer = None
-    if ours and option not in ("compile", "graph"):
+    if ours and options.isdisjoint(("compile", "graph")):
         timer = PartTimer(model, device)
     part = nullcontext if timer is None else timer.part
 
     losses = model.losses if ours else model
-    losses = compile_if(option == "compile", losses)
+    losses = compile_if("compile" in options, losses)
     inputs = (batch,) if ours else torchvision_inputs(batch)
 
     def step() -> None:
@@ -52,7 +53,7 @@ def make_step(model: nn.Module, batch: Batch, option: str, device: torch.device)
         with part("optimizer"):
             optimizer.step()
 
-    if option == "graph":
+    if "graph" in options:
         replay, peak_mib = capture_graph(step)
         return Step(replay, dtype, timer, peak_mib)
     return Step(step, dtype, timer)

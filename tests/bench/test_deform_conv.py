@@ -1,4 +1,4 @@
-"""The benchmark as a user runs it, on its smallest case: nothing wrong is timed, and its files can be read back."""
+"""The benchmark as a user runs it, on its smallest case: nothing wrong passes for right, and its files can be read."""
 
 import csv
 
@@ -9,7 +9,7 @@ from bench import deform_conv, measure, providers, report
 from bench.cases import CASES, make_inputs, select_cases
 from bench.providers import Provider
 from bench.roofline import Machine
-from bench.rows import COLUMNS, read_csv
+from bench.rows import COLUMNS, ERROR_COLUMN, read_csv
 
 CPU = torch.device("cpu")
 SMALLEST = ["--cases", "odd-pointwise", "--seconds", "0", "--device", "cpu", "--threads", "1"]
@@ -23,7 +23,7 @@ def test_run_and_reports(tmp_path, capsys):
     deform_conv.main([*SMALLEST, "--modes", *measure.MODES, "--providers", "torch", "conv2d", "--csv", str(file)])
     assert "odd-pointwise bwd" in capsys.readouterr().out
     with file.open() as lines:
-        assert next(csv.reader(lines)) == list(COLUMNS)
+        assert next(csv.reader(lines)) == [*COLUMNS, ERROR_COLUMN]
     rows = read_csv(file)
     assert {row["provider"] for row in rows} == {"torch", "conv2d", "roofline", "machine"}
     assert all(float(row["ms_p20"]) <= float(row["ms_p50"]) <= float(row["ms_p80"]) for row in rows)
@@ -56,7 +56,7 @@ def test_a_failure_between_two_rounds_leaves_the_other_rows(capsys):
     assert "case: failing failed: out of memory" in capsys.readouterr().err
 
 
-def test_a_provider_that_disagrees_or_fails_is_not_timed(monkeypatch, capsys):
+def test_a_peer_that_disagrees_is_timed_with_its_error(tmp_path, monkeypatch, capsys):
     right = providers.FACTORIES["torch"]().call
 
     def fails(inputs):
@@ -68,13 +68,18 @@ def test_a_provider_that_disagrees_or_fails_is_not_timed(monkeypatch, capsys):
     }
     monkeypatch.setattr(providers, "FACTORIES", {**providers.FACTORIES, **others})
 
-    assert deform_conv.main([*SMALLEST, "--modes", "fwd", "--providers", "wrong", "failing", "torch"]) == 0
+    file = tmp_path / "run.csv"
+    arguments = ["--modes", "fwd", "--providers", "wrong", "failing", "torch", "--csv", str(file)]
+    assert deform_conv.main([*SMALLEST, *arguments]) == 0
 
     out, err = capsys.readouterr()
-    assert "wrong disagrees" in err
+    assert "wrong disagrees by 1.0e-02" in err
     assert "failing cannot: no kernel" in err
-    header = next(line for line in out.splitlines() if line.startswith("| case"))
-    assert [cell.strip() for cell in header.split("|")[4:-1]] == ["torch", "roofline"]
+    header, _, line = [line for line in out.splitlines() if line.startswith("|")]
+    assert [cell.strip() for cell in header.split("|")[4:-1]] == ["torch", "roofline", "wrong"]
+    errors = [cell.partition(" error ")[2].strip() for cell in line.split("|")[4:-1]]
+    assert errors == ["", "", "1e-02"]
+    report.draw_bars(read_csv(file), tmp_path / "bars.png")
 
 
 @pytest.fixture
@@ -150,7 +155,7 @@ def test_the_case_of_a_row_has_the_sizes_of_its_shape():
 
 
 @pytest.mark.usefixtures("quick_machine")
-def test_a_nan_among_the_gradients_is_not_timed(monkeypatch, capsys):
+def test_a_nan_among_the_gradients_is_seen(monkeypatch, capsys):
     right = providers.FACTORIES["torch"]().call
 
     def with_nan_gradient(inputs):

@@ -33,7 +33,7 @@ PARTS = {
 
 @pytest.mark.parametrize(
     ("module", "mode", "option", "dtype"),
-    [(train_step, "train", "bf16", "bfloat16"), (inference, "detect", "channels_last", "float32")],
+    [(train_step, "train", "bf16+channels_last", "bfloat16"), (inference, "detect", "channels_last", "float32")],
     ids=["train", "detect"],
 )
 def test_rows(module, mode, option, dtype, tmp_path, capsys):
@@ -60,11 +60,11 @@ def test_a_failure_leaves_the_other_options(tmp_path, monkeypatch, capsys):
     make_step = inference.make_step
     count_launches = detector_steps.count_launches
 
-    def make(model, batch, option, device):
-        made[option] = torch.backends.cudnn.allow_tf32
-        if option == "bf16":
+    def make(model, batch, options, device):
+        made["+".join(options)] = torch.backends.cudnn.allow_tf32
+        if "bf16" in options:
             raise RuntimeError("no capture")
-        return make_step(model, batch, option, device)
+        return make_step(model, batch, options, device)
 
     def count_or_fail(step, device):
         if len(made) == 3:
@@ -83,9 +83,56 @@ def test_a_failure_leaves_the_other_options(tmp_path, monkeypatch, capsys):
     assert int(rows["triton_dcn channels_last"]["launches"]) > 100
     assert list(rows["triton_dcn"]) == [*COLUMNS, *detector_steps.EXTRA_COLUMNS]
     err = capsys.readouterr().err
-    assert "bench: detect 2x3x64x64 bf16 failed: no capture" in err
+    assert "bench: detect 2x3x64x64 triton_dcn bf16 failed: no capture" in err
     assert "bench: detect: triton_dcn: counting failed: no profiler" in err
-    assert not any(made[option] for option in ("plain", "bf16", "channels_last"))  # float32 is not tf32
+    assert not any(made[option] for option in ("", "bf16", "channels_last"))  # float32 is not tf32
+
+
+def test_steps_of_joined_options(monkeypatch):
+    monkeypatch.setattr(detector_steps.detector_models, "TorchvisionFasterRCNN", object)
+    parse = command_line("bench.train_step", "").parse_args
+    options = parse(["--options", "tf32", "fused", "bf16+channels_last", "graph", "bf16+fused+graph"])
+
+    def groups(mode, device):
+        return detector_steps._groups_of_steps(options, mode, configure_model(options), torch.device(device))
+
+    ours = ["triton_dcn", "triton_dcn tf32", "triton_dcn fused", "triton_dcn bf16+channels_last"]
+    peers = ["torchvision", "torchvision tf32", "torchvision bf16+channels_last"]
+    assert groups("detect", "cuda") == [[*ours, *peers], ["triton_dcn graph"], ["triton_dcn bf16+fused+graph"]]
+    ours.remove("triton_dcn fused")
+    assert groups("train", "cuda") == [[*ours, *peers], ["triton_dcn graph"]]
+    ours.remove("triton_dcn tf32")
+    peers.remove("torchvision tf32")
+    assert groups("train", "cpu") == [[*ours, *peers]]
+
+
+@pytest.mark.parametrize("module", [train_step, inference], ids=["train", "detect"])
+def test_graphs_of_other_arithmetic(module, monkeypatch):
+    """What is captured runs under autocast, with its own weights, and with tf32."""
+    captured = []
+
+    def capture(step):
+        step()
+        captured.append(torch.backends.cuda.matmul.allow_tf32)
+        return step, 1.0
+
+    monkeypatch.setattr(module, "capture_graph", capture)
+    config = configure_model(command_line("bench.train_step", "").parse_args(TINY))
+    batch = make_batch(config, 1, (64, 64))
+    arguments = (config, batch, (64, 64), torch.device("cpu"))
+    with allow_tf32(False):
+        half = detector_steps.build_step(module.make_step, "triton_dcn bf16+channels_last+graph", *arguments)
+        single = detector_steps.build_step(module.make_step, "triton_dcn tf32+graph", *arguments)
+        assert (half.dtype, half.peak_mib, single.dtype) == ("bfloat16", 1.0, "tf32")
+        half.run()
+        single.run()
+    assert captured == [False, True]
+
+
+def test_unknown_options(capsys):
+    with pytest.raises(SystemExit):
+        inference.main(["--options", "bf16+fast"])
+    assert "argument --options: expected some of channels_last, " in capsys.readouterr().err
 
 
 def test_tf32_is_of_one_option_alone():
