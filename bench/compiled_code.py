@@ -97,6 +97,7 @@ def constants(row: TileRow, arch: str, offset_groups: int = 1) -> dict[str, int 
         "BLOCK_C": tile.block_c,
         "WARPS": tile.num_warps if row.task == "forward" or arch in tile_table.REGISTER_ORDER else 0,
         "BLEND_IN_PAIRS": row.arithmetic == "half" and not arch.startswith("gfx"),
+        "LANES": tile.lanes,
     }
 
 

@@ -21,7 +21,7 @@ from triton_dcn.tile_table import TILE_W
 HEIGHT, WIDTH = 24, 38
 """Pixels of the input that is shown."""
 TOP, LEFT = 8, 16
-"""First pixel of the tile whose bin is shown: second row and second column of tiles."""
+"""First pixel of the tile whose bin is shown: third row and second column of tiles."""
 GRAY = "#c4cad3"
 INK = "#1f2937"
 BLUE = "#2563eb"

@@ -268,7 +268,7 @@ def as_on_a_gpu(stages: Stages, precision: PrecisionName) -> Iterator[None]:
         if row is None:
             return None
         # weights are put into the order of blocks, of which these few channels have to be at least one
-        return replace(row, tile=replace(row.tile, block_c=min(row.tile.block_c, channels)))
+        return replace(row, tile=replace(row.tile, block_c=min(row.tile.block_c, channels), lanes=4))
 
     patches: list[tuple[Any, str, Any]] = [
         (Tensor, "is_cuda", True),

@@ -154,10 +154,10 @@ def _row_for(row: TileRow, case: Case) -> TileRow | None:
     tile = row.tile
     if any(not MIN_BLOCK <= block <= MAX_BLOCK for block in (tile.block_p, tile.block_o, tile.block_c) if block):
         return None
-    if row.kernel in ("forward_direct", "grad_sample_fused"):
+    if row.kernel in ("forward_direct", "forward_prefetch", "grad_sample_fused"):
         if tile.block_p % (16 * tile.num_warps):
             return None
-        if case.channels // case.offset_groups % tile.block_c:
+        if row.kernel != "forward_prefetch" and case.channels // case.offset_groups % tile.block_c:
             row = replace(row, channels=case.channels, spans_groups=True)
     positions = case.batch * case.out_size[0] * case.out_size[1]
     fits = row.fits(case.channels // case.offset_groups, case.offset_groups, case.out_channels, positions)

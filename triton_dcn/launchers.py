@@ -20,7 +20,7 @@ from triton_dcn.kernels.forward import forward_direct_kernel, forward_prefetch_k
 from triton_dcn.kernels.grad_input import g_form_kernel, t_columns_kernel
 from triton_dcn.kernels.grad_sample import grad_sample_fused_kernel, grad_sample_kernel
 from triton_dcn.kernels.launch import launch
-from triton_dcn.kernels.register_order import block_channels, permute_weight, round_weight
+from triton_dcn.kernels.register_order import block_channels, operand_weight, result_weight, round_weight
 from triton_dcn.kernels.sampling import PAIRS, TRITON_VERSION, sampling_kernel
 from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
 from triton_dcn.tile_table import (
@@ -156,11 +156,8 @@ def columns(geom: ConvGeometry, x: Tensor, samples: SampleArrays, chunk: slice) 
 
 
 def forward_weight(row: TileRow, weight: Tensor) -> Tensor:
-    """Return a weight (O, C, kh, kw) of any strides as (O, K, C), as the kernel of a row of "forward" reads it."""
-    taps_last = weight.flatten(2).transpose(1, 2)
-    if row.kernel != "forward_direct":
-        return taps_last.contiguous()
-    w = permute_weight(taps_last, block=row.tile.block_c)
+    """Return a weight (O, C, kh, kw) of any strides in tiles, as the kernel of a row of "forward" reads it."""
+    w = operand_weight(weight.flatten(2).transpose(1, 2), row.tile.block_c, row.tile.lanes)
     return round_weight(w) if dot_precision(weight) in TF32 else w
 
 
@@ -176,28 +173,25 @@ def forward_fused(
 ) -> None:
     """Launch the forward kernel of the table's row: fill `output` (M, O). `w` comes from `forward_weight`.
 
-    `forward_direct_kernel` blends half-precision channels in pairs, rounding after every product; where the user asks
-    for determinism, in float32, as the other forward kernels do.
+    Half-precision channels are blended in pairs, rounding after every product; where the user asks for determinism, in
+    float32.
     """
     tile = row.tile
     options = tile.options
-    kernel = FORWARD_KERNELS[row.kernel]
-    kernel_constants: dict[str, int | bool] = {}
-    if row.kernel == "forward_direct":
-        in_pairs = _blends_in_pairs(x)
-        kernel_constants = {"WARPS": tile.num_warps, "BLEND_IN_PAIRS": in_pairs}
-        if x.dtype != torch.float32 and not in_pairs:
-            options = {"num_warps": tile.num_warps}  # float32 needs more registers
+    in_pairs = _blends_in_pairs(x)
+    if x.dtype != torch.float32 and not in_pairs:
+        options = {"num_warps": tile.num_warps}  # float32 needs more registers
     has_bias = bias is not None
     bias = w if bias is None else bias  # without a bias, a pointer that is not read
     positions = geom.batch * geom.positions
     launch(
-        kernel, _cdiv(positions, tile.block_p) * (geom.out_channels // tile.block_o),
+        FORWARD_KERNELS[row.kernel], _cdiv(positions, tile.block_p) * (geom.out_channels // tile.block_o),
         (x, *samples, w, bias, output),
         (positions, geom.out_height, geom.out_width, geom.width),
         CHANNELS=geom.in_channels, OUT_CHANNELS=geom.out_channels, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
         HAS_BIAS=has_bias, RELU=relu, STRIP=strip_width(geom.out_width), PRECISION=dot_precision(x),
-        BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, **kernel_constants, **options,
+        BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_C=tile.block_c,
+        WARPS=tile.num_warps, LANES=tile.lanes, BLEND_IN_PAIRS=in_pairs, **options,
     )  # fmt: skip
 
 
@@ -205,7 +199,8 @@ def grad_sample_weight(row: TileRow, w: Tensor) -> Tensor:
     """Return a weight (O, K, C) as the kernel of a row of "grad_sample_fused" reads it."""
     if architecture(w.device) not in REGISTER_ORDER:
         return w
-    w = permute_weight(w, "result", block=min(row.tile.block_c, block_channels(w.dtype)))
+    loaded_by_four = row.tile.block_c * 4 // row.tile.lanes
+    w = result_weight(w, min(loaded_by_four, block_channels(w.dtype)))
     return round_weight(w) if dot_precision(w) in TF32 else w
 
 
@@ -233,7 +228,8 @@ def grad_sample_fused(
         (positions, geom.out_height, geom.out_width, geom.width, taps, *_gradient_batch_strides(grad_offset_mask)),
         CHANNELS=geom.in_channels, OUT_CHANNELS=geom.out_channels, OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps,
         **_gradient_flags(grad_offset_mask), STRIP=strip_width(geom.out_width), PRECISION=dot_precision(x),
-        BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, WARPS=warps_in_order, **tile.options,
+        BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, WARPS=warps_in_order,
+        LANES=tile.lanes, **tile.options,
     )  # fmt: skip
 
 
@@ -306,7 +302,7 @@ def _bins_by_ranks(geom: ConvGeometry, cell: Tensor, tile_h: int) -> Bins:
     _bin_pass("count", geom, tile_h, sizes, tile, cell=cell, count=count)
     start = count.cumsum(0, dtype=torch.int32) - count
     entry = cell.new_empty(4 * sizes.samples)
-    _bin_pass("fill", geom, tile_h, sizes, tile, cell=cell, count=count.zero_(), start=start, entry=entry)
+    _bin_pass("fill", geom, tile_h, sizes, tile, cell=cell, count=start.clone(), entry=entry)
     return Bins(tile_h, start, entry)
 
 
@@ -328,18 +324,16 @@ def _bin_pass(
     cell: Tensor,
     key: Tensor | None = None,
     count: Tensor | None = None,
-    start: Tensor | None = None,
     entry: Tensor | None = None,
 ) -> None:
     """Launch `bin_kernel` for one of its passes, with the tensors that this pass reads or writes."""
     # without a tensor, a pointer that is not used
     key = cell if key is None else key
     count = cell if count is None else count
-    start = cell if start is None else start
     entry = cell if entry is None else entry
     launch(
         bin_kernel, _cdiv(sizes.samples, tile.block_p),
-        (cell, key, count, start, entry),
+        (cell, key, count, entry),
         sizes,
         OFFSET_GROUPS=geom.offset_groups, TAPS=geom.taps, TILE_H=tile_h, TILE_W=TILE_W,
         PASS=name, BLOCK=tile.block_p, **tile.options,

@@ -18,12 +18,12 @@ from triton_dcn.geometry import ConvGeometry
 from triton_dcn.tf32 import tf32_is_allowed
 
 TILE_W = 16
-T_TILE_H = 8
+T_TILE_H = 4
 G_TILE_H = 2
 """Width and height of the tile of input pixels that a bin of samples belongs to, for T-columns and for the G-form.
 
 Of a higher tile fewer samples enter a second bin; a lower one has a hat matrix with fewer zeros. A bin of T holds the
-samples of one tap, too few to fill a block for a low tile; the G-form goes through the bins of all taps as through one.
+samples of one tap, and for a lower tile more of a block would be empty; the G-form goes through all taps as one bin.
 """
 STRIP = 16
 """Columns in a strip of output positions, see `kernels.sampling.swizzle`."""
@@ -47,6 +47,7 @@ class Tile:
         num_warps: per program.
         max_registers: limit for each thread, so that more programs fit a multiprocessor, on NVIDIA; 0 leaves it to
             the compiler.
+        lanes: threads that share a gathered row, 4 or 8, see `kernels.register_order`.
     """
 
     block_p: int
@@ -54,6 +55,7 @@ class Tile:
     block_c: int = 0
     num_warps: int = 4
     max_registers: int = 0
+    lanes: int = 4
 
     @cached_property
     def options(self) -> dict[str, int]:
@@ -134,34 +136,40 @@ GPUS = (*NVIDIA, "gfx942")
 REGISTER_ORDER = ("sm80", "sm90", *HOST)
 """Where the results of products are in the registers that `kernels.register_order` says."""
 NVIDIA = ("sm80", "sm90", "sm100")
-PORTABLE = ("sm80", "gfx942")
 TF32 = ("tf32", "tf32_even")
 """Precisions of `kernels.arithmetic.contract` for TF32."""
 FULL = 256
 """Programs: about two for each of the 132 multiprocessors of an H100."""
 TABLE: tuple[TileRow, ...] = (
     TileRow("sampling", "sampling", GPUS, "any", ANY, Tile(256)),
-    TileRow("bins", "bins", GPUS, "any", ANY, Tile(256)),
+    TileRow("bins", "bins", NVIDIA, "any", ANY, Tile(128)),  # a sample a thread: with two, each corner has barriers
+    TileRow("bins", "bins", ("gfx942",), "any", ANY, Tile(256)),
+    TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(128, 256, 64, 8, lanes=8), programs=FULL),
     TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(128, 256, 32, 8), programs=FULL),
     TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(128, 128, 32, 8, 128), programs=FULL),
     TileRow("forward", "forward_direct", ("sm80",), "half", 256, Tile(128, 128, 32, 8), programs=FULL),
+    TileRow("forward", "forward_prefetch", ("sm90",), "half", 256, Tile(64, 128, 64, 4, lanes=8), programs=FULL),
     TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(64, 128, 32, 4), programs=FULL),
     TileRow("forward", "forward_direct", NVIDIA, "half", 256, Tile(64, 64, 32, 4)),
     TileRow("forward", "forward_direct", ("sm90",), "half", 256, Tile(64, 128, 32, 4, 168), spans_groups=True),
     TileRow("forward", "forward_direct", NVIDIA, "half", 256, Tile(64, 64, 32, 4), spans_groups=True),
     TileRow("forward", "forward_direct", ("sm80", "sm90"), "half", 256, Tile(64, 64, 16, 4), spans_groups=True),
+    TileRow("forward", "forward_direct", ("sm90",), "tf32", 256, Tile(128, 256, 32, 8, lanes=8), programs=FULL),
+    TileRow("forward", "forward_prefetch", ("sm90",), "tf32", 256, Tile(128, 128, 32, 8, lanes=8), programs=FULL),
     TileRow("forward", "forward_direct", ("sm80", "sm90"), "tf32", 256, Tile(128, 128, 16, 8), programs=FULL),
     TileRow("forward", "forward_direct", ("sm90",), "tf32", 256, Tile(64, 128, 16, 4), programs=FULL),
     TileRow("forward", "forward_direct", ("sm80", "sm90"), "tf32", 256, Tile(64, 64, 16, 4)),
     TileRow("forward", "forward_direct", ("sm80", "sm90"), "tf32", 256, Tile(64, 64, 16, 4), spans_groups=True),
     TileRow("forward", "forward_prefetch", ("gfx942",), "half", 128, Tile(64, 128, 32, 4)),
-    TileRow("forward", "forward_prefetch", ("gfx942",), "half", 256, Tile(64, 256, 32, 8)),
+    TileRow("forward", "forward_prefetch", ("gfx942",), "half", 256, Tile(64, 256, 32, 4)),
     TileRow("forward", "forward_prefetch", ("gfx942",), "half", 256, Tile(64, 64, 32, 4)),
     TileRow("columns", "columns", GPUS, "half", ANY, Tile(64, 0, 64, 8)),
     TileRow("columns", "columns", NVIDIA, "any", ANY, Tile(32, 0, 32, 8)),
     TileRow("columns", "columns", ("gfx942",), "any", ANY, Tile(16, 0, 64, 4)),
-    TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "half", 128, Tile(128, 64, 64, 8, 128)),
+    TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "half", 256, Tile(64, 64, 64, 4, 168, lanes=8)),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "half", 128, Tile(128, 128, 64, 8, 128)),
+    TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "half", 256, Tile(64, 128, 64, 4, 168, lanes=8)),
+    TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "half", 256, Tile(64, 256, 64, 4, 168, lanes=8)),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "half", 256, Tile(128, 128, 32, 8, 128)),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "half", 256, Tile(128, 256, 32, 8, 128)),
     TileRow(
@@ -176,18 +184,17 @@ TABLE: tuple[TileRow, ...] = (
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm100",), "half", 256, Tile(64, 256, 64, 8)),
     TileRow("grad_sample_fused", "grad_sample_fused", ("gfx942",), "half", 256, Tile(64, 128, 32, 4)),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm100", "gfx942"), "half", 256, Tile(64, 256, 32, 4)),
+    TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "tf32", 256, Tile(64, 128, 32, 4, 168, lanes=8)),
+    TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "tf32", 256, Tile(64, 256, 32, 4, lanes=8)),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm80", "sm90"), "tf32", 256, Tile(64, 128, 16, 4)),
     TileRow("grad_sample_fused", "grad_sample_fused", ("sm90",), "tf32", 256, Tile(64, 256, 16, 4)),
     TileRow("grad_sample", "grad_sample", NVIDIA, "half", ANY, Tile(16, 0, 64, 4)),
     TileRow("grad_sample", "grad_sample", NVIDIA, "any", ANY, Tile(16, 0, 32, 4)),
     TileRow("grad_sample", "grad_sample", ("gfx942",), "half", ANY, Tile(32, 0, 64, 4)),
     TileRow("grad_sample", "grad_sample", ("gfx942",), "any", ANY, Tile(32, 0, 32, 4)),
-    TileRow("t_columns", "t_columns", GPUS, "half", 64, Tile(64, 64, 0, 4)),
-    TileRow("t_columns", "t_columns", PORTABLE, "half", 128, Tile(64, 128, 0, 8)),
-    TileRow("t_columns", "t_columns", PORTABLE, "half", ANY, Tile(32, 256, 0, 8)),
-    TileRow("t_columns", "t_columns", ("sm90", "sm100"), "half", ANY, Tile(64, 128, 0, 8)),
-    TileRow("t_columns", "t_columns", ("sm80", "sm90"), "tf32", 64, Tile(64, 64, 0, 8)),
-    TileRow("t_columns", "t_columns", ("sm80", "sm90"), "tf32", ANY, Tile(32, 128, 0, 8)),
+    TileRow("t_columns", "t_columns", GPUS, "half", 64, Tile(32, 64, 0, 4)),
+    TileRow("t_columns", "t_columns", GPUS, "half", ANY, Tile(32, 128, 0, 4)),
+    TileRow("t_columns", "t_columns", ("sm80", "sm90"), "tf32", ANY, Tile(32, 64, 0, 4)),
     TileRow("t_columns", "t_columns", GPUS, "any", ANY, Tile(32, 64, 0, 8)),
     TileRow("g_form", "g_form", GPUS, "half", ANY, Tile(32, 0, 64, 1)),
     TileRow("g_form", "g_form", ("sm80", "sm90"), "tf32", ANY, Tile(32, 0, 64, 1)),

@@ -60,7 +60,7 @@ VARIANTS = """if True:
     for row in tile_table.TABLE:
         for arch in CHECKED_ARCHS:
             if row.task == "grad_sample_fused" and arch in row.archs:
-                report = compile_row(row, arch, OUT_CHANNELS=row.tile.block_o - 8, OFFSET_GROUPS=2)
+                report = compile_row(row, arch, offset_groups=2, OUT_CHANNELS=row.tile.block_o - 8)
                 limit = limits_for(row, arch, triton.__version__).shared
                 sample_gradients.append((f"{row.tile} {arch}", asdict(report), limit))
     narrow_groups = []

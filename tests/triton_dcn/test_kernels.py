@@ -195,11 +195,16 @@ def test_the_weight_is_put_in_order_once_for_all_slices(monkeypatch):
     monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 1)  # every image is a slice
     launched, sides = [], []
 
-    def permute_weight(weight, side="operand", block=None):
-        sides.append(side)
+    def operand_weight(weight, width, lanes):
+        sides.append("operand")
         return weight
 
-    monkeypatch.setattr(launchers, "permute_weight", permute_weight)
+    def result_weight(weight, block):
+        sides.append("result")
+        return weight
+
+    monkeypatch.setattr(launchers, "operand_weight", operand_weight)
+    monkeypatch.setattr(launchers, "result_weight", result_weight)
     monkeypatch.setattr(launchers, "launch", lambda kernel, *arguments, **constants: launched.append(kernel))
     output = triton_backend.forward(case.geom, input, case.offset_mask, weight, None)
     triton_backend.backward(
@@ -220,10 +225,11 @@ FUSED_SPECS = {
 }
 
 
+@pytest.mark.parametrize("lanes", [4, 8])
 @pytest.mark.parametrize(("archs", "full_warps"), [((ARCH,), 1), ((), 1 << 20)], ids=["all-taps", "any-order-one-tap"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spec", FUSED_SPECS)
-def test_sample_gradients_in_one_pass(spec, dtype, archs, full_warps, monkeypatch):
+def test_sample_gradients_in_one_pass(spec, dtype, archs, full_warps, lanes, monkeypatch):
     """One or two gathered blocks a product, several offset groups a block, strips, more output channels than there are.
 
     Dot products are float32: the error is that of the rounded results.
@@ -235,7 +241,7 @@ def test_sample_gradients_in_one_pass(spec, dtype, archs, full_warps, monkeypatc
     monkeypatch.setattr(tile_table, "STRIP_MIN_WIDTH", 18)
     block = block_channels(dtype)
     block_c = 2 * block if geom.in_channels // geom.offset_groups % (2 * block) == 0 else block
-    row = TileRow("grad_sample_fused", "grad_sample_fused", (ARCH,), "any", ANY, Tile(64, 64, block_c))
+    row = TileRow("grad_sample_fused", "grad_sample_fused", (ARCH,), "any", ANY, Tile(64, 64, block_c, lanes=lanes))
 
     _, offset, mask, _ = case.tensors
     x, w, grad = as_launched(case)

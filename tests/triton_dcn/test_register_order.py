@@ -13,8 +13,9 @@ from triton_dcn.kernels.register_order import (
     fma_pairs,
     from_result,
     multiply_pairs,
-    permute_weight,
+    operand_weight,
     product_row,
+    result_weight,
     round_weight,
     to_operand,
 )
@@ -22,12 +23,15 @@ from triton_dcn.kernels.register_order import (
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALVES = [torch.float16, torch.bfloat16]
 WARPS = [4, 8]
+LANES = [4, 8]
 
 
 def channel_order(channels, dtype, side):
     """Return the channels of a permuted weight, by their old numbers."""
     numbers = torch.arange(channels, dtype=dtype).view(1, 1, channels)
-    return permute_weight(numbers, side)[0, 0].long()
+    block = block_channels(dtype)
+    permuted = operand_weight(numbers, block, 4) if side == "operand" else result_weight(numbers, block)
+    return permuted.flatten().long()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -70,50 +74,72 @@ def test_weight_is_rounded_to_tf32(sign):
 
 
 @triton.jit
-def rows_kernel(row_ptr, BLOCK_P: tl.constexpr, WARPS: tl.constexpr):
+def rows_kernel(row_ptr, BLOCK_P: tl.constexpr, WARPS: tl.constexpr, LANES: tl.constexpr):
     row = tl.arange(0, BLOCK_P)
-    tl.store(row_ptr + row, product_row(row, BLOCK_P, WARPS))
+    tl.store(row_ptr + row, product_row(row, WARPS, LANES))
 
 
+@pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("warps", WARPS)
 @pytest.mark.parametrize("block_p", [128, 256])
-def test_rows_are_permuted(block_p, warps):
+def test_rows_are_permuted(block_p, warps, lanes):
     rows = torch.zeros(block_p, dtype=torch.int32, device=DEVICE)
-    rows_kernel[(1,)](rows, BLOCK_P=block_p, WARPS=warps)
+    rows_kernel[(1,)](rows, BLOCK_P=block_p, WARPS=warps, LANES=lanes)
     assert sorted(rows.tolist()) == list(range(block_p))
-    # a thread's first two rows, 8 * warps apart in the gathered tile, are 8 apart in the product
-    assert (rows[8 * warps : 16 * warps] - rows[: 8 * warps]).unique().tolist() == [8]
+    by_register = rows.view(-1, warps, 32 // lanes)
+    # eight of the product's rows from one warp, then its rows that are 8 further
+    in_eight = lanes // 4
+    assert (by_register[in_eight] - by_register[0]).unique().tolist() == [8]
+    # threads that exchange blocks have neighboring rows
+    assert lanes == 4 or (by_register[1] - by_register[0]).unique().tolist() == [1]
 
 
 @triton.jit
 def product_kernel(
-    x_ptr, weight_ptr, product_ptr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, C: tl.constexpr, WARPS: tl.constexpr
+    x_ptr,
+    weight_ptr,
+    product_ptr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    C: tl.constexpr,
+    WARPS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """Multiply rows of x, gathered in the order of the loads, by a weight (O, C) in the order of the product."""
     row = tl.arange(0, BLOCK_P)
     c = tl.arange(0, C)
     o = tl.arange(0, BLOCK_O)
-    x = tl.load(x_ptr + product_row(row, BLOCK_P, WARPS)[:, None] * C + c[None, :])
+    x = tl.load(x_ptr + product_row(row, WARPS, LANES)[:, None] * C + c[None, :])
     weight = tl.load(weight_ptr + o[None, :] * C + c[:, None])
-    product = contract(to_operand(x, WARPS), weight, tl.zeros((BLOCK_P, BLOCK_O), tl.float32), "ieee")
+    product = contract(to_operand(x, WARPS, LANES), weight, tl.zeros((BLOCK_P, BLOCK_O), tl.float32), "ieee")
     tl.store(product_ptr + row[:, None] * BLOCK_O + o[None, :], product)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("warps", WARPS)
-def test_product_of_operand_in_register_order(warps, dtype):
-    channels = block_channels(dtype)
+@pytest.mark.parametrize("lanes", LANES)
+def test_product_of_operand_in_register_order(lanes, warps, dtype):
+    channels = lanes // 4 * block_channels(dtype)
     x = torch.randn(256, channels, device=DEVICE).to(dtype)
     weight = torch.randn(16, 1, channels, device=DEVICE).to(dtype)
     product = torch.empty(256, 16, device=DEVICE)
-    permuted = permute_weight(weight)
-    product_kernel[(1,)](x, permuted, product, BLOCK_P=256, BLOCK_O=16, C=channels, WARPS=warps, num_warps=warps)
+    permuted = operand_weight(weight, channels, lanes)
+    product_kernel[(1,)](
+        x, permuted, product, BLOCK_P=256, BLOCK_O=16, C=channels, WARPS=warps, LANES=lanes, num_warps=warps
+    )
     torch.testing.assert_close(product.double(), x.double() @ weight[:, 0].double().T, atol=1e-5, rtol=1e-5)
 
 
 @triton.jit
 def result_kernel(
-    grad_ptr, weight_ptr, result_ptr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, C: tl.constexpr, WARPS: tl.constexpr
+    grad_ptr,
+    weight_ptr,
+    result_ptr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    C: tl.constexpr,
+    WARPS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """Multiply grad (P, O) by a weight (O, C) in the order of the result; store by gathered rows and channels."""
     row = tl.arange(0, BLOCK_P)
@@ -121,19 +147,22 @@ def result_kernel(
     o = tl.arange(0, BLOCK_O)
     grad = tl.load(grad_ptr + row[:, None] * BLOCK_O + o[None, :])
     weight = tl.load(weight_ptr + o[:, None] * C + c[None, :])
-    result = from_result(contract(grad, weight, tl.zeros((BLOCK_P, C), tl.float32), "ieee"), WARPS)
-    tl.store(result_ptr + product_row(row, BLOCK_P, WARPS)[:, None] * C + c[None, :], result)
+    result = from_result(contract(grad, weight, tl.zeros((BLOCK_P, C), tl.float32), "ieee"), WARPS, LANES)
+    tl.store(result_ptr + product_row(row, WARPS, LANES)[:, None] * C + c[None, :], result)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("warps", WARPS)
-def test_result_in_the_order_of_gathered_tiles(warps, dtype):
-    channels = block_channels(dtype)
+@pytest.mark.parametrize("lanes", LANES)
+def test_result_in_the_order_of_gathered_tiles(lanes, warps, dtype):
+    channels = lanes // 4 * block_channels(dtype)
     grad = torch.randn(256, 16, device=DEVICE).to(dtype)
     weight = torch.randn(16, 1, channels, device=DEVICE).to(dtype)
     result = torch.empty(256, channels, device=DEVICE)
-    permuted = permute_weight(weight, "result")
-    result_kernel[(1,)](grad, permuted, result, BLOCK_P=256, BLOCK_O=16, C=channels, WARPS=warps, num_warps=warps)
+    permuted = result_weight(weight, block_channels(dtype))
+    result_kernel[(1,)](
+        grad, permuted, result, BLOCK_P=256, BLOCK_O=16, C=channels, WARPS=warps, LANES=lanes, num_warps=warps
+    )
     torch.testing.assert_close(result.double(), grad.double() @ weight[:, 0].double(), atol=1e-5, rtol=1e-5)
 
 

@@ -9,7 +9,7 @@ four entries of each sample, so that the host need not read how many there are.
 
 There are two ways to the same bins. With keys and a stable sort, the entries of a bin are in the order of the samples,
 and sums along a bin are reproducible bit by bit. The other way counts with integer atomics, takes a cumulative sum and
-fills the bins by rank; it moves fewer bytes, but the hardware decides the order inside a bin.
+fills the bins by more atomics; it moves fewer bytes, but the hardware decides the order inside a bin.
 
 Letters, names and sample arrays: see `sampling`.
 """
@@ -73,7 +73,6 @@ def bin_kernel(
     cell_ptr,
     key_ptr,
     count_ptr,
-    start_ptr,
     entry_ptr,
     samples,
     positions,
@@ -92,17 +91,19 @@ def bin_kernel(
     """Run one pass over the samples: "keys" for the stable sort, or "count" and later "fill".
 
     Grid: (ceil(D*K*M / BLOCK),); a program owns BLOCK samples.
-    Reads: cell (D*K, M); when filling, start (bins + 1,).
+    Reads: cell (D*K, M).
     Writes: keys: key (D*K, M, 4), the bin of every possible entry or `bins` for none, in full. count: count (bins,) by
-        integer atomics. fill: entry (4*D*K*M,) at start + rank, the rank by integer atomics on counts that start at 0.
+        integer atomics. fill: entry (4*D*K*M,) at slots that integer atomics take from count, which holds the first
+        slot of every bin at the beginning.
     """
     sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live_sample = sample < samples
-    tap = sample // positions % TAPS
+    plane = sample // positions
     cell = tl.load(cell_ptr + sample, mask=live_sample, other=0)
     image = (cell >> 4) // (height * width)
     y, x = cell_origin(cell, (cell >> 4) - image * (height * width), width)
-    image_group = image * OFFSET_GROUPS + sample // (positions * TAPS)
+    image_group = image * OFFSET_GROUPS + plane // TAPS
+    tap = plane % TAPS
 
     for corner in tl.static_range(4):
         bin, live = entry_bin(
@@ -114,6 +115,5 @@ def bin_kernel(
         elif PASS == "count":
             tl.atomic_add(count_ptr + bin, 1, mask=live, sem="relaxed")
         else:
-            rank = tl.atomic_add(count_ptr + bin, 1, mask=live, sem="relaxed")
-            slot = tl.load(start_ptr + bin, mask=live, other=0) + rank
-            tl.store(entry_ptr + slot, sample % (positions * TAPS), mask=live)
+            slot = tl.atomic_add(count_ptr + bin, 1, mask=live, sem="relaxed")
+            tl.store(entry_ptr + slot, sample - plane // TAPS * (TAPS * positions), mask=live)

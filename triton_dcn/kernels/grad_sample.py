@@ -17,7 +17,7 @@ import triton.language as tl
 
 from triton_dcn.kernels.arithmetic import contract, round_to
 from triton_dcn.kernels.jit import kernel
-from triton_dcn.kernels.register_order import QUARTERS, from_result, product_row
+from triton_dcn.kernels.register_order import corner_pointers, from_result, product_row
 from triton_dcn.kernels.sampling import (
     blend,
     column_offset,
@@ -115,11 +115,29 @@ def column_block(tile, index: tl.constexpr, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def sum_by_group(d, GROUPS: tl.constexpr):
-    """Return (BLOCK_P, QUARTERS): each quarter gets the sum over all quarters of its offset group."""
-    d = tl.reshape(d, (d.shape[0], GROUPS, QUARTERS // GROUPS))
-    total = tl.broadcast_to(tl.sum(d, 2)[:, :, None], d.shape)
-    return tl.reshape(total, (d.shape[0], QUARTERS))
+def sum_by_group(d, LANES: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr):
+    """Return (BLOCK_P * LANES // SLOTS,), for each thread the sum over all threads of its offset group in its row.
+
+    Of each SLOTS rows that a thread has, one is its own: the threads of a row and offset group take turns.
+    """
+    d = tl.reshape(d, (d.shape[0] * GROUPS // LANES, LANES // GROUPS))
+    total = tl.broadcast_to(tl.sum(d, 1)[:, None], d.shape)
+    total = tl.reshape(total, (SLOTS, d.shape[0] * d.shape[1] // SLOTS))
+    own_slot = tl.arange(0, total.shape[1])[None, :] % SLOTS
+    return tl.sum(tl.where(tl.arange(0, SLOTS)[:, None] == own_slot, total, 0.0), 0)
+
+
+@triton.jit
+def dot_by_thread(grad, x):
+    """Return grad * x summed over the channels that one thread loads at once, (BLOCK_P * LANES,).
+
+    Sums across threads follow after the channel loop, so that they exchange no values.
+
+    Args:
+        grad: (BLOCK_P * LANES, RUN).
+        x: (BLOCK_P, LANES * RUN), or words of two, see `widen`.
+    """
+    return tl.sum(grad * tl.reshape(widen(x), grad.shape), 1)
 
 
 @kernel
@@ -153,94 +171,118 @@ def grad_sample_fused_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
     WARPS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """Compute the column gradients tile by tile from grad_output and weight, and reduce them at once.
 
     The channels of a product's result are in the threads that load the same channels of the corners (`register_order`),
-    so that column gradients never move. grad_output is read once for all taps of a program. The dot products are
-    float32: their differences, which give the gradients, would lose too much in half precision.
+    so that column gradients never move; where eight threads share a row, half of them do. grad_output is read once for
+    all taps of a program. The dot products are float32: their differences, which give the gradients, would lose too
+    much in half precision.
 
     Where an offset group has whole blocks of channels, a program owns one offset group. Where it has fewer channels, a
     program owns one block of channels, which spans several offset groups, one or more of its quarters each.
 
     Grid: (ceil(M / BLOCK_P) * min(D, C / BLOCK_C) * ceil(K / taps_per_program),); a program owns BLOCK_P positions.
     Reads: grad_output (M, O), input (B, H, W, C) or int32 (B, H, W, C/2), the sample arrays; weight (O, K, C), where
-        WARPS is not 0 that of `permute_weight` for results, for TF32 rounded.
+        WARPS is not 0 that of `result_weight`, for TF32 rounded.
     Writes: grad_offset (B, 2*D*K, Ho, Wo) and grad_mask (B, D*K, Ho, Wo), in full; contiguous except for the batch.
-    Assumes: one channel group, O <= BLOCK_O; BLOCK_C, one or two gathered blocks (`register_order`), divides C/D, or
-        it is one, divides C, and C/D is all, a half or a quarter of it. WARPS: those of a program, BLOCK_P is a
-        multiple of 16 * WARPS; 0 where the registers of a result have another order, and the compiler moves it, rounded
-        as the weight is.
+    Assumes: one channel group, O <= BLOCK_O. LANES threads, 4 or 8, share a row. BLOCK_C is what they load at once or
+        twice that and divides C/D, or it is what they load at once and divides C, and C/D is all, a half or a quarter
+        of it. WARPS: those of a program, BLOCK_P is a multiple of 16 * WARPS; 0 where the registers of a result have
+        another order, and the compiler moves it, rounded as the weight is.
     """
     PACK: tl.constexpr = 2 if input_ptr.dtype.element_ty == tl.int32 else 1
     PER_OFFSET: tl.constexpr = CHANNELS // OFFSET_GROUPS
     LOAD: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth
-    RUN: tl.constexpr = LOAD if BLOCK_C >= QUARTERS * LOAD else BLOCK_C // QUARTERS
-    BLOCKS: tl.constexpr = BLOCK_C // (QUARTERS * RUN)
+    RUN: tl.constexpr = LOAD if BLOCK_C >= LANES * LOAD else BLOCK_C // LANES
+    BLOCKS: tl.constexpr = BLOCK_C // (LANES * RUN)
     GROUPS: tl.constexpr = 1 if PER_OFFSET % BLOCK_C == 0 else BLOCK_C // PER_OFFSET  # offset groups of a program
     SPAN: tl.constexpr = GROUPS * PER_OFFSET
+    SLOTS: tl.constexpr = min(BLOCK_P * LANES // (32 * WARPS), LANES // GROUPS) if WARPS > 0 else 1
     tap_blocks = tl.cdiv(TAPS, taps_per_program)
     first_tap = tl.program_id(0) % tap_blocks * taps_per_program
     first_c = tl.program_id(0) // tap_blocks % (CHANNELS // SPAN) * SPAN
     first_index = tl.program_id(0) // (tap_blocks * (CHANNELS // SPAN)) * BLOCK_P
+
     o = tl.arange(0, BLOCK_O)
     live_o = o < OUT_CHANNELS
-    quarter = tl.arange(0, QUARTERS)[None, :]
-    word = quarter[:, :, None] * (RUN // PACK) + tl.arange(0, RUN // PACK)[None, None, :]
-
+    weight_block_ptr = weight_ptr + o[:, None] * (TAPS * CHANNELS) + tl.arange(0, BLOCK_C)[None, :]
     index = first_index + tl.arange(0, BLOCK_P)
     position = swizzle(tl.where(index < positions, index, 0), out_height, out_width, STRIP)
     grad_out_ptr = grad_output_ptr + position.to(tl.int64)[:, None] * OUT_CHANNELS + o[None, :]
     grad_out = tl.load(grad_out_ptr, mask=live_o[None, :], other=0.0)  # (BLOCK_P, BLOCK_O)
 
-    # from here on in the order of the gathered rows
+    # from here on in the order of the gathered rows, each of them in LANES threads
+    slot = tl.arange(0, BLOCK_P * LANES)
+    lane = slot % LANES
+    word = tl.arange(0, LANES * RUN // PACK)[None, :]
+    row = slot // LANES
     if WARPS > 0:
-        index = first_index + product_row(tl.arange(0, BLOCK_P), BLOCK_P, WARPS)
-    position = swizzle(tl.where(index < positions, index, 0), out_height, out_width, STRIP)[:, None]
-    live = (index < positions)[:, None] & (quarter % (QUARTERS // GROUPS) == 0)  # one quarter of a group stores
+        row = product_row(row, WARPS, LANES)
+    index = first_index + row
+    position = swizzle(tl.where(index < positions, index, 0), out_height, out_width, STRIP)
+
+    # of SLOTS rows in its registers, a thread stores the gradients of one
+    thread = tl.arange(0, BLOCK_P * LANES // SLOTS)
+    own_row = (thread % SLOTS * (BLOCK_P * LANES // SLOTS) + thread) // LANES
+    if WARPS > 0:
+        own_row = product_row(own_row, WARPS, LANES)
+    own_index = first_index + own_row
+    own_position = swizzle(tl.where(own_index < positions, own_index, 0), out_height, out_width, STRIP)
+    live = (own_index < positions) & (thread % (LANES // GROUPS) < SLOTS)
+
     for tap in tl.range(first_tap, tl.minimum(first_tap + taps_per_program, TAPS), num_stages=1):
-        plane = (first_c + quarter * RUN) // PER_OFFSET * TAPS + tap
-        sample = plane * positions + position  # (BLOCK_P, QUARTERS)
+        plane = (first_c // PER_OFFSET + lane * GROUPS // LANES) * TAPS + tap
+        sample = plane * positions + position  # (BLOCK_P * LANES,)
         cell = tl.load(cell_ptr + sample)
-        row00, row01, row10, row11 = corner_rows(cell[:, :, None], width, CHANNELS // PACK)
-        d00 = tl.zeros((BLOCK_P, QUARTERS), tl.float32)
-        d01 = tl.zeros((BLOCK_P, QUARTERS), tl.float32)
-        d10 = tl.zeros((BLOCK_P, QUARTERS), tl.float32)
-        d11 = tl.zeros((BLOCK_P, QUARTERS), tl.float32)
+        row00, row01, row10, row11 = corner_rows(cell, width, CHANNELS // PACK)
+        ptr00 = corner_pointers(input_ptr, row00, word, LANES, RUN // PACK)
+        ptr01 = corner_pointers(input_ptr, row01, word, LANES, RUN // PACK)
+        ptr10 = corner_pointers(input_ptr, row10, word, LANES, RUN // PACK)
+        ptr11 = corner_pointers(input_ptr, row11, word, LANES, RUN // PACK)
+        d00 = tl.zeros((BLOCK_P * LANES,), tl.float32)
+        d01 = tl.zeros((BLOCK_P * LANES,), tl.float32)
+        d10 = tl.zeros((BLOCK_P * LANES,), tl.float32)
+        d11 = tl.zeros((BLOCK_P * LANES,), tl.float32)
         for start in tl.range(0, SPAN, BLOCK_C, num_stages=1):
-            weight_block_ptr = weight_ptr + (tap * CHANNELS + first_c + start) + o[:, None] * (TAPS * CHANNELS)
-            weight_block_ptr += tl.arange(0, BLOCK_C)[None, :]
-            weight = tl.load(weight_block_ptr, mask=live_o[:, None], other=0.0)  # (BLOCK_O, BLOCK_C)
+            weight_start = tap * CHANNELS + first_c + start
+            weight = tl.load(weight_block_ptr + weight_start, mask=live_o[:, None], other=0.0)  # (BLOCK_O, BLOCK_C)
             grad = contract(grad_out, weight, tl.zeros((BLOCK_P, BLOCK_C), tl.float32), PRECISION, WARPS > 0)
             for block in tl.static_range(BLOCKS):
-                block_ptr = input_ptr + (first_c + start + block * QUARTERS * RUN) // PACK
-                x00, x01, x10, x11 = load_corners(block_ptr, row00, row01, row10, row11, word, True, False)
+                block_start = (first_c + start + block * LANES * RUN) // PACK
+                x00 = tl.load(ptr00 + block_start)
+                x01 = tl.load(ptr01 + block_start)
+                x10 = tl.load(ptr10 + block_start)
+                x11 = tl.load(ptr11 + block_start)
                 part = column_block(grad, block, BLOCKS)
-                if WARPS > 0:
-                    part = from_result(part, WARPS)
-                else:
+                if WARPS == 0:
                     part = round_to(part, weight_ptr.dtype.element_ty).to(tl.float32)
-                part = tl.reshape(part, (BLOCK_P, QUARTERS, RUN))
-                d00 += tl.sum(part * widen(x00), 2)
-                d01 += tl.sum(part * widen(x01), 2)
-                d10 += tl.sum(part * widen(x10), 2)
-                d11 += tl.sum(part * widen(x11), 2)
+                else:
+                    part = from_result(part, WARPS, LANES)
+                part = tl.reshape(part, (BLOCK_P * LANES, RUN))
+                d00 += dot_by_thread(part, x00)
+                d01 += dot_by_thread(part, x01)
+                d10 += dot_by_thread(part, x10)
+                d11 += dot_by_thread(part, x11)
+        own_plane = (first_c // PER_OFFSET + thread % LANES * GROUPS // LANES) * TAPS + tap
+        own_sample = own_plane * positions + own_position
         store_gradients(
-            sum_by_group(d00, GROUPS),
-            sum_by_group(d01, GROUPS),
-            sum_by_group(d10, GROUPS),
-            sum_by_group(d11, GROUPS),
-            cell,
-            tl.load(ly_ptr + sample),
-            tl.load(lx_ptr + sample),
-            tl.load(scale_ptr + sample),
+            sum_by_group(d00, LANES, GROUPS, SLOTS),
+            sum_by_group(d01, LANES, GROUPS, SLOTS),
+            sum_by_group(d10, LANES, GROUPS, SLOTS),
+            sum_by_group(d11, LANES, GROUPS, SLOTS),
+            tl.load(cell_ptr + own_sample),
+            tl.load(ly_ptr + own_sample),
+            tl.load(lx_ptr + own_sample),
+            tl.load(scale_ptr + own_sample),
             grad_offset_ptr,
             grad_mask_ptr,
             stride_ob,
             stride_mb,
-            position,
+            own_position,
             out_height * out_width,
-            plane,
+            own_plane,
             live,
             WANT_OFFSET,
             WANT_MASK,
