@@ -23,8 +23,12 @@ from triton_dcn.offset_mask import OffsetMask
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "tf32": 5e-3, "float16": 5e-3, "bfloat16": 4e-2}
 """Relative l2 error to the float64 reference above which a provider disagrees."""
 MODES = ("fwd", "bwd", "both")
-SLEEP_CYCLES = 2_000_000
-"""About 1 ms that a CUDA device sleeps before a call, so that the host launches ahead and its time is not measured."""
+CYCLES_PER_MS = 2_000_000
+"""Of a CUDA device, about."""
+SLEEP_MS = (1.0, 10.0)
+"""The least and the most that a CUDA device sleeps before a call, so that the host launches ahead and its time is not
+measured: half as long again as the host takes for a call. Steps that take the host longer take the device longer, too.
+"""
 
 
 @dataclass(frozen=True)
@@ -173,12 +177,19 @@ def _cpu_clock(function: Callable[[], object]) -> float:
 def _cuda_clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
     """Return a clock of CUDA events; a buffer as large as any L2 cache is written before each call."""
     l2_flush = torch.empty(64 << 20, dtype=torch.int32, device=device)
+    sleeps: dict[Callable[[], object], float] = {}
 
     def clock(function: Callable[[], object]) -> float:
+        if function not in sleeps:
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            function()
+            host_ms = 1e3 * (time.perf_counter() - begin)
+            sleeps[function] = min(max(SLEEP_MS[0], 1.5 * host_ms), SLEEP_MS[1])
         start = torch.cuda.Event(enable_timing=True)
         stop = torch.cuda.Event(enable_timing=True)
         l2_flush.zero_()
-        torch.cuda._sleep(SLEEP_CYCLES)  # PyTorch has no public function for it
+        torch.cuda._sleep(int(CYCLES_PER_MS * sleeps[function]))  # PyTorch has no public function for it
         start.record()
         function()
         stop.record()

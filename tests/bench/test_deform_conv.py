@@ -1,6 +1,7 @@
 """The benchmark as a user runs it, on its smallest case: nothing wrong passes for right, and its files can be read."""
 
 import csv
+import time
 
 import pytest
 import torch
@@ -212,3 +213,34 @@ def test_smooth_offsets():
 def test_peak_memory_sees_what_is_freed_again():
     peak = measure.peak_memory(lambda: torch.ones(16 << 20), CPU)
     assert peak is None or 60 < peak < 80
+
+
+def test_the_device_sleeps_longer_than_the_host_takes(monkeypatch):
+    """A call whose launches take the host 4 ms: the device sleeps 6 ms before each, after one call that is not timed."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            pass
+
+        def elapsed_time(self, other):
+            return 1.25
+
+    cycles = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", cycles.append, raising=False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = []
+
+    def call():
+        calls.append(len(cycles))
+        time.sleep(0.004)
+
+    clock = measure._cuda_clock(CPU)
+    assert [clock(call), clock(call), clock(lambda: None)] == [1.25] * 3
+    assert calls == [0, 1, 2]
+    least, most = (limit * measure.CYCLES_PER_MS for limit in measure.SLEEP_MS)
+    assert 6 * measure.CYCLES_PER_MS <= cycles[0] == cycles[1] <= most
+    assert cycles[2] == least
