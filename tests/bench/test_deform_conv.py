@@ -216,7 +216,7 @@ def test_peak_memory_sees_what_is_freed_again():
 
 
 def test_the_device_sleeps_longer_than_the_host_takes(monkeypatch):
-    """A call whose launches take the host 4 ms: the device sleeps 6 ms before each, after one call that is not timed."""
+    """Launches that take the host 4 ms: the device sleeps 6 ms before each call, after one that is not timed."""
 
     class Event:
         def __init__(self, enable_timing):
