@@ -199,7 +199,8 @@ def grad_sample_fused_kernel(
     BLOCKS: tl.constexpr = BLOCK_C // (LANES * RUN)
     GROUPS: tl.constexpr = 1 if PER_OFFSET % BLOCK_C == 0 else BLOCK_C // PER_OFFSET  # offset groups of a program
     SPAN: tl.constexpr = GROUPS * PER_OFFSET
-    SLOTS: tl.constexpr = min(BLOCK_P * LANES // (32 * WARPS), LANES // GROUPS) if WARPS > 0 else 1
+    THREAD_ROWS: tl.constexpr = BLOCK_P * LANES // (32 * WARPS) if WARPS > 0 else 1
+    SLOTS: tl.constexpr = THREAD_ROWS if THREAD_ROWS * GROUPS < LANES else LANES // GROUPS
     tap_blocks = tl.cdiv(TAPS, taps_per_program)
     first_tap = tl.program_id(0) % tap_blocks * taps_per_program
     first_c = tl.program_id(0) // tap_blocks % (CHANNELS // SPAN) * SPAN

@@ -109,10 +109,11 @@ def pin(tile):
     """
     if INTERPRETED:
         result = tile
-    elif tile.dtype.primitive_bitwidth == 16:
-        result = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=False, pack=2)
     else:
-        result = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=False, pack=1)
+        WORD: tl.constexpr = 32 // tile.dtype.primitive_bitwidth
+        result = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=False, pack=WORD
+        )
     return result
 
 
