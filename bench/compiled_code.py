@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.compiled_code_limits import CHECKED_ARCHS, SHARED_LIMIT, known_spills, limits_for, write_numbers
+from bench.compiled_code_limits import CHECKED_ARCHS, SHARED_LIMITS, known_spills, limits_for, write_numbers
 from bench.compiled_code_table import ARCH_NAMES, HEADER, LEGEND, occupancy, page, table_line
 from bench.machine_code import CodeReport, read_amdgcn, read_cubin
 from triton_dcn import tile_table
@@ -154,7 +154,7 @@ def check(row: TileRow, arch: str, report: CodeReport) -> list[str]:
     makes the results reproducible.
     """
     limits = limits_for(row, arch, triton.__version__)
-    shared = min(limits.shared, SHARED_LIMIT)
+    shared = min(limits.shared, SHARED_LIMITS[arch])
     spills = known_spills(row, arch, triton.__version__)
     rules = {
         f"{report.spills} spills, expected at most {spills}": report.spills <= spills,

@@ -135,7 +135,6 @@ NVIDIA = ("sm80", "sm90", "sm100")
 GPUS = (*NVIDIA, "gfx942")
 REGISTER_ORDER = ("sm80", "sm90", *HOST)
 """Where the results of products are in the registers that `kernels.register_order` says."""
-NVIDIA = ("sm80", "sm90", "sm100")
 TF32 = ("tf32", "tf32_even")
 """Precisions of `kernels.arithmetic.contract` for TF32."""
 FULL = 256
@@ -195,7 +194,8 @@ TABLE: tuple[TileRow, ...] = (
     TileRow("t_columns", "t_columns", GPUS, "half", 64, Tile(32, 64, 0, 4)),
     TileRow("t_columns", "t_columns", GPUS, "half", ANY, Tile(32, 128, 0, 4)),
     TileRow("t_columns", "t_columns", ("sm80", "sm90"), "tf32", ANY, Tile(32, 64, 0, 4)),
-    TileRow("t_columns", "t_columns", GPUS, "any", ANY, Tile(32, 64, 0, 8)),
+    TileRow("t_columns", "t_columns", ("sm80", "sm90"), "any", ANY, Tile(32, 64, 0, 4)),
+    TileRow("t_columns", "t_columns", ("sm100", "gfx942"), "any", ANY, Tile(32, 64, 0, 8)),
     TileRow("g_form", "g_form", GPUS, "half", ANY, Tile(32, 0, 64, 1)),
     TileRow("g_form", "g_form", ("sm80", "sm90"), "tf32", ANY, Tile(32, 0, 64, 1)),
     TileRow("g_form", "g_form", GPUS, "any", ANY, Tile(32, 0, 32, 1)),

@@ -5,7 +5,16 @@ import dataclasses
 import pytest
 
 from bench import compiled_code_limits
-from bench.compiled_code_limits import CodeLimits, limits_for, minor_version, read_numbers, row_key, write_numbers
+from bench.compiled_code_limits import (
+    KNOWN_SPILLS,
+    CodeLimits,
+    known_spills,
+    limits_for,
+    minor_version,
+    read_numbers,
+    row_key,
+    write_numbers,
+)
 from bench.machine_code import CodeReport
 from triton_dcn import tile_table
 
@@ -53,6 +62,17 @@ def test_the_recorded_rows_are_those_of_the_table():
     keys = [row_key(row, arch) for row, arch in gpu_rows]
     assert len(set(keys)) == len(keys)
     assert set(read_numbers()) == set(keys)
+
+
+def test_known_spills_are_of_rows_that_exist():
+    by_row = {}
+    for row in tile_table.TABLE:
+        for arch in row.archs:
+            if known_spills(row, arch, "3.6.0"):
+                by_row.setdefault(arch, []).append(row)
+
+    assert set(by_row) == {"sm90"}
+    assert len(by_row["sm90"]) == len(KNOWN_SPILLS)
 
 
 def test_minor_version():

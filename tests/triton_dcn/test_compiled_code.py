@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.compiled_code_limits import CHECKED_ARCHS, SHARED_LIMIT, read_numbers, row_key
+from bench.compiled_code_limits import CHECKED_ARCHS, SHARED_LIMITS, read_numbers, row_key
 from triton_dcn import tile_table
 
 ROOT = Path(__file__).parents[2]
@@ -125,4 +125,4 @@ def test_row_is_complete(row):
     assert len(tile_table.TABLE) < 80
     for arch in set(row.archs) - set(tile_table.HOST):
         limits_by_version = read_numbers()[row_key(row, arch)]
-        assert all(limits.shared <= SHARED_LIMIT for limits in limits_by_version.values())
+        assert all(limits.shared <= SHARED_LIMITS[arch] for limits in limits_by_version.values())
