@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib.util
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from triton_dcn import reference, tile_table
 from triton_dcn.forward_mode import refuse_tangents
@@ -27,6 +29,8 @@ NO_FORWARD_MODE = (
     "deform_conv2d has no forward-mode derivative (jvp, jacfwd): use torch.autograd.grad, or backend='reference'"
 )
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+Result = TypeVar("Result")
 
 
 def deform_conv2d(
@@ -88,19 +92,37 @@ def convolve(
     dilation: int | tuple[int, int],
     mask: Tensor | None,
     *,
+    in_channels: int | None = None,
     mask_logits: bool = False,
     relu: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Check the arguments of `deform_conv2d` and run it, with two options that only the layers use.
+    """Check the arguments of `deform_conv2d` and run it, with three options that only the layers use.
 
     Args:
         input, offset, weight, bias, stride, padding, dilation, mask, backend: as in `deform_conv2d`.
+        in_channels: channels that `input` has to have; None: those that fit `weight`.
         mask_logits: `offset` is (B, 3*D*K, Ho, Wo) and holds in its last third the logits of the mask, whose sigmoid
             multiplies the samples; `mask` is None.
         relu: negative outputs become 0, before they are written.
     """
-    _check_tensors(input=input, offset=offset, weight=weight, bias=bias, mask=mask)
+    if not are_tensors(("bias", "mask"), input=input, offset=offset, weight=weight, bias=bias, mask=mask):
+        tensors = (input, offset, weight, bias, mask)
+        arguments = (input, offset, weight, bias, stride, padding, dilation, mask)
+        if in_channels is None and not mask_logits and not relu:
+            output: Tensor = handle_torch_function(deform_conv2d, tensors, *arguments, backend=backend)
+            return output
+        output = handle_torch_function(
+            convolve,
+            tensors,
+            *arguments,
+            in_channels=in_channels,
+            mask_logits=mask_logits,
+            relu=relu,
+            backend=backend,
+        )
+        return output
+
     stride = pair("stride", stride)
     padding = pair("padding", padding)
     dilation = pair("dilation", dilation)
@@ -117,15 +139,14 @@ def convolve(
     _check_dtypes_and_devices(input, offset_mask, weight, bias)
     # errors about shapes are raised here and not inside the operator; torch.compile does not trace through a memory
     derive = ConvGeometry.of if torch.compiler.is_compiling() else ConvGeometry.remembered
-    geom = derive(input, offset_mask.offset, weight, offset_mask.mask, stride, padding, dilation)
-    if bias is not None and bias.shape != (weight.shape[0],):
-        raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    pairs = (stride, padding, dilation)
+    geom = untraced(_check_shapes, derive, input, offset_mask, weight, bias, pairs, in_channels)
 
     backend = choose_backend(backend, input)
     if backend == "reference":
         return _convolve_by_reference(geom, input, offset_mask, weight, bias, relu)
     refuse_tangents(NO_FORWARD_MODE, input, offset, weight, bias, mask)
-    output: Tensor = forward_op(
+    output = forward_op(
         input, offset, mask, weight, bias, list(stride), list(padding), list(dilation), backend, mask_logits, relu
     )
     return output
@@ -175,9 +196,8 @@ def pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     # first the usual cases, at a fraction of the time
     if type(value) is int:
         return value, value
-    if type(value) is tuple and len(value) == 2:
-        y, x = value
-        if type(y) is int and type(x) is int:
+    match value:
+        case (y, x) if type(y) is int and type(x) is int:
             return y, x
 
     values = tuple(value) if isinstance(value, Sequence) else (value, value)
@@ -214,15 +234,76 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.dtype in (*HALF_DTYPES, torch.float32) else tensor
 
 
-def _check_tensors(**arguments: Tensor | None) -> None:
-    """Raise TypeError where an argument is not a tensor, or is a sparse one; bias and mask may be None."""
+def are_tensors(optional: Collection[str], **arguments: Tensor | None) -> bool:
+    """Tell whether all arguments are tensors, so that there is something to compute with.
+
+    Otherwise some of them stand for tensors: they have a `__torch_function__`, which takes the call as it is. This is
+    how `torch.fx.symbolic_trace` makes one node of it.
+
+    Args:
+        optional: names of those that may be None.
+        arguments: by name.
+
+    Raises:
+        TypeError: an argument is neither of both, or is a sparse tensor.
+
+    Source:
+        "Extending torch with a Tensor-like type" in PyTorch's documentation.
+    """
+    are_all = True
     for name, tensor in arguments.items():
-        if tensor is None and name in ("bias", "mask"):
+        if tensor is None and name in optional:
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name}: expected layout torch.strided, got {tensor.layout}")
+        if isinstance(tensor, Tensor):
+            if tensor.layout != torch.strided:
+                raise TypeError(f"{name}: expected layout torch.strided, got {tensor.layout}")
+        else:
+            if not hasattr(tensor, "__torch_function__"):
+                raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+            are_all = False
+    return are_all
+
+
+def untraced(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function that `torch.jit.trace` does not see.
+
+    While that traces, sizes of tensors are tensors, and what is decided by them is a warning. Here they are numbers.
+    """
+    state = torch._C._get_tracing_state()
+    if state is None:
+        return function(*arguments)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        return function(*arguments)
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+def _check_shapes(
+    derive: Callable[..., ConvGeometry],
+    input: Tensor,
+    offset_mask: OffsetMask,
+    weight: Tensor,
+    bias: Tensor | None,
+    pairs: Sequence[tuple[int, int]],
+    in_channels: int | None,
+) -> ConvGeometry:
+    """Return the sizes of a call.
+
+    Args:
+        derive: a constructor of `ConvGeometry`.
+        input, offset_mask, weight, bias, in_channels: as in `convolve`.
+        pairs: stride, padding and dilation, (y, x) each.
+
+    Raises:
+        ValueError: they disagree.
+    """
+    if in_channels is not None and input.dim() == 4 and input.shape[1] != in_channels:
+        raise ValueError(f"input: expected {in_channels} channels (in_channels), got {input.shape[1]}")
+    geom = derive(input, offset_mask.offset, weight, offset_mask.mask, *pairs)
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    return geom
 
 
 def _check_dtypes_and_devices(input: Tensor, offset_mask: OffsetMask, weight: Tensor, bias: Tensor | None) -> None:

@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from triton_dcn.functional import convolve, pair
 from triton_dcn.geometry import check_minimum
@@ -73,8 +74,6 @@ class DeformConv2d(nn.Module):
         Raises:
             ValueError: as there, or `input` has another number of channels than `in_channels`.
         """
-        if input.dim() == 4 and input.shape[1] != self.in_channels:
-            raise ValueError(f"input: expected {self.in_channels} channels (in_channels), got {input.shape[1]}")
         return convolve(
             input,
             offset,
@@ -84,6 +83,7 @@ class DeformConv2d(nn.Module):
             self.padding,
             self.dilation,
             mask,
+            in_channels=self.in_channels,
             relu=self.relu,
         )
 
@@ -222,7 +222,8 @@ def fuse_batch_norm(
     """Return a copy of `layer` that computes `norm(layer(...))`, for inference.
 
     The normalization is an affine map of each output channel, which goes into `weight` and `bias`; offsets and masks
-    are predicted as before.
+    are predicted as before. Parametrizations of the two (`torch.nn.utils.parametrizations.weight_norm`, for example)
+    are left out of the copy, which has their values.
 
     Args:
         layer: a `DeformConv2d` or one of the packs, any floating dtype; the copy keeps the dtype.
@@ -232,7 +233,7 @@ def fuse_batch_norm(
     Raises:
         TypeError: `layer` or `norm` is another module.
         ValueError: `norm` is in training mode, keeps no statistics, or is for another number of channels; or `layer`
-            has a ReLU already.
+            has a ReLU already, or a weight that a hook of torch.nn.utils.weight_norm or spectral_norm computes.
 
     Source:
         Jacob et al., Quantization and Training of Neural Networks, CVPR 2018, section 3.2; interface of
@@ -244,6 +245,11 @@ def fuse_batch_norm(
         raise TypeError(f"norm: expected a BatchNorm2d, got {type(norm).__name__}")
     if layer.relu:
         raise ValueError("layer: expected one without relu, got one that is fused already")
+    if "weight" not in layer._parameters and not parametrize.is_parametrized(layer, "weight"):
+        raise ValueError(
+            "layer: expected a weight that is a parameter, got one that a hook computes; call "
+            "torch.nn.utils.remove_weight_norm or remove_spectral_norm first"
+        )
     if norm.training or norm.running_mean is None or norm.running_var is None:
         state = "training mode" if norm.training else "no running statistics"
         raise ValueError(f"norm: expected evaluation mode and running statistics, got {state}; call norm.eval() first")
@@ -264,6 +270,10 @@ def fuse_batch_norm(
     weight = layer.weight.detach().to(dtype) * scale[:, None, None, None]
 
     fused = copy.deepcopy(layer)
+    if parametrize.is_parametrized(fused):
+        # not remove_parametrizations, which changes the class: the copy has that of the layer
+        fused.__class__ = parametrize.type_before_parametrizations(fused)
+        del fused.parametrizations
     fused.relu = relu
     requires_grad = layer.weight.requires_grad
     fused.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad)

@@ -4,6 +4,8 @@
 
     torch.onnx.export(model, inputs, "model.onnx", dynamo=True, opset_version=20, custom_translation_table=TRANSLATIONS)
 
+An older operator set has no `DeformConv`: with torch 2.8 or newer, exporting to one fails, and the error says so.
+
 This module needs onnxscript, which comes with the extra `export`; nothing else in the package imports it.
 """
 
@@ -13,7 +15,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from onnxscript import opset20
+from onnxscript import evaluator, opset20
+from torch.torch_version import TorchVersion
+
+OLDEST_OPSET = 19
+"""The first operator set with `DeformConv`."""
+TRANSLATES_TO_REQUESTED_OPSET = TorchVersion(torch.__version__) >= TorchVersion("2.8")
+"""Older versions of torch translate to operator set 18 whatever is asked for, and convert the graph afterwards."""
 
 op: Any = opset20  # onnxscript annotates these functions for arrays, and here they are called with values of a graph
 Value = Any
@@ -42,8 +50,9 @@ def deform_conv2d(
         relu: whether negative outputs become 0.
 
     Raises:
-        ValueError: the shape of a tensor is not known.
+        ValueError: the shape of a tensor is not known, or the operator set has no `DeformConv`.
     """
+    _check_opset()
     _, channels, *_ = _shape("input", input)
     _, channels_per_group, *kernel = _shape("weight", weight)
     _, offset_channels, *_ = _shape("offset", offset)
@@ -72,6 +81,14 @@ def deform_conv2d(
         offset_group=offset_channels // (2 * taps),
     )
     return op.Relu(output) if relu else output
+
+
+def _check_opset() -> None:
+    """Raise ValueError if the operator set that torch translates to has no `DeformConv`."""
+    recorder: Any = evaluator.default()
+    opset = recorder.opset.version  # 18 also where an older one is asked for
+    if TRANSLATES_TO_REQUESTED_OPSET and opset < OLDEST_OPSET:
+        raise ValueError(f"opset_version: expected {OLDEST_OPSET} or later, for DeformConv, got {opset} or earlier")
 
 
 def _slice_channels(value: Value, start: int, end: int) -> Value:

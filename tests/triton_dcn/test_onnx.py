@@ -85,3 +85,26 @@ def test_modules_with_open_batch_and_size(layer, fused):
     assert nodes.count("DeformConv") == 1
     assert nodes.count("Relu") == fused
     torch.testing.assert_close(found, module(images).detach(), rtol=0, atol=1e-5)
+
+
+class PlainConvolution(nn.Module):
+    """The functional interface, version 1."""
+
+    def forward(self, input, offset, weight):
+        return triton_dcn.deform_conv2d(input, offset, weight, padding=1)
+
+
+@pytest.mark.parametrize("opset", [18, 19])
+def test_operator_sets_without_deform_conv_are_refused(opset):
+    if not triton_dcn.onnx.TRANSLATES_TO_REQUESTED_OPSET:
+        pytest.skip("this version of torch does not tell a translation the operator set")
+    inputs = torch.randn(1, 4, 5, 5), torch.randn(1, 18, 5, 5), torch.randn(6, 4, 3, 3)
+    settings = {"dynamo": True, "opset_version": opset, "custom_translation_table": TRANSLATIONS, "verbose": False}
+    module = PlainConvolution().eval()
+    if opset < triton_dcn.onnx.OLDEST_OPSET:
+        with pytest.raises(
+            torch.onnx.OnnxExporterError, match="opset_version: expected 19 or later, .* got 18 or earl"
+        ):
+            torch.onnx.export(module, inputs, **settings)
+    else:
+        assert torch.onnx.export(module, inputs, **settings).model.opset_imports[""] == opset

@@ -1,15 +1,30 @@
-"""What torch wraps around the operator: `torch.func`, export, and gradients averaged over processes."""
+"""What torch wraps around the operator: `torch.func`, export, graphs and traces, gradients averaged over processes."""
 
+import copy
+import io
 import os
+import pickle
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.triton_dcn.cases import CASES, QUIET, OperatorCase, make_case
-from triton_dcn import ModulatedDeformConv2dPack, deform_conv2d
+from triton_dcn import (
+    DeformConv2d,
+    DeformConv2dPack,
+    DeformRoIPool,
+    DeformRoIPoolPack,
+    ModulatedDeformConv2dPack,
+    ModulatedDeformRoIPoolPack,
+    deform_conv2d,
+    deform_roi_pool,
+)
+from triton_dcn.functional import convolve
 
 NAMES = ("x", "offset", "mask", "weight", "bias")
 BACKENDS = ("torch", "reference")
@@ -177,6 +192,165 @@ def test_export():
     for each in (case, more):
         tensors = (*each.tensors, each.bias)
         torch.testing.assert_close(program.module()(*tensors), convolution("torch")(*tensors))
+
+
+class Around(nn.Module):
+    """A network with a layer that is given its offsets, or with the function in its place."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.predict = nn.Conv2d(4, 27, 3, padding=1)
+        self.layer = layer
+        self.weight = nn.Parameter(torch.randn(6, 4, 3, 3))
+
+    def forward(self, x):
+        predicted = self.predict(x)
+        offset = predicted[:, :18]
+        mask = predicted[:, 18:].sigmoid()
+        if self.layer is None:
+            return deform_conv2d(x, offset, self.weight, padding=1, mask=mask).relu()
+        return self.layer(x, offset, mask).relu() + self.weight.sum()
+
+
+class Pooled(nn.Module):
+    """A network that pools from what a pack computes; with an offset of the same for all rois, where it is given."""
+
+    def __init__(self, layer, given=False):
+        super().__init__()
+        self.conv = ModulatedDeformConv2dPack(4, 4, 3, padding=1)
+        self.layer = layer
+        self.offset = nn.Parameter(torch.randn(2, 3, 3)) if given else None
+
+    def forward(self, x, rois):
+        if self.offset is None:
+            return self.layer(self.conv(x), rois)
+        return self.layer(self.conv(x), rois, self.offset.expand(rois.shape[0], 2, 3, 3))
+
+
+def fused_pack():
+    pack = nn.Sequential(ModulatedDeformConv2dPack(4, 6, 3, padding=1))
+    pack[0].relu = True
+    return pack
+
+
+NETWORKS = {
+    "function": (lambda: Around(None), [deform_conv2d]),
+    "given": (lambda: Around(DeformConv2d(4, 6, 3, padding=1)), [convolve]),
+    "v1": (lambda: nn.Sequential(DeformConv2dPack(4, 6, 3, padding=1), nn.ReLU()), [deform_conv2d]),
+    "v2": (fused_pack, [convolve]),
+    "roi": (lambda: Pooled(DeformRoIPool(3, 0.5)), [convolve, deform_roi_pool]),
+    "roi-given": (lambda: Pooled(DeformRoIPool(3, 0.5), given=True), [convolve, deform_roi_pool]),
+    "roi-pack": (lambda: Pooled(DeformRoIPoolPack(3, 4, 8, 0.5)), [convolve, deform_roi_pool, deform_roi_pool]),
+    "roi-v2": (lambda: Pooled(ModulatedDeformRoIPoolPack(3, 4, 8, 0.5)), [convolve, deform_roi_pool, deform_roi_pool]),
+}
+"""By name: what makes the network, and our functions that its graph calls, in their order."""
+
+
+def make_network(name):
+    make, _ = NETWORKS[name]
+    network = make().double()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return network
+
+
+def network_inputs(name, batch=2, size=(7, 9)):
+    x = torch.randn(batch, 4, *size, dtype=torch.float64)
+    if not name.startswith("roi"):
+        return (x,)
+    corner = torch.rand(batch, 2, dtype=torch.float64) * 4
+    return x, torch.cat([torch.arange(batch)[:, None], corner, corner + 4 + torch.rand(batch, 2) * 5], 1)
+
+
+def check_equal(found, expected, inputs):
+    """Compare outputs and the gradients of all parameters of two networks."""
+    output, expected_output = found(*inputs), expected(*inputs)
+    assert torch.equal(output, expected_output)
+    grads = torch.autograd.grad(output.square().sum(), list(found.parameters()))
+    expected_grads = torch.autograd.grad(expected_output.square().sum(), list(expected.parameters()))
+    for grad_found, grad_expected in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad_found, grad_expected)  # a graph may add them up in another order
+
+
+def calls_of_ours(graph):
+    ours = (deform_conv2d, convolve, deform_roi_pool)
+    return [node.target for node in graph.nodes if node.op == "call_function" and node.target in ours]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_symbolic_trace(name):
+    """Each call of a layer or function is one node; the graph can be copied, pickled, transformed and traced again."""
+    network = make_network(name)
+    _, functions = NETWORKS[name]
+    traced = torch.fx.symbolic_trace(network)
+    assert calls_of_ours(traced.graph) == functions
+    check_equal(traced, network, network_inputs(name))
+
+    transformed = torch.fx.Transformer(traced).transform()
+    again = torch.fx.symbolic_trace(copy.deepcopy(traced))
+    loaded = pickle.loads(pickle.dumps(transformed))
+    for other in (transformed, again, loaded):
+        assert calls_of_ours(other.graph) == functions
+    for other in (again, loaded):
+        check_equal(other, network, network_inputs(name, batch=3, size=(8, 6)))
+
+
+def test_symbolic_trace_of_a_layer_alone_keeps_its_checks():
+    layer = DeformConv2d(4, 6, 3)
+    traced = torch.fx.symbolic_trace(layer)
+    assert calls_of_ours(traced.graph) == [convolve]
+    inputs = torch.randn(1, 4, 5, 5), torch.randn(1, 18, 3, 3)
+    assert torch.equal(traced(*inputs), layer(*inputs))
+    with pytest.raises(ValueError, match=r"input: expected 4 channels \(in_channels\), got 2"):
+        traced(torch.zeros(1, 2, 5, 5), inputs[1])
+
+
+def test_layers_as_leaves_of_a_tracer():
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return isinstance(module, DeformConv2d) or super().is_leaf_module(module, name)
+
+    network = make_network("given")
+    graph = Tracer().trace(network)
+    assert [node.target for node in graph.nodes if node.op == "call_module"] == ["predict", "layer"]
+    check_equal(torch.fx.GraphModule(network, graph), network, network_inputs("given"))
+
+
+def test_compiled_graph_of_symbolic_trace():
+    network = make_network("v2")
+    compiled = torch.compile(torch.fx.symbolic_trace(network), backend="eager", fullgraph=True)
+    (x,) = network_inputs("v2")
+    torch.testing.assert_close(compiled(x), network(x))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.(save|load)` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_jit_trace(name):
+    """Without a warning of the tracer; what it records takes other sizes, has gradients, and can be saved."""
+    network = make_network(name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        traced = torch.jit.trace(network, network_inputs(name))
+    messages = [str(one.message) for one in caught if not issubclass(one.category, DeprecationWarning)]
+    assert messages == []
+
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    for batch, size in ((2, (7, 9)), (3, (8, 6))):
+        check_equal(loaded, network, network_inputs(name, batch, size))
+
+
+@QUIET
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+def test_wrong_shapes_are_errors_while_jit_traces():
+    wrong = torch.zeros(1, 18, 3, 3), torch.zeros(6, 4, 3, 3)
+    with pytest.raises(ValueError, match=r"offset: expected shape \(1, 18, 5, 5\), got \(1, 18, 3, 3\)"):
+        torch.jit.trace(lambda x: deform_conv2d(x, *wrong, padding=1), torch.zeros(1, 4, 5, 5))
+    with pytest.raises(ValueError, match="input: expected 4 channels"):
+        torch.jit.trace(DeformRoIPoolPack(3, 4, 8), (torch.zeros(1, 2, 5, 5), torch.zeros(1, 5)))
+    assert not torch.jit.is_tracing()
 
 
 def make_pack():

@@ -12,9 +12,10 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from triton_dcn.forward_mode import refuse_tangents
-from triton_dcn.functional import DTYPES, HALF_DTYPES, HAS_TRITON, choose_backend, pair
+from triton_dcn.functional import DTYPES, HALF_DTYPES, HAS_TRITON, are_tensors, choose_backend, pair, untraced
 from triton_dcn.operator import without_autocast
 from triton_dcn.roi_pool import reference
 from triton_dcn.roi_pool.geometry import RoIPoolGeometry
@@ -74,9 +75,24 @@ def deform_roi_pool(
         Dai et al., Deformable Convolutional Networks, ICCV 2017, section 2.2; mmcv.ops.deform_roi_pool, also for the
         gradient of the offset at the border, where it is not the derivative.
     """
-    _check_tensors(features=features, rois=rois, offset=offset)
-    if features.dim() != 4 or 0 in features.shape[1:]:
-        raise ValueError(f"features: expected (B, C, H, W) with C, H, W > 0, got {tuple(features.shape)}")
+    if not are_tensors(("offset",), features=features, rois=rois, offset=offset):
+        pooled: Tensor = handle_torch_function(
+            deform_roi_pool,
+            (features, rois, offset),
+            features,
+            rois,
+            offset,
+            output_size=output_size,
+            spatial_scale=spatial_scale,
+            sampling_ratio=sampling_ratio,
+            gamma=gamma,
+            backend=backend,
+        )
+        return pooled
+
+    shape = untraced(features.size)
+    if len(shape) != 4 or 0 in shape[1:]:
+        raise ValueError(f"features: expected (B, C, H, W) with C, H, W > 0, got {tuple(shape)}")
     check_settings(spatial_scale, sampling_ratio, gamma)
     device = features.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and features.dtype in (*HALF_DTYPES, torch.float32):
@@ -125,9 +141,9 @@ def roi_pool(
     """
     features = list(features)
     bins = pair("output_size", output_size)
-    check_arguments(features, rois, levels, offset, bins, sampling_ratio)
+    untraced(check_arguments, features, rois, levels, offset, bins, sampling_ratio)
     if offset is not None:
-        _check_offset(offset, rois, bins, features[0].dtype)
+        untraced(_check_offset, offset, rois, bins, features[0].dtype)
 
     if backend is None:
         on_triton = HAS_TRITON and rois.is_cuda and features[0].dtype != torch.float64
@@ -148,7 +164,9 @@ def roi_pool(
         with without_autocast(rois.device.type):
             return reference.forward(geometry, features, rois, levels, offset)
     refuse_tangents(no_forward_mode, *features, rois, offset)
-    settings = (float_scales, list(bins), sampling_ratio, float(gamma), backend, needs_gradient(offset))
+    # what torch.jit.trace records may run with gradients or without
+    keep_cells = offset is not None and (needs_gradient(offset) or torch._C._get_tracing_state() is not None)
+    settings = (float_scales, list(bins), sampling_ratio, float(gamma), backend, keep_cells)
     pooled: Tensor
     pooled, _ = forward_op(features, rois, levels, offset, *settings)
     return pooled
@@ -162,7 +180,7 @@ def check_settings(spatial_scale: float, sampling_ratio: int, gamma: float) -> N
         raise ValueError(
             f"sampling_ratio: expected 0 (adaptive) or more, up to {MAX_SAMPLING_RATIO}, got {sampling_ratio!r}"
         )
-    if not _is_number(gamma) or not math.isfinite(gamma):
+    if not _is_number(gamma) or not abs(gamma) < math.inf:
         raise ValueError(f"gamma: expected a finite number, got {gamma!r}")
 
 
@@ -203,7 +221,7 @@ def check_arguments(
     devices = {tensor.device for tensor in (*features, rois, levels)}
     if len(devices) > 1:
         raise TypeError(f"features, rois, levels: expected one device, got {sorted(map(str, devices))}")
-    if min(bins) < 1:
+    if bins[0] < 1 or bins[1] < 1:
         raise ValueError(f"output_size: expected at least 1, got {bins[0] if bins[0] == bins[1] else bins}")
     if sampling_ratio < 0:
         raise ValueError(f"sampling_ratio: expected 0 (adaptive) or more, got {sampling_ratio}")
@@ -220,14 +238,3 @@ def _check_offset(offset: Tensor, rois: Tensor, bins: tuple[int, int], dtype: to
         raise TypeError(f"offset: expected {expected} beside features of {dtype}, got {offset.dtype}")
     if offset.device != rois.device:
         raise TypeError(f"offset: expected device {rois.device} like features, got {offset.device}")
-
-
-def _check_tensors(**arguments: Tensor | None) -> None:
-    """Raise TypeError where an argument is not a tensor, or is a sparse one; the offset may be None."""
-    for name, tensor in arguments.items():
-        if tensor is None and name == "offset":
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name}: expected layout torch.strided, got {tensor.layout}")

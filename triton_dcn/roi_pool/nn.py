@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from triton_dcn.functional import pair
+from triton_dcn.functional import pair, untraced
 from triton_dcn.geometry import check_minimum
 from triton_dcn.roi_pool.functional import check_settings, deform_roi_pool
 
@@ -134,8 +134,11 @@ class DeformRoIPoolPack(DeformRoIPool):
         return offset.view(-1, 2, *self.output_size)
 
     def _check_channels(self, input: Tensor) -> None:
-        if isinstance(input, Tensor) and input.dim() == 4 and input.shape[1] != self.output_channels:
-            raise ValueError(f"input: expected {self.output_channels} channels (output_channels), got {input.shape[1]}")
+        if not isinstance(input, Tensor) or input.dim() != 4:
+            return  # `deform_roi_pool` says what is wrong, or takes what stands for a tensor
+        channels = untraced(input.size)[1]
+        if channels != self.output_channels:
+            raise ValueError(f"input: expected {self.output_channels} channels (output_channels), got {channels}")
 
 
 class ModulatedDeformRoIPoolPack(DeformRoIPoolPack):
