@@ -1,9 +1,13 @@
-"""The types that travel through the detector: plain dataclasses of tensors, which can only be moved to a device."""
+"""The types that travel through the detector: plain dataclasses of tensors, which can only be moved to a device.
+
+Ground truth is checked where it comes in, which is where a `Target` is made.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
+from math import isfinite
 from typing import overload
 
 import torch
@@ -25,15 +29,31 @@ class Target:
     """Ground truth of one image.
 
     Attributes:
-        boxes: (N, 4) float32, x1 y1 x2 y2 in pixels of the resized image; N can be 0.
+        boxes: (N, 4) floating, finite, x1 y1 x2 y2 in pixels of the resized image; x2 > x1 and y2 > y1 but where the
+            label is `NO_OBJECT`; N can be 0.
         labels: (N,) int64, classes from 0, or `NO_OBJECT`.
         masks: (N, H, W) uint8 or bool, not 0 inside the object; H, W is the size of the resized image, padded or not.
             None where the model predicts boxes only.
+
+    Args:
+        boxes, labels, masks: the attributes.
+        check: whether to check boxes and labels. Only on a CPU are their numbers looked at: elsewhere that would wait
+            for the device. The model checks the masks, which depend on the size of the images.
+
+    Raises:
+        ValueError: boxes or labels are not as above; names the first row that is not.
+        TypeError: they are no tensors.
     """
 
     boxes: Tensor
     labels: Tensor
     masks: Tensor | None = None
+    check: InitVar[bool] = True
+
+    def __post_init__(self, check: bool) -> None:
+        """Check boxes and labels."""
+        if check:
+            _check_boxes_and_labels(self.boxes, self.labels)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Target:
         """Return the target on `device`."""
@@ -44,6 +64,7 @@ class Target:
             boxes=self.boxes.to(device, non_blocking=non_blocking),
             labels=self.labels.to(device, non_blocking=non_blocking),
             masks=masks,
+            check=False,
         )
 
     def pin_memory(self) -> Target:
@@ -55,6 +76,7 @@ class Target:
             boxes=self.boxes.pin_memory(),
             labels=self.labels.pin_memory(),
             masks=masks,
+            check=False,
         )
 
 
@@ -105,11 +127,11 @@ class StackedTargets(Sequence[Target]):
     def __getitem__(self, index: slice) -> list[Target]: ...
 
     def __getitem__(self, index: int | slice) -> Target | list[Target]:
-        if isinstance(index, slice):
+        if type(index) is slice:  # has no subclasses
             return [self[number] for number in range(len(self))[index]]
         count = self.counts[index]
         masks = None if self.masks is None else self.masks[index]
-        return Target(self.boxes[index, :count], self.labels[index, :count], masks)
+        return Target(self.boxes[index, :count], self.labels[index, :count], masks, check=False)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> StackedTargets:
         """Return the targets on `device`."""
@@ -206,3 +228,28 @@ class Detections:
     scores: Tensor
     labels: Tensor
     masks: Tensor | None = None
+
+
+def _check_boxes_and_labels(boxes: Tensor, labels: Tensor) -> None:
+    """Raise TypeError or ValueError where boxes or labels are not as `Target` says."""
+    for name, tensor in (("boxes", boxes), ("labels", labels)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if boxes.dim() != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"boxes: expected shape (N, 4), got {tuple(boxes.shape)}")
+    if not boxes.is_floating_point():
+        raise ValueError(f"boxes: expected a floating dtype, got {boxes.dtype}")
+    if labels.shape != boxes.shape[:1]:
+        raise ValueError(f"labels: expected shape ({len(boxes)},) like boxes, got {tuple(labels.shape)}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels: expected torch.int64, got {labels.dtype}")
+
+    if torch.compiler.is_compiling() or not boxes.device.type == labels.device.type == "cpu":
+        return
+    for row, (box, label) in enumerate(zip(boxes.tolist(), labels.tolist(), strict=True)):
+        if label < NO_OBJECT:
+            raise ValueError(f"labels[{row}]: expected 0 or more, or {NO_OBJECT} for no object, got {label}")
+        x1, y1, x2, y2 = box
+        has_area = x1 < x2 and y1 < y2
+        if not all(map(isfinite, box)) or not (has_area or label == NO_OBJECT):
+            raise ValueError(f"boxes[{row}]: expected finite x1 y1 x2 y2 with x2 > x1 and y2 > y1, got {box}")

@@ -69,5 +69,5 @@ def pad_to_equal_counts(batch: Batch) -> Batch:
             masks = F.pad(masks, (0, right, 0, bottom, 0, missing))
         boxes = F.pad(target.boxes, (0, 0, 0, missing))
         labels = F.pad(target.labels, (0, missing), value=NO_OBJECT)
-        targets.append(Target(boxes, labels, masks))
+        targets.append(Target(boxes, labels, masks, check=False))
     return replace(batch, targets=targets)

@@ -1,5 +1,7 @@
 """Fixtures of the detector's tests: the golden model's weights, input and feature maps."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -27,23 +29,33 @@ def golden_images(golden):
     return batch
 
 
-@pytest.fixture(scope="session")
-def golden_features(golden, golden_images):
-    """Function: "dg1" or "dg4" -> feature maps "C2".."C5", "P2".."P6" of the golden weights, in float64."""
-    salt = golden("model")[1]["spec"]["salt"]
-    cache = {}
+class GoldenFeatures:
+    """Feature maps of the golden weights in float64, computed once: in a training step or here, whatever is first."""
 
-    def features(config: str) -> dict[str, torch.Tensor]:
-        if config not in cache:
+    def __init__(self, salt: str, images: torch.Tensor):
+        self.salt = salt
+        self.images = images
+        self.maps = {}
+
+    def keep(self, config: str, bottom_up: Sequence[torch.Tensor], pyramid: Sequence[torch.Tensor]) -> None:
+        """Keep the maps of a whole model with the weights of `config`."""
+        names = [f"C{level}" for level in range(2, 6)] + [f"P{level}" for level in range(2, 7)]
+        maps = [feature.detach() for feature in (*bottom_up, *pyramid)]
+        self.maps[config] = dict(zip(names, maps, strict=True))
+
+    def __call__(self, config: str) -> dict[str, torch.Tensor]:
+        """Return the maps "C2".."C5", "P2".."P6" of "dg1" or "dg4"."""
+        if config not in self.maps:
             model = nn.Module()
             model.backbone = ResNet(50, dcn="v2", deform_groups=int(config[2:]))
             model.neck = FPN(model.backbone.out_channels)
-            fill_model(model.double(), salt)
+            fill_model(model.double(), self.salt)
             with torch.no_grad():
-                bottom_up = model.backbone.train()(golden_images)
-                pyramid = model.neck(bottom_up)
-            names = [f"C{level}" for level in range(2, 6)] + [f"P{level}" for level in range(2, 7)]
-            cache[config] = dict(zip(names, bottom_up + pyramid, strict=True))
-        return cache[config]
+                bottom_up = model.backbone.train()(self.images)
+                self.keep(config, bottom_up, model.neck(bottom_up))
+        return self.maps[config]
 
-    return features
+
+@pytest.fixture(scope="session")
+def golden_features(golden, golden_images):
+    return GoldenFeatures(golden("model")[1]["spec"]["salt"], golden_images)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from detector import Batch, Target
+from detector import Batch, FasterRCNN, FasterRCNNConfig, Target
 from tests.golden.fill import fill, summary
 
 FULL_GRADS = {  # parameters whose golden gradients have many samples
@@ -39,6 +40,18 @@ def fill_model(model: nn.Module, salt: str) -> None:
     with torch.no_grad():
         for name, value in model.state_dict().items():
             value.copy_(torch.from_numpy(fill(name, tuple(value.shape), salt)))
+
+
+def golden_detector(config: FasterRCNNConfig, salt: str) -> FasterRCNN:
+    """Build a detector and fill it; its initial values, all of which are replaced, are not drawn."""
+
+    def keep(tensor: Tensor, *_: object, **__: object) -> Tensor:
+        return tensor
+
+    with mock.patch.object(Tensor, "normal_", keep), mock.patch.object(Tensor, "uniform_", keep):
+        model = FasterRCNN(config)
+    fill_model(model, salt)
+    return model
 
 
 def padded_size(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:

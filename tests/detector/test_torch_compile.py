@@ -60,7 +60,9 @@ def assigned_rows(batch, count):
 
 def choose(images, boxes, labels, matched, matched_valid, assigned, seeds, scores, sizes):
     """Run everything between two predictions and a loss that decides by comparisons, sorting and integers."""
-    targets = pad_targets([Target(box, label) for box, label in zip(boxes, labels, strict=True)], matched.dtype)
+    # also boxes without area
+    targets = [Target(box, label, check=False) for box, label in zip(boxes, labels, strict=True)]
+    targets = pad_targets(targets, matched.dtype)
     rpn = Matcher(0.7, 0.3, 0.3)(targets, matched, matched_valid)
     roi = Matcher(0.5, 0.5)(targets, matched, matched_valid)
     samples = []

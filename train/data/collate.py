@@ -109,7 +109,10 @@ def _convert_small_tensors(batch: Batch, convert: Callable[[Any], Any]) -> Batch
     if isinstance(targets, StackedTargets):
         targets = replace(targets, boxes=convert(targets.boxes), labels=convert(targets.labels))
     elif targets is not None:
-        targets = [replace(target, boxes=convert(target.boxes), labels=convert(target.labels)) for target in targets]
+        targets = [
+            replace(target, boxes=convert(target.boxes), labels=convert(target.labels), check=False)
+            for target in targets
+        ]
     seeds = batch.seeds
     if seeds is not None:
         seeds = convert(seeds)

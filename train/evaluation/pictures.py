@@ -48,7 +48,7 @@ def draw_pictures(
         masks = map(decode_mask, [row["segmentation"] for row in drawn_rows if "segmentation" in row])
 
         boxes, labels = dataset.ground_truth(index)
-        target = Target(torch.from_numpy(boxes), torch.from_numpy(labels))
+        target = Target(torch.from_numpy(boxes), torch.from_numpy(labels), check=False)  # also boxes too thin to train
         true_masks = dataset.masks(index)
 
         picture = draw_comparison(image, detections, target, dataset.classes, masks=masks, true_masks=true_masks)

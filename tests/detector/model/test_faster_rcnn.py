@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from detector import Batch, FasterRCNN, FasterRCNNConfig, Target
-from tests.detector.golden_model import FULL_GRADS, assert_summary, fill_model, make_batch
+from detector.model.faster_rcnn import split_detections
+from tests.detector.golden_model import FULL_GRADS, assert_summary, golden_detector, make_batch
 
 SMALL = FasterRCNNConfig(
     depth=18,
@@ -37,13 +38,12 @@ def golden_batch(arrays, dtype):
 
 
 class Run:
-    """One training step and one evaluation of the golden model, with the tensors in between."""
+    """One training step of the golden model, and one evaluation if asked for, with the tensors in between."""
 
     def __init__(self, golden, deform_groups, dtype, device="cpu"):
         self.arrays, self.params = golden("model")
         config = FasterRCNNConfig(deform_groups=deform_groups, sampler="deterministic")
-        self.model = FasterRCNN(config)
-        fill_model(self.model, self.params["spec"]["salt"])
+        self.model = golden_detector(config, self.params["spec"]["salt"])
         self.model.to(device, dtype).train()
         self.batch = golden_batch(self.arrays, dtype).to(device)
         self.seen = {}
@@ -63,12 +63,16 @@ class Run:
         self.train_seen = dict(self.seen)
         sum(self.losses.values()).backward()
 
+    def evaluate(self):
+        """Detect; and detect once more in the same predictions with the golden threshold of the scores."""
+        head = self.model.roi_head
+        self._watch_method(head, "detect")
         self.model.eval()
         self.detections = self.model(self.batch)
         self.test_seen = dict(self.seen)
 
-        self.model.roi_head.score_threshold = self.params["spec"]["det_thr"]
-        self.confident = self.model(self.batch)
+        head.score_threshold = self.params["spec"]["det_thr"]
+        self.confident = split_detections(head.detect(*self.test_seen["RoIHead.detect.args"]))
 
     def _watch(self, module, name):
         def hook(module, args, output):
@@ -83,14 +87,18 @@ class Run:
         def call(*args):
             result = method(*args)
             self.seen[f"{type(part).__name__}.{name}"] = result
+            self.seen[f"{type(part).__name__}.{name}.args"] = args
             return result
 
         setattr(part, name, call)
 
 
 @pytest.fixture(scope="module")
-def float64(golden):
-    return Run(golden, 1, torch.float64)
+def float64(golden, golden_features):
+    run = Run(golden, 1, torch.float64)
+    golden_features.keep("dg1", run.seen["backbone"], run.seen["neck"])
+    run.evaluate()
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -238,15 +246,16 @@ def test_float32_on_gpu(golden):
     assert_float32(Run(golden, 1, torch.float32, "cuda"))
 
 
-def test_float64_four_deform_groups(golden):
+def test_float64_four_deform_groups(golden, golden_features):
     arrays, params = golden("model")
-    model = FasterRCNN(FasterRCNNConfig(deform_groups=4, sampler="deterministic"))
-    fill_model(model, params["spec"]["salt"])
+    config = FasterRCNNConfig(deform_groups=4, sampler="deterministic")
+    model = golden_detector(config, params["spec"]["salt"])
     model.double().train()
     features = {}
     model.backbone.register_forward_hook(lambda module, args, output: features.update(backbone=output))
     model.neck.register_forward_hook(lambda module, args, output: features.update(neck=output))
     losses = model(golden_batch(arrays, torch.float64))
+    golden_features.keep("dg4", features["backbone"], features["neck"])
     for i, feature in enumerate(features["backbone"]):
         assert_summary(arrays, f"dg4.C{i + 2}", feature, 512, 1e-10)
     for i, feature in enumerate(features["neck"]):
@@ -313,7 +322,7 @@ def test_images_without_targets_train():
 def test_training_step_has_no_data_dependent_shape():
     """The step traces as one graph: no tensor is read back, no shape follows from values."""
     torch.manual_seed(0)
-    model = FasterRCNN(SMALL)
+    model = FasterRCNN(replace(SMALL, dcn_stages=(False, False, False, True)))  # one stage is traced as the others
     batch = small_batch(2)
     expected = model(batch)
 

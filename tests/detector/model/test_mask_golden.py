@@ -5,13 +5,13 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from detector import Batch, FasterRCNN, FasterRCNNConfig, Target
+from detector import Batch, FasterRCNNConfig, Target
 from detector.model.mask_head import mask_targets
 from detector.model.sampler import SamplingResult
 from detector.ops.paste_masks import paste_masks
 from detector.results import full_masks, undo_resize
 from detector.structures import Detections
-from tests.detector.golden_model import assert_summary, fill_model, make_batch
+from tests.detector.golden_model import assert_summary, golden_detector, make_batch
 
 LOSSES = ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask")
 
@@ -37,8 +37,8 @@ class Run:
 
     def __init__(self, golden, dtype, device="cpu"):
         self.arrays, self.params = golden("mask")
-        self.model = FasterRCNN(FasterRCNNConfig(mask=True, sampler="deterministic"))
-        fill_model(self.model, self.params["spec"]["salt"])
+        config = FasterRCNNConfig(mask=True, sampler="deterministic")
+        self.model = golden_detector(config, self.params["spec"]["salt"])
         self.model.to(device, dtype).train()
         self.batch = golden_batch(self.arrays, dtype).to(device)
         self.seen = {}

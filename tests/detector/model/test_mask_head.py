@@ -68,8 +68,8 @@ def test_targets_by_definition():
     """One image of 40 x 50 pixels in a batch of 64 x 64: boxes inside, at its border, thin, unclipped, and padding."""
     bitmaps = [(F.avg_pool2d(torch.rand(2, 1, 44, 54), 5, 1)[:, 0] > 0.5) for _ in range(2)]  # blobs in 40 x 50
     targets = [
-        Target(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64), bitmaps[0].to(torch.uint8)),
-        Target(torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64), bitmaps[1][:1]),
+        Target(torch.tensor([[0.0, 0.0, 50.0, 40.0]] * 2), torch.tensor([0, 0]), bitmaps[0].to(torch.uint8)),
+        Target(torch.tensor([[0.0, 0.0, 50.0, 40.0]]), torch.tensor([0]), bitmaps[1][:1]),
     ]
     padded = pad_masks(targets, 2, (64, 64), torch.float64)
     boxes = torch.tensor(
@@ -158,11 +158,11 @@ def batch_with_masks(count=2):
 def test_learns_masks():
     """Two images, a few steps: the loss falls, and the masks of the two boxes become those drawn there."""
     torch.manual_seed(0)
-    model = FasterRCNN(replace(SMALL, dcn=None))
+    model = FasterRCNN(replace(SMALL, dcn=None, base_channels=16))
     batch = batch_with_masks()
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     history = []
-    for _ in range(45):  # at 30 the loss is 0.12 to 0.31, by the rounding of the machine; at 45 about 0.12
+    for _ in range(30):  # the loss is 0.09 to 0.12 then, by the seed; at full width it takes 45
         losses = model(batch)
         assert list(losses) == ["loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask"]
         optimizer.zero_grad()

@@ -20,7 +20,7 @@ def test_boxes_and_labels():
 @pytest.mark.parametrize("capacity", [1, 5])
 def test_stacked_targets_are_padded_as_they_are(capacity):
     nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-    two = Target(torch.rand(2, 4), torch.tensor([5, 6]))
+    two = Target(torch.rand(2, 4) + torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor([5, 6]))
     expected = pad_targets([nothing, two], torch.float64)
     padded = pad_targets(StackedTargets.of([nothing, two], capacity), torch.float64)
     assert padded.labels.shape == (2, max(2, capacity))
@@ -39,9 +39,10 @@ def test_one_image_without_targets_has_one_row():
 
 
 def test_masks():
+    boxes = torch.tensor([[0.0, 0.0, 3.0, 2.0]])
     labels = torch.zeros(1, dtype=torch.int64)
-    small = Target(torch.zeros(1, 4), labels, torch.ones(1, 2, 3, dtype=torch.uint8))
-    large = Target(torch.zeros(1, 4), labels, torch.ones(1, 4, 4, dtype=torch.bool))
+    small = Target(boxes, labels, torch.ones(1, 2, 3, dtype=torch.uint8))
+    large = Target(boxes, labels, torch.ones(1, 4, 4, dtype=torch.bool))
     bitmaps = pad_masks([small, large], 2, (4, 5), torch.float32)
     expected = torch.zeros(2, 2, 4, 5)
     expected[0, 0, :2, :3] = 1

@@ -7,7 +7,7 @@ import torch
 from detector import FasterRCNN, FasterRCNNConfig
 from detector.model.roi_extractor import RoIExtractor
 from detector.ops.roi_align import roi_levels
-from tests.detector.golden_model import assert_summary, fill_model, make_batch
+from tests.detector.golden_model import assert_summary, golden_detector, make_batch
 from tests.detector.test_export import run_graph
 from triton_dcn import DeformRoIPoolPack, ModulatedDeformRoIPoolPack
 
@@ -24,8 +24,7 @@ class Run:
         self.all_names = params["all_names"]
         # No gradient of the stages c2 to c4 is golden.
         config = FasterRCNNConfig(dcn=None, roi_layer=layer, sampler="deterministic", frozen_stages=3)
-        self.model = FasterRCNN(config)
-        fill_model(self.model, params["spec"]["salt"])
+        self.model = golden_detector(config, params["spec"]["salt"])
         self.model.to(dtype).train()
         self.batch = make_batch(
             [self.arrays[f"img{i}.image_bgr"] for i in range(2)],

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from detector import Batch, FasterRCNN, FasterRCNNConfig, Target
-from tests.detector.golden_model import assert_summary, fill_model, make_batch
+from tests.detector.golden_model import assert_summary, golden_detector, make_batch
 
 V1 = {"dcn": "v1"}
 R101 = {"depth": 101}
@@ -103,8 +103,7 @@ def test_training_step(golden, name):
     """Features, losses of all stages and the gradient of every part in float64."""
     arrays, params = golden("variants")
     entry = params["variants"][name]
-    model = FasterRCNN(FasterRCNNConfig(**ZOO[name], sampler="deterministic"))
-    fill_model(model, params["spec"]["salt"])
+    model = golden_detector(FasterRCNNConfig(**ZOO[name], sampler="deterministic"), params["spec"]["salt"])
     model.double().train()
     features = {}
     model.backbone.register_forward_hook(lambda module, args, output: features.update(C=output))
