@@ -2,217 +2,38 @@
 
 import copy
 import importlib
-import math
 import sys
-from types import ModuleType
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
 import triton_dcn
+from tests.triton_dcn.compat_stubs import (
+    DEFORM_GROUPS,
+    WithPredictedOffsets,
+    assert_same,
+    deformable,
+    make_mmcv,
+    make_torchvision,
+    run,
+)
 from triton_dcn.compat import mmcv as compat_mmcv
 from triton_dcn.compat import torchvision as compat_torchvision
 
 IMPORTS = [("torchvision.ops", compat_torchvision), ("mmcv.ops", compat_mmcv)]
 GROUPS = 2
-DEFORM_GROUPS = 2
-
-
-def make_modules(monkeypatch, source, *names):
-    """Run `source` as the last of the modules `names`; all of them see what it defines."""
-    modules = [ModuleType(name) for name in names]
-    for module in modules:
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    *packages, innermost = modules
-    exec(source, innermost.__dict__)
-    public = {name: value for name, value in vars(innermost).items() if not name.startswith("__")}
-    for package in packages:
-        vars(package).update(public)
-    return innermost
-
-
-# the interfaces of the libraries, around this package's reference
-STUB = """
-import torch
-from torch import nn
-from triton_dcn.functional import deform_conv2d as ours
-
-calls = []
-
-class Layer(nn.Module):
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1,
-                 deform_groups=1, bias=True):
-        super().__init__()
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.deform_groups = deform_groups
-        self.kernel_size, self.stride, self.padding, self.dilation = (
-            (x, x) for x in (kernel_size, stride, padding, dilation))
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels // groups, *self.kernel_size))
-        self.bias = nn.Parameter(torch.randn(out_channels)) if bias else None
-"""
-
-TORCHVISION = """
-def deform_conv2d(input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), mask=None):
-    calls.append("v1" if mask is None else "v2")
-    return ours(input, offset, weight, bias, stride, padding, dilation, mask, backend="reference")
-
-class DeformConv2d(Layer):
-    def forward(self, input, offset, mask=None):
-        return deform_conv2d(input, offset, self.weight, self.bias, stride=self.stride, padding=self.padding,
-                             dilation=self.dilation, mask=mask)
-"""
-
-MMCV_V2 = """
-def modulated_deform_conv2d(input, offset, mask, weight, bias, stride, padding, dilation, groups, deform_groups):
-    calls.append("v2")
-    return ours(input, offset, weight, bias, stride, padding, dilation, mask, backend="reference")
-
-class ModulatedDeformConv2d(Layer):
-    def forward(self, x, offset, mask):
-        return modulated_deform_conv2d(x, offset, mask, self.weight, self.bias, self.stride, self.padding,
-                                       self.dilation, self.groups, self.deform_groups)
-
-class ModulatedDeformConv2dPack(ModulatedDeformConv2d):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        taps = self.kernel_size[0] * self.kernel_size[1]
-        self.conv_offset = nn.Conv2d(self.in_channels, 3 * self.deform_groups * taps, self.kernel_size, self.stride,
-                                     self.padding, self.dilation)
-
-    def forward(self, x):
-        o1, o2, mask = torch.chunk(self.conv_offset(x), 3, dim=1)
-        return super().forward(x, torch.cat((o1, o2), dim=1), torch.sigmoid(mask))
-"""
-
-MMCV_V1 = """
-def deform_conv2d(input, offset, weight, stride, padding, dilation, groups, deform_groups, bias, im2col_step):
-    calls.append("v1")
-    return ours(input, offset, weight, None, stride, padding, dilation, backend="reference")
-
-class DeformConv2d(Layer):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs, bias=False)
-        del self.bias  # mmcv's class has none
-
-    def forward(self, x, offset):
-        return deform_conv2d(x, offset, self.weight, self.stride, self.padding, self.dilation, self.groups,
-                             self.deform_groups, False, 32)
-
-class DeformConv2dPack(DeformConv2d):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        taps = self.kernel_size[0] * self.kernel_size[1]
-        self.conv_offset = nn.Conv2d(self.in_channels, 2 * self.deform_groups * taps, self.kernel_size, self.stride,
-                                     self.padding, self.dilation)
-
-    def forward(self, x):
-        return super().forward(x, self.conv_offset(x))
-"""
-
-
-MMCV_ROI_POOL = """
-import torch
-from torch import nn
-from triton_dcn.roi_pool.functional import deform_roi_pool as ours
-
-calls = []
-
-def deform_roi_pool(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma):
-    calls.append("roi")
-    return ours(input, rois, offset, output_size=output_size, spatial_scale=spatial_scale,
-                sampling_ratio=sampling_ratio, gamma=gamma, backend="reference")
-
-class DeformRoIPool(nn.Module):
-    def __init__(self, output_size, spatial_scale=1.0, sampling_ratio=0, gamma=0.1):
-        super().__init__()
-        self.output_size = (output_size, output_size)
-        self.spatial_scale, self.sampling_ratio, self.gamma = spatial_scale, sampling_ratio, gamma
-
-    def forward(self, input, rois, offset=None):
-        return deform_roi_pool(input, rois, offset, self.output_size, self.spatial_scale, self.sampling_ratio,
-                               self.gamma)
-
-class DeformRoIPoolPack(DeformRoIPool):
-    def __init__(self, output_size, output_channels, deform_fc_channels=1024, *args):
-        super().__init__(output_size, *args)
-        self.output_channels, self.deform_fc_channels = output_channels, deform_fc_channels
-        bins = output_size * output_size
-        self.offset_fc = nn.Sequential(
-            nn.Linear(bins * output_channels, deform_fc_channels), nn.ReLU(inplace=True),
-            nn.Linear(deform_fc_channels, deform_fc_channels), nn.ReLU(inplace=True),
-            nn.Linear(deform_fc_channels, bins * 2))
-
-    def forward(self, input, rois):
-        x = super().forward(input, rois)
-        offset = self.offset_fc(x.flatten(1)).view(-1, 2, *self.output_size)
-        return super().forward(input, rois, offset)
-
-class ModulatedDeformRoIPoolPack(DeformRoIPoolPack):
-    def __init__(self, output_size, output_channels, deform_fc_channels=1024, *args):
-        super().__init__(output_size, output_channels, deform_fc_channels, *args)
-        bins = output_size * output_size
-        self.mask_fc = nn.Sequential(
-            nn.Linear(bins * output_channels, deform_fc_channels), nn.ReLU(inplace=True),
-            nn.Linear(deform_fc_channels, bins), nn.Sigmoid())
-
-    def forward(self, input, rois):
-        x = DeformRoIPool.forward(self, input, rois)
-        return super().forward(input, rois) * self.mask_fc(x.flatten(1)).view(-1, 1, *self.output_size)
-"""
 
 
 @pytest.fixture
 def torchvision_stub(monkeypatch):
-    return make_modules(
-        monkeypatch, STUB + TORCHVISION, "torchvision", "torchvision.ops", "torchvision.ops.deform_conv"
-    )
+    return make_torchvision(monkeypatch)
 
 
 @pytest.fixture
 def mmcv_stub(monkeypatch):
-    v2 = make_modules(monkeypatch, STUB + MMCV_V2, "mmcv.ops.modulated_deform_conv")
-    v1 = make_modules(monkeypatch, STUB + MMCV_V1, "mmcv.ops.deform_conv")
-    roi_pool = make_modules(monkeypatch, MMCV_ROI_POOL, "mmcv.ops.deform_roi_pool")
-    ops = make_modules(monkeypatch, "", "mmcv", "mmcv.ops")
-    v2.calls = roi_pool.calls = v1.calls
-    for module in (v1, v2, roi_pool):
-        vars(ops).update(deformable(module))
-    ops.calls = v1.calls
-    return ops
-
-
-def deformable(module):
-    """The functions and classes of a module that are about deformable convolution."""
-    return {name: value for name, value in vars(module).items() if "deform" in name.lower()}
-
-
-class WithPredictedOffsets(nn.Module):
-    """A layer that is given offsets (and masks), and a convolution that predicts them."""
-
-    def __init__(self, layer, masks=True):
-        super().__init__()
-        taps = math.prod(layer.kernel_size) * DEFORM_GROUPS
-        self.split = [2 * taps, taps] if masks else [2 * taps]
-        self.predict = nn.Conv2d(layer.in_channels, sum(self.split), 3, padding=1)
-        self.layer = layer
-
-    def forward(self, x):
-        offset, *mask = self.predict(x).split(self.split, 1)
-        return self.layer(x, offset, *mask)
-
-
-def run(model, x):
-    """Return output and gradients."""
-    model.zero_grad()
-    output = model(x)
-    output.square().sum().backward()
-    return [output.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
-
-
-def assert_same(results, expected_results):
-    for found, expected in zip(results, expected_results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
+    return make_mmcv(monkeypatch)
 
 
 def torchvision_model(ops):
@@ -291,7 +112,7 @@ def test_convert_keeps_parameters_names_and_hooks(stub, compat, make, names, req
 
     assert compat.convert(model) == names
     assert compat.convert(model) == []
-    assert all(type(model.get_submodule(name)).__module__ == "triton_dcn.nn" for name in names)
+    assert all(type(model.get_submodule(name)).__module__.startswith("triton_dcn.") for name in names)
     converted_parameters = dict(model.named_parameters())
     assert list(converted_parameters) == list(parameters)
     assert all(converted_parameters[name] is parameters[name] for name in parameters)
@@ -349,14 +170,48 @@ def test_roi_pooling_of_mmcv(mmcv_stub, way):
     assert len(mmcv_stub.calls) == 12
 
 
-def test_convert_leaves_subclasses_and_takes_the_model_itself(torchvision_stub):
-    class Subclass(torchvision_stub.DeformConv2d):
-        pass
-
+def test_convert_takes_the_model_itself(torchvision_stub):
     layer = torchvision_stub.DeformConv2d(4, 4, 3)
-    assert compat_torchvision.convert(nn.Sequential(Subclass(4, 4, 3))) == []
     assert compat_torchvision.convert(layer) == [""]
     assert isinstance(layer, triton_dcn.DeformConv2d)
+
+
+def second_order_alignment(ops):
+    """A class derived from a layer, as `SecondOrderDeformableAlignment` of BasicVSR++ and as in BasicSR."""
+
+    class SecondOrderDeformableAlignment(ops.DeformConv2d):
+        pass
+
+    return SecondOrderDeformableAlignment(4, 4, 3)
+
+
+@LIBRARIES
+def test_convert_names_the_layers_that_it_leaves_alone(stub, compat, make, names, request):
+    ops = request.getfixturevalue(stub)
+    model = nn.ModuleDict({"known": ops.DeformConv2d(4, 4, 3), "align": second_order_alignment(ops)})
+    expected = r"left alone those of derived classes: align \(SecondOrderDeformableAlignment\); use patch\(\)"
+    with pytest.warns(UserWarning, match=expected) as caught:
+        assert compat.convert(model) == ["known"]
+    assert caught[0].filename == __file__
+    many = nn.Sequential(*(second_order_alignment(ops) for _ in range(10)))
+    with pytest.warns(UserWarning, match=r" 7 \(SecondOrderDeformableAlignment\) and 2 more;"):
+        assert compat.convert(many) == []
+
+
+@LIBRARIES
+def test_convert_says_what_works_where_it_finds_nothing(stub, compat, make, names, request):
+    ops = request.getfixturevalue(stub)
+    expected = r"model: expected layers of \w+\.ops, got Sequential without any; models that call .* need patch\(\)"
+    with pytest.warns(UserWarning, match=expected) as caught:
+        assert compat.convert(nn.Sequential(nn.Conv2d(4, 4, 3))) == []
+    assert caught[0].filename == __file__
+
+    model = make(ops)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compat.revert(model) == []
+        assert compat.convert(model) == names
+        assert compat.convert(model) == []
 
 
 def test_revert_refuses_a_layer_fused_with_a_relu(torchvision_stub):
@@ -367,6 +222,18 @@ def test_revert_refuses_a_layer_fused_with_a_relu(torchvision_stub):
     with pytest.raises(ValueError, match="expected no ReLU, which DeformConv2d does not have"):
         compat_torchvision.revert(fused)
     assert compat_torchvision.revert(layer) == [""]
+
+
+def test_revert_refuses_a_parametrization_that_would_be_lost(torchvision_stub):
+    layer = torchvision_stub.DeformConv2d(4, 4, 3)
+    compat_torchvision.convert(layer)
+    nn.utils.parametrizations.weight_norm(layer)
+    with pytest.raises(ValueError, match="the layer: expected no parametrizations"):
+        compat_torchvision.revert(layer)
+
+    nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    assert compat_torchvision.revert(layer) == [""]
+    assert isinstance(layer.weight, nn.Parameter)
 
 
 def test_revert_refuses_a_bias_that_the_original_would_ignore(mmcv_stub):

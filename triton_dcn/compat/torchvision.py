@@ -14,26 +14,74 @@ TypeError instead of RuntimeError.
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from triton_dcn.compat.swap import Patch, convert_layers, import_library, revert_layers
-from triton_dcn.functional import deform_conv2d
+from triton_dcn.compat.shapes import check_groups
+from triton_dcn.compat.swap import Patch, Replacement, convert_layers, import_library, revert_layers
+from triton_dcn.functional import deform_conv2d, untraced
 from triton_dcn.nn import DeformConv2d
+from triton_dcn.operator import LIBRARY
+
+
+def torchvision_deform_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    bias: Tensor,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    groups: int,
+    offset_groups: int,
+    use_mask: bool,
+) -> Tensor:
+    """Convolve as the operator `torch.ops.torchvision.deform_conv2d` does, which some models call directly.
+
+    This is an operator itself, `torch.ops.triton_dcn.torchvision_deform_conv2d`, so that what PyTorch does with
+    operators works with it, too. It is composed of `triton_dcn.deform_conv2d`.
+
+    Args:
+        input, weight, offset, mask, bias: as in `triton_dcn.deform_conv2d`.
+        stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w: its pairs, one by one.
+        groups, offset_groups: as they follow from the shapes.
+        use_mask: whether `mask` counts.
+
+    Raises:
+        ValueError: shapes or groups disagree.
+    """
+    untraced(check_groups, input, offset, weight, groups, offset_groups, "offset_groups")
+    stride, padding, dilation = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
+    return deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask if use_mask else None)
+
+
+OPERATOR = torchvision_deform_conv2d.__name__
+LIBRARY.define(OPERATOR + torch.library.infer_schema(torchvision_deform_conv2d, mutates_args=()))
+LIBRARY.impl(OPERATOR, torchvision_deform_conv2d, "CompositeImplicitAutograd")
 
 
 def patch() -> Patch:
-    """Replace `torchvision.ops.deform_conv2d`, and with it what every `torchvision.ops.DeformConv2d` calls.
+    """Replace torchvision's `deform_conv2d` in all modules that have it, and the operator that it calls.
 
-    Code that ran `from torchvision.ops import deform_conv2d` before keeps the original function.
+    With the function every `torchvision.ops.DeformConv2d` is replaced; with the operator, which is
+    `torch.ops.torchvision.deform_conv2d`, also the function where something else than a module holds it.
 
     Returns:
-        A handle with `undo()`, also a context manager.
+        A handle with `undo()`, also a context manager; it tells the places, see `swap.Patch`.
 
     Raises:
         ImportError: torchvision cannot be imported.
     """
-    modules = [import_library("torchvision.ops"), import_library("torchvision.ops.deform_conv")]
-    return Patch([(module, "deform_conv2d", deform_conv2d) for module in modules])
+    import_library("torchvision.ops")
+    module = import_library("torchvision.ops.deform_conv")
+    replacements: list[Replacement] = [(module, "deform_conv2d", deform_conv2d)]
+    if hasattr(torch.ops.torchvision, "deform_conv2d"):  # not where torchvision's compiled part did not load
+        replacements.append((torch.ops.torchvision, "deform_conv2d", torch.ops.triton_dcn.torchvision_deform_conv2d))
+    return Patch(replacements)
 
 
 def convert(model: nn.Module) -> list[str]:
@@ -46,9 +94,12 @@ def convert(model: nn.Module) -> list[str]:
 
     Raises:
         ImportError: torchvision cannot be imported.
+
+    Warns:
+        UserWarning: the model has no such layers, or also layers of subclasses.
     """
     ops = import_library("torchvision.ops")
-    return convert_layers(model, {ops.DeformConv2d: DeformConv2d})
+    return convert_layers(model, "torchvision.ops", {ops.DeformConv2d: DeformConv2d})
 
 
 def revert(model: nn.Module) -> list[str]:
