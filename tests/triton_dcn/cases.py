@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import Case
-from triton_dcn import reference
+from triton_dcn import deform_conv2d, reference
 from triton_dcn.geometry import ConvGeometry
 from triton_dcn.offset_mask import OffsetMask, OffsetMaskGrad
 
@@ -162,6 +162,27 @@ def _run_reference(case: OperatorCall, offset_mask: OffsetMask, needs: tuple[boo
     grads = iter(torch.autograd.grad(output, leaves, case.grad_output) if leaves else ())
     results = [output.detach(), *(next(grads) if need else None for need in needs)]
     return dict(zip(QUANTITIES, results, strict=True))
+
+
+def run_operator(case: OperatorCall, backend: str) -> tuple[Tensor, list[Tensor | None]]:
+    """Run `deform_conv2d` and autograd, on the device of the backend.
+
+    Args:
+        case: what to compute.
+        backend: "triton", "torch" or "reference".
+
+    Returns:
+        On the CPU, the output and the gradients of input, offset, mask, weight and bias, None for those without.
+    """
+    device = device_of(backend)
+    leaves = []
+    for tensor in (*case.tensors, case.bias):
+        leaves.append(None if tensor is None else tensor.to(device, copy=True).requires_grad_())
+    x, offset, mask, weight, bias = leaves
+    arguments = case.arguments | {"mask": mask, "bias": bias}
+    output = deform_conv2d(x, offset, weight, backend=backend, **arguments)
+    output.backward(case.grad_output.to(device))
+    return output.detach().cpu(), [None if leaf is None else leaf.grad.cpu() for leaf in leaves]
 
 
 def _to_be_written(tensor: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """The operators as torch sees them: every backend through one door, autograd, compile, autocast, meta tensors."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from tests.triton_dcn.cases import (
     CASES,
@@ -15,29 +17,17 @@ from tests.triton_dcn.cases import (
     golden_case,
     make_case,
     relative,
+    run_operator,
 )
-from triton_dcn import DeformConv2d, deform_conv2d
+from triton_dcn import DeformConv2d, deform_conv2d, torch_backend, triton_backend
 from triton_dcn.functional import convolve
-from triton_dcn.operator import backward_op, forward_op
+from triton_dcn.operator import backward_op, forward_op, forward_with_samples_op
 
 OPERATOR_BACKENDS = ["torch", "triton"]
 BACKENDS = ["reference", *OPERATOR_BACKENDS]
 GOLDEN_NAMES = [f"c{i:02d}" for i in range(25)]
 TWO_TAPS = {"kernel": (1, 2), "padding": (0, 1)}
 """Changes of a case for `opcheck`, which calls an operator many times; the interpreter's time grows with the taps."""
-
-
-def run(case, backend):
-    """Return, on the CPU, the output and the gradients of input, offset, mask, weight, bias."""
-    device = device_of(backend)
-    leaves = []
-    for tensor in (*case.tensors, case.bias):
-        leaves.append(None if tensor is None else tensor.to(device, copy=True).requires_grad_())
-    x, offset, mask, weight, bias = leaves
-    arguments = case.arguments | {"mask": mask, "bias": bias}
-    output = deform_conv2d(x, offset, weight, backend=backend, **arguments)
-    output.backward(case.grad_output.to(device))
-    return output.cpu(), [None if leaf is None else leaf.grad.cpu() for leaf in leaves]
 
 
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
@@ -48,7 +38,7 @@ def run(case, backend):
 )  # fmt: skip
 def test_golden(golden, name, backend, dtype, limit):
     case = golden_case(golden, name, dtype)
-    output, grads = run(case, backend)
+    output, grads = run_operator(case, backend)
     assert relative(output, case.output) < limit
     for grad, expected in zip(grads, (*case.grads, case.grad_bias), strict=True):
         assert (grad is None) == (expected is None)
@@ -61,9 +51,9 @@ def test_golden(golden, name, backend, dtype, limit):
 def test_half_is_as_good_as_the_reference_in_half(name, backend, dtype):
     """Error against float64 on the same rounded inputs: at most twice that of the reference in this dtype."""
     case = make_case(CASES[name], dtype)
-    exact, exact_grads = run(case.double(), "reference")
-    output, grads = run(case, backend)
-    reference_output, reference_grads = run(case, "reference")
+    exact, exact_grads = run_operator(case.double(), "reference")
+    output, grads = run_operator(case, backend)
+    reference_output, reference_grads = run_operator(case, "reference")
     floor = 2 * torch.finfo(dtype).eps
     assert output.dtype == dtype
     assert relative(output, exact) <= 2 * relative(reference_output, exact) + floor
@@ -82,9 +72,9 @@ def test_masks_outside_the_image_do_not_count(backend):
     mask[..., :2] = 0.5
     offset[..., 0] = torch.nan
     offset[..., 1] = 100
-    expected, expected_grads = run(case, backend)
+    expected, expected_grads = run_operator(case, backend)
     mask[..., :2] = torch.nan
-    output, grads = run(case, backend)
+    output, grads = run_operator(case, backend)
     assert not grads[2][..., :2].any()
     for result, expected_result in zip((output, *grads), (expected, *expected_grads), strict=True):
         assert result.isfinite().all()
@@ -148,10 +138,44 @@ def test_opcheck_with_mask_logits_and_relu(backend):
     )  # fmt: skip
 
 
+def permuted(tensor, order):
+    """Return the same values, stored with the dimensions in another order."""
+    places = [order.index(dimension) for dimension in range(4)]
+    return tensor.permute(order).contiguous().permute(places)
+
+
+@pytest.mark.parametrize("backend", OPERATOR_BACKENDS)
+def test_permuted_tensors(backend):
+    """Layouts that are neither contiguous nor channels-last, as from a transposed image; masks of both signs."""
+    case = make_case(OperatorCase("", 2, 4, 2, 3, 4, offset_groups=2, **TWO_TAPS), torch.float32)
+    x, offset, mask, weight = case.tensors
+    mask.mul_(4).sub_(2)
+    expected, expected_grads = run_operator(case.double(), "reference")
+    tensors = (
+        permuted(x, (0, 1, 3, 2)),
+        permuted(offset, (1, 3, 0, 2)),
+        permuted(mask, (1, 3, 0, 2)),
+        permuted(weight, (3, 2, 0, 1)),
+    )
+    case.tensors = tuple(tensor.to(device_of(backend)) for tensor in tensors)
+    case.grad_output = permuted(case.grad_output, (1, 3, 0, 2)).to(device_of(backend))
+    assert not any(tensor.is_contiguous() for tensor in (*case.tensors, case.grad_output))
+    output, grads = run_operator(case, backend)
+    for found, exact in zip((output, *grads), (expected, *expected_grads), strict=True):
+        assert relative(found, exact) < 2e-6
+
+    settings = (list(case.geom.stride), list(case.geom.padding), list(case.geom.dilation), backend)
+    leaves = [tensor.clone().requires_grad_() for tensor in case.tensors]
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")  # what depends on layouts
+    torch.library.opcheck(forward_op, (*leaves, None, *settings), test_utils=checks)
+    arguments = (case.grad_output, *case.tensors, *settings, [True] * 4)
+    torch.library.opcheck(backward_op, arguments, test_utils=checks)
+
+
 @pytest.mark.parametrize("needed", range(5))
 def test_each_gradient_alone(needed):
     case = make_case(CASES["groups"], torch.float64)
-    _, expected = run(case, "reference")
+    _, expected = run_operator(case, "reference")
     for backend in ("reference", "torch"):
         leaves = []
         for index, tensor in enumerate((*case.tensors, case.bias)):
@@ -174,7 +198,7 @@ def test_compile_fullgraph(dynamic):
         x, offset, mask, weight = leaves
         output = compiled(x, offset, weight, **(case.arguments | {"mask": mask}))
         output.backward(case.grad_output)
-        expected, grads = run(case, "torch")
+        expected, grads = run_operator(case, "torch")
         assert torch.equal(output, expected)
         for leaf, grad in zip(leaves, grads, strict=False):
             assert torch.equal(leaf.grad, grad)
@@ -208,7 +232,7 @@ def test_meta_tensors(backend):
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_channels_last_in_channels_last_out(backend):
     case = make_case(CASES["plain"], torch.float32)
-    expected, grads = run(case, backend)
+    expected, grads = run_operator(case, backend)
     assert expected.is_contiguous()
     x, offset, _, weight = case.tensors
     x = x.to(memory_format=torch.channels_last).requires_grad_()
@@ -251,7 +275,7 @@ def test_autocast_takes_coordinates_of_its_dtype(dtype):
 def test_modes_and_hooks():
     """no_grad, inference mode, tensor hooks and activation checkpointing."""
     case = make_case(CASES["plain"], torch.float32)
-    expected, grads = run(case, "torch")
+    expected, grads = run_operator(case, "torch")
     x, offset, mask, weight = (t.clone().requires_grad_() for t in case.tensors)
     arguments = case.arguments | {"mask": mask}
     with torch.no_grad():
@@ -269,6 +293,67 @@ def test_modes_and_hooks():
     )
     output.backward(case.grad_output)
     assert torch.equal(x.grad, grads[0])
+
+
+def leaves_and_convolution(backend):
+    """Return tensors that require gradients, and a function of them that convolves between two other operations."""
+    case = make_case(replace(CASES["plain"], **TWO_TAPS), torch.float32, device_of(backend))
+    leaves = [tensor.requires_grad_() for tensor in (*case.tensors, case.bias)]
+
+    def function(x, offset, mask, weight, bias):
+        arguments = case.arguments | {"mask": mask, "bias": bias}
+        return deform_conv2d(x.sin(), offset, weight, backend=backend, **arguments).cos()
+
+    return leaves, function
+
+
+@pytest.mark.parametrize(("backend", "compiled"), [("torch", False), ("torch", True), ("triton", False)])
+@pytest.mark.parametrize("saved", [True, False])
+def test_selective_checkpointing(backend, saved, compiled, monkeypatch):
+    """A policy that saves the operator spares its second forward pass; the operations around it run twice."""
+    module, name, operator = {
+        "torch": (torch_backend, "forward", forward_op),
+        "triton": (triton_backend, "forward_with_samples", forward_with_samples_op),
+    }[backend]
+    leaves, function = leaves_and_convolution(backend)
+    expected = torch.autograd.grad(function(*leaves).sum(), leaves)
+    run_forward = getattr(module, name)
+    runs = []
+
+    def counted(*arguments, **options):
+        runs.append(name)
+        return run_forward(*arguments, **options)
+
+    monkeypatch.setattr(module, name, counted)
+    contexts = partial(create_selective_checkpoint_contexts, [operator] if saved else [])
+
+    def checkpointed(*tensors):
+        return checkpoint(function, *tensors, use_reentrant=False, context_fn=contexts)
+
+    if compiled:
+        checkpointed = torch.compile(checkpointed, fullgraph=True, backend="aot_eager")
+    grads = torch.autograd.grad(checkpointed(*leaves).sum(), leaves)
+    torch.testing.assert_close(grads, expected)
+    assert len(runs) == (1 if saved else 2)
+
+
+@pytest.mark.parametrize("backend", OPERATOR_BACKENDS)
+def test_compiled_autograd(backend):
+    """The backward pass is captured as a graph too, with the operator in it."""
+    leaves, function = leaves_and_convolution(backend)
+    expected = torch.autograd.grad(function(*leaves).sum(), leaves)
+    operators = []
+
+    def record(graph_module, inputs):
+        operators.extend(node.target for node in graph_module.graph.nodes if node.op == "call_function")
+        return graph_module
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda *tensors: function(*tensors).sum().backward(), backend=record)(*leaves)
+    torch.testing.assert_close([leaf.grad for leaf in leaves], list(expected))
+    assert operators.count(forward_op) == 1
+    assert operators.count(backward_op) == 1
 
 
 def test_double_backward_is_a_clear_error():

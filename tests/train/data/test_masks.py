@@ -44,6 +44,20 @@ def test_perfect_masks_score_one(coco):
     assert coco_metrics([], dataset)["segm_AP"] == 0
 
 
+@pytest.mark.parametrize("evaluator", EVALUATORS)
+def test_annotation_with_the_id_0_is_found(coco, evaluator):
+    """The evaluators take a match with the id 0 for none: boxes and masks that are right would not count."""
+
+    def count_from_zero(content):
+        for number, annotation in enumerate(content["annotations"]):
+            annotation["id"] = number
+
+    edit(coco, count_from_zero, "val2017")
+    dataset = open_coco(coco, "val2017", masks=True)
+    metrics = coco_metrics(rows_with(dataset), dataset, evaluator)
+    assert [metrics[name] for name in ("AP", "AR100", "segm_AP", "segm_AR100")] == pytest.approx([1] * 4)
+
+
 def test_masks_count_not_boxes(coco):
     dataset = open_coco(coco, "val2017", masks=True)
 

@@ -1,3 +1,4 @@
+import json
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from pycocotools.cocoeval import COCOeval
 import train.evaluation.coco_metrics
 from detector.ops.rle import encode_mask
 from detector.results import coco_rows
-from tests.train.data.datasets import edit, open_coco, open_golden
+from tests.train.data.datasets import edit, open_coco, open_content, open_golden
 from train.evaluation.coco_metrics import (
     DETECTION_LIMITS,
     EVALUATORS,
@@ -136,6 +137,47 @@ def test_order_of_images_changes_nothing(golden, tmp_path):
         evaluation = run_coco_eval(golden_rows(order, dataset), dataset)
         numbers.add(tuple(evaluation.stats))
     assert len(numbers) == 1
+
+
+def shuffle_categories(content):
+    """Give the categories other ids, of another order, and another order in the file."""
+    random = np.random.default_rng(0)
+    ids = [category["id"] for category in content["categories"]]
+    new_ids = dict(zip(ids, random.permutation(500)[: len(ids)].tolist(), strict=True))
+    for category in content["categories"]:
+        category["id"] = new_ids[category["id"]]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = new_ids[annotation["category_id"]]
+    random.shuffle(content["categories"])
+
+
+@pytest.mark.parametrize("evaluator", EVALUATORS)
+@pytest.mark.parametrize("names_are_given", [True, False])
+def test_order_of_categories_changes_nothing(golden, tmp_path, names_are_given, evaluator):
+    """Labels are those of the names, in their order or in that of the file; the ids of rows are those of the file."""
+    dataset = open_golden(tmp_path, False)
+    predictions = golden("dataset")[1]["predictions"]
+    expected = coco_metrics(golden_rows(predictions, dataset), dataset, evaluator)
+
+    content = json.loads(dataset.annotation_file.read_text())
+    content["categories"] = [category for category in content["categories"] if category["name"] in dataset.classes]
+    kept_ids = {category["id"] for category in content["categories"]}
+    content["annotations"] = [row for row in content["annotations"] if row["category_id"] in kept_ids]
+    shuffle_categories(content)
+    shuffled = open_content(tmp_path, content, training=False, classes=dataset.classes if names_are_given else None)
+    assert shuffled.category_ids.tolist() != sorted(shuffled.category_ids)
+    assert (shuffled.classes == dataset.classes) == names_are_given
+    of_name = {name: label for label, name in enumerate(shuffled.classes)}
+    relabeled = []
+    for image in predictions:
+        labels = [of_name[dataset.classes[label]] for label in image["labels"]]
+        relabeled.append({**image, "labels": labels})
+
+    found = coco_metrics(golden_rows(relabeled, shuffled), shuffled, evaluator)
+    for name in METRIC_NAMES:
+        assert found[name] == pytest.approx(expected[name], rel=0, abs=1e-15)
+    assert found["classes"] == expected["classes"]
+    assert 0 < found["AP"] < 1
 
 
 def test_ground_truth_scores_one(coco):
