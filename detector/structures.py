@@ -246,7 +246,8 @@ def _check_boxes_and_labels(boxes: Tensor, labels: Tensor) -> None:
 
     if torch.compiler.is_compiling() or not boxes.device.type == labels.device.type == "cpu":
         return
-    for row, (box, label) in enumerate(zip(boxes.tolist(), labels.tolist(), strict=True)):
+    # in float32, as the model takes them: there, two numbers of float64 may be one
+    for row, (box, label) in enumerate(zip(boxes.float().tolist(), labels.tolist(), strict=True)):
         if label < NO_OBJECT:
             raise ValueError(f"labels[{row}]: expected 0 or more, or {NO_OBJECT} for no object, got {label}")
         x1, y1, x2, y2 = box

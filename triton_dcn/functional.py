@@ -196,9 +196,14 @@ def pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     # first the usual cases, at a fraction of the time
     if type(value) is int:
         return value, value
-    match value:
-        case (y, x) if type(y) is int and type(x) is int:
-            return y, x
+    if type(value) is tuple:
+        try:
+            y, x = value
+        except ValueError:  # not two
+            pass
+        else:
+            if type(y) is int and type(x) is int:
+                return y, x
 
     values = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(values) != 2 or not all(_is_integer(number) for number in values):
@@ -254,7 +259,7 @@ def are_tensors(optional: Collection[str], **arguments: Tensor | None) -> bool:
     for name, tensor in arguments.items():
         if tensor is None and name in optional:
             continue
-        if isinstance(tensor, Tensor):
+        if type(tensor) is Tensor or isinstance(tensor, Tensor):  # the usual case takes no call
             if tensor.layout != torch.strided:
                 raise TypeError(f"{name}: expected layout torch.strided, got {tensor.layout}")
         else:

@@ -57,6 +57,12 @@ def test_wrong_targets_are_errors(boxes, labels, message):
         Target(boxes, labels)
 
 
+@pytest.mark.parametrize("x2", [10 + 1e-12, 1e300], ids=str)
+def test_boxes_are_judged_in_the_precision_of_the_model(x2):
+    with pytest.raises(ValueError, match=r"boxes\[0\]: expected finite"):
+        Target(torch.tensor([[10.0, 10.0, x2, 20.0]], dtype=torch.float64), torch.tensor([0]))
+
+
 def test_targets_are_tensors():
     with pytest.raises(TypeError, match="boxes: expected a tensor, got list"):
         Target([[1.0, 2.0, 3.0, 4.0]], torch.tensor([0]))

@@ -265,6 +265,9 @@ def test_mmcv_computes_in_the_dtype_of_the_offset(mmcv_stub):
     weight = torch.randn(4, 4, 3, 3)
     with compat_mmcv.patch():
         assert mmcv_stub.deform_conv2d(x, offset.bfloat16(), weight, 1, 1).dtype == torch.bfloat16
+        mask = torch.rand(1, 9, 5, 5, dtype=torch.float64)
+        output = mmcv_stub.modulated_deform_conv2d(x, offset.bfloat16(), mask, weight, torch.zeros(4), 1, 1)
+        assert output.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("library", "compat"), IMPORTS)

@@ -120,6 +120,8 @@ def test_checkpoints_of_the_layers_that_are_called_conv_offset():
 
     with pytest.raises(RuntimeError, match="Missing key.*conv_offset_mask.weight"):
         layer.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+    with pytest.raises(RuntimeError, match="Unexpected key.*conv_offset.weight"):
+        layer.load_state_dict({**layer.state_dict(), "conv_offset.weight": pack.conv_offset.weight})
 
 
 def test_given_offsets_and_masks():

@@ -106,6 +106,22 @@ def test_a_map_of_another_shape_counts_by_its_numbers(mmcv_stub):
 
     cut = torch.randn(2, 18, 8, 8, dtype=torch.float64)[:, :, :5, :6]
     torch.testing.assert_close(layer(x, cut, mask), layer(x, cut.clone(), mask))
+    as_many = mask[:, :, :30]
+    torch.testing.assert_close(layer(x, cut, as_many), layer(x, cut, as_many.view(2, 9, 5, 6)))
+
+
+def test_settings_that_differ_between_the_axes():
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    weight = torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    offset = torch.randn(2, 18, 9, 8, dtype=torch.float64)
+    mask = torch.rand(2, 9, 9, 8, dtype=torch.float64)
+    settings = (2, 1), (1, 0), (1, 2)  # an output of 5x4
+    output = compat_mmcv.deform_conv2d_v2(x, offset, mask, weight, None, *settings)
+
+    first_offsets = offset.flatten(1)[:, : 18 * 20].view(2, 18, 5, 4)
+    first_masks = mask.flatten(1)[:, : 9 * 20].view(2, 9, 5, 4)
+    expected = triton_dcn.deform_conv2d(x, first_offsets, weight, None, *settings, mask=first_masks)
+    torch.testing.assert_close(output, expected)
 
 
 def test_maps_that_are_too_small_are_refused(mmcv_stub):
@@ -175,6 +191,8 @@ def test_the_converted_layer_fuses_and_traces(mmcv_stub):
         torch.export.export(model, (x,), strict=False).module(),
     ):
         torch.testing.assert_close(run_model(x), expected)
+    other = torch.randn(3, 4, 9, 7)
+    torch.testing.assert_close(traced(other), model(other))
 
 
 def test_the_layer_without_mmcv_starts_as_mmcvs_does(mmcv_stub):

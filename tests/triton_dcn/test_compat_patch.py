@@ -1,6 +1,7 @@
 """What `patch` reaches, how it says so, and that it is undone in any order."""
 
 import importlib.util
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -69,8 +70,12 @@ def test_modules_do_not_notice_the_search(torchvision_stub, monkeypatch):
         def __getattribute__(self, name):
             raise AssertionError(f"asked for {name}")
 
+        @property
+        def __dict__(self):  # as in modules of the package py
+            raise AssertionError("asked for __dict__")
+
     touchy = Touchy("touchy")
-    ModuleType.__getattribute__(touchy, "__dict__")["deform_conv2d"] = torchvision_stub.deform_conv2d
+    vars(ModuleType)["__dict__"].__get__(touchy)["deform_conv2d"] = torchvision_stub.deform_conv2d
     monkeypatch.setitem(sys.modules, "lazy_module", lazy)
     monkeypatch.setitem(sys.modules, "touchy", touchy)
     monkeypatch.setitem(sys.modules, "no_module", None)
@@ -78,6 +83,7 @@ def test_modules_do_not_notice_the_search(torchvision_stub, monkeypatch):
 
     with compat_torchvision.patch() as handle:
         assert "touchy.deform_conv2d" in repr(handle)
+        assert "stands_for_a_module" not in repr(handle)
         assert type(lazy) is not ModuleType, "the search loaded a lazy module"
 
 
@@ -250,7 +256,7 @@ def operator_calls(torchvision_stub):
             input, offset, weight, bias, (sh, sw), (ph, pw), (dh, dw), given, backend="reference"
         )
 
-    library.impl("deform_conv2d", compute, "CompositeImplicitAutograd")
+    library.impl("deform_conv2d", compute, "CPU")
     yield calls
     library._destroy()
     vars(torch.ops.torchvision).pop("deform_conv2d", None)
@@ -258,9 +264,9 @@ def operator_calls(torchvision_stub):
 
 def operator_arguments(use_mask=True, offset_groups=2):
     generator = torch.Generator().manual_seed(0)
-    sizes = [(2, 4, 7, 9), (6, 2, 3, 3), (2, 36, 5, 5), (2, 18, 5, 5), (6,)]
+    sizes = [(2, 4, 7, 9), (6, 2, 3, 3), (2, 36, 5, 4), (2, 18, 5, 4), (6,)]
     tensors = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
-    return *tensors, 1, 2, 0, 1, 1, 1, 2, offset_groups, use_mask
+    return *tensors, 1, 2, 0, 1, 1, 2, 2, offset_groups, use_mask
 
 
 @pytest.mark.parametrize("use_mask", [True, False])
@@ -324,12 +330,43 @@ def test_the_operator_of_the_real_torchvision():
         torch.testing.assert_close(torch.ops.torchvision.deform_conv2d(*arguments), expected)
         torch.testing.assert_close(torch.ops.torchvision.deform_conv2d.default(*arguments), expected)
         with torch.profiler.profile() as profile:
-            found = held["function"](input, offset, weight, bias, (1, 2), (0, 1), mask=mask)
+            found = held["function"](input, offset, weight, bias, (1, 2), (0, 1), (1, 2), mask=mask)
         torch.testing.assert_close(found, expected)
         names = {event.name for event in profile.events()}
         assert "triton_dcn::deform_conv2d" in names
         assert "torchvision::deform_conv2d" not in names
     assert torch.ops.torchvision.deform_conv2d is packet
+
+
+class Holder(nn.Module):
+    """Keeps the operator where no patch reaches it."""
+
+    def __init__(self, operator):
+        super().__init__()
+        self.held = [operator]
+
+    def forward(self, *arguments):
+        return self.held[0](*arguments)
+
+
+HELD_OPERATOR = """
+import torch
+from torchvision.ops import deform_conv  # loads the operator
+from tests.triton_dcn.test_compat_patch import Holder, operator_arguments
+from triton_dcn.compat import torchvision as compat
+
+model = Holder(torch.ops.torchvision.deform_conv2d)
+expected = model(*operator_arguments())
+with compat.patch():
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager")(*operator_arguments()), expected)
+torch.testing.assert_close(torch.compile(model, backend="aot_eager")(*operator_arguments()), expected)
+"""
+
+
+def test_an_operator_out_of_reach_still_compiles():
+    """In a process of its own, where nothing has called the operator before the patch."""
+    pytest.importorskip("torchvision.ops.deform_conv")
+    subprocess.run([sys.executable, "-c", HELD_OPERATOR], check=True)
 
 
 def test_a_module_that_makes_its_names_when_asked(library):

@@ -299,10 +299,10 @@ def leaves_and_convolution(backend):
     """Return tensors that require gradients, and a function of them that convolves between two other operations."""
     case = make_case(replace(CASES["plain"], **TWO_TAPS), torch.float32, device_of(backend))
     leaves = [tensor.requires_grad_() for tensor in (*case.tensors, case.bias)]
+    arguments = {name: value for name, value in case.arguments.items() if name not in ("mask", "bias")}
 
     def function(x, offset, mask, weight, bias):
-        arguments = case.arguments | {"mask": mask, "bias": bias}
-        return deform_conv2d(x.sin(), offset, weight, backend=backend, **arguments).cos()
+        return deform_conv2d(x.sin(), offset, weight, bias, mask=mask, backend=backend, **arguments).cos()
 
     return leaves, function
 

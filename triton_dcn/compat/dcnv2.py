@@ -151,9 +151,10 @@ class DCN(DCNv2):
         return super().forward(input, offset, mask_logits.sigmoid())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        """Take `conv_offset` for `conv_offset_mask`."""
+        """Take `conv_offset` for `conv_offset_mask` where that is missing."""
         for name in ("weight", "bias"):
+            own_name = f"{prefix}conv_offset_mask.{name}"
             mmcv_name = f"{prefix}conv_offset.{name}"
-            if mmcv_name in state_dict:
-                state_dict[f"{prefix}conv_offset_mask.{name}"] = state_dict.pop(mmcv_name)
+            if mmcv_name in state_dict and own_name not in state_dict:
+                state_dict[own_name] = state_dict.pop(mmcv_name)
         super()._load_from_state_dict(state_dict, prefix, *arguments)

@@ -78,12 +78,13 @@ def read_map(
         output: Tensor = handle_torch_function(read_map, (values, input, weight), *arguments)
         return output
 
-    sizes = untraced(
+    channels = untraced(
         _larger_map, name, values, channels_per_tap, deform_groups, input, weight, stride, padding, dilation
     )
-    if sizes is None:
+    if channels is None:
         return values
-    channels, height, width = sizes
+    # torch.jit.trace sees these sizes, so that what it records takes others
+    height, width = conv_output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
     first_numbers = values.flatten(1)[:, : channels * height * width]
     return first_numbers.view(-1, channels, height, width)
 
@@ -98,8 +99,8 @@ def _larger_map(
     stride: IntPair,
     padding: IntPair,
     dilation: IntPair,
-) -> tuple[int, int, int] | None:
-    """Return channels, height and width of the map to read, or None if there is nothing to do for `read_map`."""
+) -> int | None:
+    """Return the channels of the map to read, or None if there is nothing to do for `read_map`."""
     if values.dim() != 4 or input.dim() != 4 or weight.dim() != 4:
         return None
     check_minimum("stride", stride, 1)
@@ -119,4 +120,4 @@ def _larger_map(
             f"{name}: expected at least {height * width} numbers for each channel and image, as many as the output of "
             f"{height}x{width} has, got a map of {values.shape[2]}x{values.shape[3]}"
         )
-    return channels, height, width
+    return channels

@@ -122,7 +122,8 @@ class Patch:
 def _namespaces(modules: Iterable[ModuleType]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield name and `__dict__` of each loaded module outside this package, and of `modules`, once.
 
-    No module sees it: some load what they promise as soon as an attribute is asked for.
+    No module sees it: some load what they promise as soon as an attribute is asked for, and some define a `__dict__`
+    that loads all of it.
     """
     package = __name__.partition(".")[0]
     seen = set()
@@ -132,7 +133,7 @@ def _namespaces(modules: Iterable[ModuleType]) -> Iterator[tuple[str, dict[str, 
             continue
         if not issubclass(type(module), ModuleType):  # None, or an object that stands for a module
             continue
-        namespace = object.__getattribute__(module, "__dict__")
+        namespace = vars(ModuleType)["__dict__"].__get__(module)
         if id(namespace) not in seen:
             seen.add(id(namespace))
             yield name, namespace

@@ -14,8 +14,11 @@ TypeError instead of RuntimeError.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from triton_dcn.compat.shapes import check_groups
 from triton_dcn.compat.swap import Patch, Replacement, convert_layers, import_library, revert_layers
@@ -80,8 +83,29 @@ def patch() -> Patch:
     module = import_library("torchvision.ops.deform_conv")
     replacements: list[Replacement] = [(module, "deform_conv2d", deform_conv2d)]
     if hasattr(torch.ops.torchvision, "deform_conv2d"):  # not where torchvision's compiled part did not load
+        _look_up(torch.ops.torchvision.deform_conv2d)
         replacements.append((torch.ops.torchvision, "deform_conv2d", torch.ops.triton_dcn.torchvision_deform_conv2d))
     return Patch(replacements)
+
+
+class _ReturnInput(TorchDispatchMode):
+    """Takes every call of an operator, and returns its first argument."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0]
+
+
+def _look_up(operator: Any) -> None:
+    """Let PyTorch find the operator by its name, and remember it, before the name means another.
+
+    PyTorch does so when an operator first comes to code in Python that takes the place of kernels, as in torch.compile.
+    With ours for the name, such a call of the original, which a class may hold, would crash there, also after `undo`.
+    """
+    numbers = (1, 1, 0, 0, 1, 1, 1, 1, False)
+    shapes = ((1, 1, 1, 1), (1, 1, 1, 1), (1, 2, 1, 1), (1, 1, 1, 1), (1,))
+    tensors = [torch.zeros(shape, device="cpu") for shape in shapes]
+    with torch.no_grad(), _ReturnInput():  # type: ignore[no-untyped-call]
+        operator(*tensors, *numbers)
 
 
 def convert(model: nn.Module) -> list[str]:
