@@ -3,8 +3,9 @@
 import json
 import os
 import signal
-import subprocess
+import socket
 import sys
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import pytest
 import torch
 
 import train.main
+from tests.train.processes import MAIN, ScriptProcess
 
-MAIN = Path(__file__).parents[2] / "train" / "main.py"
 CATEGORIES = [{"id": 7, "name": "red"}, {"id": 3, "name": "blue"}]  # ids with holes, not in order
 COLORS = {"red": (200, 40, 40), "blue": (40, 40, 200)}
 
@@ -66,7 +67,7 @@ def coco(tmp_path) -> Path:
 
 @contextmanager
 def one_thread():
-    """Compute as a process of `run` and `command` does."""
+    """Compute as the processes of `launch` do."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -94,13 +95,9 @@ def start(monkeypatch, capsys):
         signal.signal(number, handler)
 
 
-def command(*arguments: object, processes: int = 1, launcher: tuple[str, ...] = ("--standalone",)) -> list[str]:
-    """Return the command line of a tiny training run, under torchrun if there are several processes."""
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *launcher]
-    fixed = ["--preset", "tiny", "--device", "cpu", "--pictures", "1"]
-    return [*start, str(MAIN), *fixed, *map(str, arguments)]
+def tiny(*arguments: object) -> list[str]:
+    """Return the arguments of a tiny training run."""
+    return ["--preset", "tiny", "--device", "cpu", "--pictures", "1", *map(str, arguments)]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -109,11 +106,31 @@ def environment(**more: str) -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in launcher} | {"OMP_NUM_THREADS": "1", **more}
 
 
-def run(*arguments: object, processes: int = 1, **env: str) -> subprocess.CompletedProcess:
-    """Run the training script to its end."""
-    return subprocess.run(
-        command(*arguments, processes=processes), env=environment(**env), capture_output=True, text=True, timeout=240
-    )
+@pytest.fixture
+def launch(tmp_path):
+    """Function: arguments of a tiny training run -> its process, under torchrun if asked for; killed at the end."""
+    started = []
+
+    def start(*arguments: object, torchrun: Sequence[str] | None = None, **variables: str) -> ScriptProcess:
+        printed = tmp_path / f"printed{len(started)}.txt"
+        started.append(ScriptProcess(tiny(*arguments), torchrun, environment(**variables), printed))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def rank_variables(port: int, rank: int, size: int) -> dict[str, str]:
+    """Return the environment variables of one of several processes on this machine."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "localhost"} | {name: str(number) for name, number in numbers.items()}
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
 
 
 def lines(out: Path) -> list[dict]:

@@ -1,7 +1,6 @@
 """Several processes on this machine: equal to one, and what becomes of them when something breaks."""
 
 import contextlib
-import multiprocessing
 import os
 import resource
 import signal
@@ -16,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-import train.main
-from tests.train.conftest import command, environment, lines
+from tests.train.conftest import environment, free_port, lines, rank_variables, tiny
+from tests.train.processes import ScriptProcess
 from train.checkpoint import list_checkpoints, load_checkpoint
 from train.distributed import _bind, _connect, join_processes
 
@@ -25,40 +24,13 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="Py
 LOSSES = ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss")
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        return server.getsockname()[1]
-
-
-@pytest.fixture
-def launch():
-    """Function: command line -> process with its own process group; killed at the end."""
-    started = []
-
-    def start(line, **env):
-        started.append(
-            subprocess.Popen(
-                line, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                start_new_session=True,
-            )
-        )  # fmt: skip
-        return started[-1]
-
-    yield start
-    for process in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(out: Path, step: int, process: ScriptProcess) -> None:
     """Wait until a run has written the losses of a step."""
     end = time.monotonic() + 200
     while time.monotonic() < end:
         if (out / "metrics.jsonl").exists() and any(line["step"] >= step for line in lines(out)):
             return
-        assert process.poll() is None, process.communicate()[0]
+        assert process.is_alive(), process.finish()
         time.sleep(0.1)
     raise AssertionError(f"no step {step}")
 
@@ -83,11 +55,11 @@ def test_two_processes_equal_one_with_the_doubled_batch(coco, tmp_path, launch, 
     common = ("--data.root", coco, "--epochs", 2, "--checkpoint.every", 0, "--pictures", 0)
     port = free_port()
     two = ("--data.batch-size", 2, "--out", tmp_path / "two")
-    ranks = [start_rank(launch, port, rank, 2, *common, *two) for rank in range(2)]
+    ranks = [launch(*common, *two, **rank_variables(port, rank, 2)) for rank in range(2)]
     status, _, stderr = start(*common, "--data.batch-size", 4, "--out", tmp_path / "one")
     assert status == 0, stderr
-    texts = [rank.communicate(timeout=200)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], texts
+    ends = [rank.finish() for rank in ranks]
+    assert [status for status, _ in ends] == [0, 0], ends
     first = lines(tmp_path / "one")
     second = lines(tmp_path / "two")
     assert len(first) == len(second) == 6
@@ -110,11 +82,11 @@ def test_two_processes_equal_one_with_the_doubled_batch(coco, tmp_path, launch, 
 def test_killed_rank_is_named_and_the_run_goes_on_elsewhere(coco, tmp_path, launch, start):
     common = ("--data.root", coco, "--pictures", 0, "--checkpoint.every", 2, "--eval-every", 999, "--timeout", 60)
     out = tmp_path / "run"
-    process = launch(command(*common, "--epochs", 500, "--out", out, processes=2))
+    process = launch(*common, "--epochs", 500, "--out", out, torchrun=("--nproc_per_node=2", "--standalone"))
     wait_for_step(out, 3, process)
     os.kill(pid_of_rank(1, out), signal.SIGKILL)
-    text, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
+    status, text = process.finish()
+    assert status != 0
     assert "error: rank 0: lost the connection" in text
     assert "no word from rank 1: killed" in text
 
@@ -131,12 +103,12 @@ def test_killed_rank_is_named_and_the_run_goes_on_elsewhere(coco, tmp_path, laun
 def test_torchrun_restarts_what_was_killed(coco, tmp_path, launch):
     out = tmp_path / "run"
     common = ("--data.root", coco, "--pictures", 0, "--checkpoint.every", 1, "--eval-every", 999, "--timeout", 60)
-    line = command(*common, "--epochs", 4, "--out", out, processes=2, launcher=("--standalone", "--max-restarts=3"))
-    process = launch(line)
+    torchrun = ("--nproc_per_node=2", "--standalone", "--max-restarts=3")
+    process = launch(*common, "--epochs", 4, "--out", out, torchrun=torchrun)
     wait_for_step(out, 2, process)
     os.kill(pid_of_rank(1, out), signal.SIGKILL)
-    text, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, text
+    status, text = process.finish()
+    assert status == 0, text
     assert "going on after step" in text
     assert [line["step"] for line in lines(out) if "loss" in line] == list(range(1, 9))
 
@@ -144,11 +116,11 @@ def test_torchrun_restarts_what_was_killed(coco, tmp_path, launch):
 def test_sigterm_to_torchrun_writes_a_checkpoint(coco, tmp_path, launch):
     out = tmp_path / "run"
     common = ("--data.root", coco, "--pictures", 0, "--checkpoint.every", 0, "--eval-every", 999, "--epochs", 500)
-    process = launch(command(*common, "--out", out, "--data.limit", 4, processes=2))
+    process = launch(*common, "--out", out, "--data.limit", 4, torchrun=("--nproc_per_node=2", "--standalone"))
     wait_for_step(out, 2, process)
     before = len(list_checkpoints(out / "checkpoints"))
-    process.terminate()
-    text, _ = process.communicate(timeout=120)
+    os.kill(process.pid, signal.SIGTERM)
+    _, text = process.finish()
     assert "stopped by SIGTERM after step" in text
     assert load_checkpoint(list_checkpoints(out / "checkpoints")[0])["step"] >= 2
     assert before <= 3
@@ -157,58 +129,43 @@ def test_sigterm_to_torchrun_writes_a_checkpoint(coco, tmp_path, launch):
 def test_two_machines_meet(coco, tmp_path, launch):
     common = ("--data.root", coco, "--pictures", 0, "--out", tmp_path / "run", "--max-steps", 2)
     endpoint = f"--rdzv-endpoint=localhost:{free_port()}"
-    meeting = ("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=test", endpoint)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", *meeting]
-    agents = [launch([*launcher, *command(*common)[1:]]) for _ in range(2)]
-    texts = [agent.communicate(timeout=200)[0] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], texts
-    assert sum("2 x cpu" in text for text in texts) == 1
+    torchrun = ("--nproc_per_node=1", "--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=test", endpoint)
+    agents = [launch(*common, torchrun=torchrun) for _ in range(2)]
+    ends = [agent.finish() for agent in agents]
+    assert [status for status, _ in ends] == [0, 0], ends
+    assert sum("2 x cpu" in text for _, text in ends) == 1
     assert len(lines(tmp_path / "run")) == 3
 
 
-def test_late_threads_of_the_group_do_not_abort_the_run(coco, tmp_path, launch):
+def test_late_threads_of_the_group_do_not_abort_the_run(coco, tmp_path):
+    """Both ranks end as Python does, with its cleanup, if the script leaves that to it."""
     code = """if True:
-        import sys, torch, train.main
+        import os, sys, torch, train.main
         def leave_in_haste(world):
             for _ in range(2000):
                 torch.distributed.all_reduce(torch.zeros(20000), async_op=True)
         train.main.leave_processes = leave_in_haste
-        sys.exit(train.main.main())
+        ranks = []
+        for rank in range(2):
+            ranks.append(os.fork())
+            if ranks[rank] == 0:
+                os.environ["RANK"] = str(rank)
+                sys.exit(train.main.main())
+        print([os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks])
     """
-    arguments = command("--data.root", coco, "--pictures", 0, "--max-steps", 1, "--out", tmp_path / "run")[2:]
-    env = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    ranks = [launch([sys.executable, "-c", code, *arguments], RANK=str(rank), **env) for rank in range(2)]
-    texts = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], texts
+    arguments = tiny("--data.root", coco, "--pictures", 0, "--max-steps", 1, "--out", tmp_path / "run")
+    variables = environment(MASTER_ADDR="localhost", MASTER_PORT=str(free_port()), WORLD_SIZE="2")
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=200)
+    assert done.stdout.splitlines()[-1] == "[0, 0]", done
 
 
-def start_rank(launch, port, rank, size, *arguments):
-    env = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
-    return launch(command(*arguments), LOCAL_RANK=str(rank), **env)
-
-
-def be_rank(variables: dict[str, str], arguments: list[str], file: Path) -> None:
-    """Run the script in a forked process, which has nothing left to import; what it prints to stderr is in `file`."""
-    os.environ.update(variables)
-    sys.argv = arguments
-    with file.open("w") as sys.stderr:
-        status = train.main.main()
-    sys.exit(status)
-
-
-def test_missing_rank_is_named(coco, tmp_path):
-    arguments = command("--data.root", coco, "--out", tmp_path / "run", "--timeout", 5)[1:]
-    variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3"}
-    context = multiprocessing.get_context("fork")
-    ranks = []
-    for rank in range(2):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        ranks.append(context.Process(target=be_rank, args=(variables | own, arguments, tmp_path / f"stderr{rank}")))
-        ranks[-1].start()
-    for process in ranks:
-        process.join(timeout=120)
-    assert [process.exitcode for process in ranks] == [1, 1]
-    assert "rank 2 did not come within 5 s" in (tmp_path / "stderr0").read_text()
+def test_missing_rank_is_named(coco, tmp_path, launch):
+    arguments = ("--data.root", coco, "--out", tmp_path / "run", "--timeout", 5)
+    port = free_port()
+    ends = [rank.finish() for rank in [launch(*arguments, **rank_variables(port, rank, 3)) for rank in range(2)]]
+    assert [status for status, _ in ends] == [1, 1]
+    assert "rank 2 did not come within 5 s" in ends[0][1]
     assert not (tmp_path / "run").exists()
 
 
@@ -217,8 +174,7 @@ def test_taken_port_is_named(coco, tmp_path, start, monkeypatch):
         server.bind(("", 0))
         server.listen()
         port = server.getsockname()[1]
-        variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "2"}
-        for name, value in variables.items():
+        for name, value in rank_variables(port, 0, 2).items():
             monkeypatch.setenv(name, value)
         status, _, stderr = start("--data.root", coco, "--out", tmp_path / "run", "--timeout", 5)
     assert status == 1
@@ -321,25 +277,24 @@ def test_wrong_variables(monkeypatch, variables, message):
 def test_dead_loader_is_one_line(coco, tmp_path, launch):
     out = tmp_path / "run"
     common = ("--data.root", coco, "--pictures", 0, "--eval-every", 999, "--epochs", 500, "--data.workers", 1)
-    process = launch(command(*common, "--out", out))
+    process = launch(*common, "--out", out)
     wait_for_step(out, 2, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     end = time.monotonic() + 30
     while not (pids := children.read_text().split()) and time.monotonic() < end:
         time.sleep(0.01)
     os.kill(int(pids[0]), signal.SIGKILL)
-    text, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
+    status, text = process.finish()
+    assert status == 1
     assert "error: lost a process that loads images" in text
     assert "Traceback" not in text
 
 
 def test_kill_in_the_middle_of_an_epoch_changes_nothing(coco, tmp_path, launch, start):
     common = ("--data.root", coco, "--pictures", 0, "--checkpoint.every", 1, "--eval-every", 999, "--epochs", 3)
-    process = launch(command(*common, "--out", tmp_path / "killed"))
+    process = launch(*common, "--out", tmp_path / "killed")
     wait_for_step(tmp_path / "killed", 6, process)
     process.kill()
-    process.wait()
     for name in ("killed", "whole"):
         status, _, stderr = start(*common, "--out", tmp_path / name)
         assert status == 0, stderr

@@ -1,14 +1,14 @@
 """An evaluation that an interruption left out is made at the next start, wherever the run was stopped."""
 
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 
 import train.main
-from tests.train.conftest import command, environment, lines, make_split, one_thread
+from tests.train.conftest import lines, make_split, one_thread, tiny
+from tests.train.processes import MAIN
 from train.checkpoint import list_checkpoints, load_checkpoint
 
 COMMON = ("--pictures", 0, "--epochs", 2, "--checkpoint.every", 1, "--checkpoint.keep", 1)  # epochs of 4 steps
@@ -43,9 +43,9 @@ def whole(tmp_path_factory):
     root = tmp_path_factory.mktemp("whole")
     make_split(root / "coco", "train2017", 8, 100)
     make_split(root / "coco", "val2017", 3, 500)
-    arguments = command("--data.root", root / "coco", *COMMON, "--out", root / "run")[1:]
+    arguments = tiny("--data.root", root / "coco", *COMMON, "--out", root / "run")
     with pytest.MonkeyPatch.context() as patch, one_thread():
-        patch.setattr(sys, "argv", arguments)
+        patch.setattr(sys, "argv", [str(MAIN), *arguments])
         assert train.main.main() == 0
     numbers = evaluations(root / "run")
     assert [line["step"] for line in numbers] == [4, 8]
@@ -76,16 +76,15 @@ def test_signal_during_the_evaluation(whole, start, tmp_path, monkeypatch):
     assert_finished(tmp_path / "run", numbers)
 
 
-def test_kill_before_the_numbers_are_written(whole, start, tmp_path):
+def test_kill_before_the_numbers_are_written(whole, start, tmp_path, launch):
     coco, numbers = whole
     out = tmp_path / "run"
     arguments = ("--data.root", coco, *COMMON, "--out", out)
-    process = subprocess.Popen(command(*arguments), env=environment(), stderr=subprocess.DEVNULL)
+    process = launch(*arguments)
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and not list(out.glob("checkpoints/step-00000004-*")):
         time.sleep(0.002)
     process.kill()
-    process.wait()
     assert_evaluation_is_missing(out)
     assert start(*arguments)[0] == 0
     assert_finished(out, numbers)

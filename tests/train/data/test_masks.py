@@ -14,7 +14,7 @@ from detector.ops.paste_masks import paste_masks
 from detector.ops.rle import decode_mask, encode_mask
 from detector.predict import main as predict
 from detector.results import coco_rows
-from tests.train.conftest import lines, run
+from tests.train.conftest import free_port, lines, rank_variables
 from tests.train.data.datasets import edit, open_coco
 from tests.train.evaluation.test_coco_metrics import crowded, crowded_in_all_sizes, needs_both_evaluators
 from train.data.collate import LoadedBatch
@@ -220,13 +220,15 @@ def test_missing_masks_are_one_line(start, coco, tmp_path):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
-def test_two_processes_find_what_one_finds(start, coco, tmp_path):
+def test_two_processes_find_what_one_finds(start, coco, tmp_path, launch):
     assert start("--data.root", coco, "--out", tmp_path / "train", "--model.mask", "--max-steps", 1)[0] == 0
     common = ("--data.root", coco, "--eval-only", "--weights", tmp_path / "train" / "checkpoints" / "best.pt")
+    port = free_port()
+    ranks = [launch(*common, "--out", tmp_path / "two", **rank_variables(port, rank, 2)) for rank in range(2)]
     assert start(*common, "--out", tmp_path / "one")[0] == 0
-    two = run(*common, "--out", tmp_path / "two", processes=2)
-    assert two.returncode == 0, two.stderr
-    assert "masks" in two.stdout
+    (status, printed), other = [rank.finish() for rank in ranks]
+    assert status == other[0] == 0, (printed, other)
+    assert "masks" in printed
     one, two = (json.loads((tmp_path / name / "detections.json").read_text()) for name in ("one", "two"))
     assert len(one) == len(two) > 0
     for row, other in zip(one, two, strict=True):
