@@ -93,9 +93,8 @@ def check_golden_training(golden, tmp_path, variant, count):
             assert_summary(arrays, f"{variant}.end.{name}", model.get_parameter(name), 256, 1e-8)
 
 
-@pytest.mark.parametrize(("variant", "count"), [("short", 4), ("zero_offset", 1)])
+@pytest.mark.parametrize(("variant", "count"), [("short", 8), ("zero_offset", 1)])
 def test_training_equals_mmdetection(golden, tmp_path, variant, count):
-    """Every batch once: from the third step on the losses tell of rates and momentum."""
     check_golden_training(golden, tmp_path, variant, count)
 
 
