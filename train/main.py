@@ -82,8 +82,8 @@ def main() -> int:
         run(config, world)
         status = 0
     except (Exception, KeyboardInterrupt) as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise once more for a lost loader
         status = report_error(error, world, config.out if config else None)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would tell about them once more
         for child in multiprocessing.active_children():
             child.kill()  # Python's cleanup would wait for a process that loads images and hangs
     if world is not None and world.size > 1:

@@ -13,7 +13,12 @@ from train.data.collate import LoadedBatch
 
 
 def prefetch_to_device(batches: Iterable[LoadedBatch], device: torch.device) -> Iterator[LoadedBatch]:
-    """Move batches to `device`, one ahead: the next batch is copied while the GPU works on this one."""
+    """Move batches to `device`, one ahead: the next batch is copied while the GPU works on this one.
+
+    Raises:
+        RuntimeError: a process that loads images is gone.
+    """
+    batches = _from_living_workers(batches)
     if device.type != "cuda":
         yield from batches
         return
@@ -32,6 +37,16 @@ def prefetch_to_device(batches: Iterable[LoadedBatch], device: torch.device) -> 
         ready = moved
     if ready is not None:
         yield ready
+
+
+def _from_living_workers(batches: Iterable[LoadedBatch]) -> Iterator[LoadedBatch]:
+    """Yield batches; what a worker killed in the middle of a batch leaves behind is the error of a lost worker."""
+    try:
+        yield from batches
+    except (ConnectionError, EOFError) as error:
+        if "DataLoader worker" in str(error):  # the worker's own, which it could still send
+            raise
+        raise RuntimeError("DataLoader worker exited unexpectedly while it sent a batch") from error
 
 
 def batch_tensors(batch: Batch | None) -> Iterator[Tensor]:
