@@ -15,8 +15,6 @@ from tests.triton_dcn.compat_stubs import (
     WithPredictedOffsets,
     assert_same,
     deformable,
-    make_mmcv,
-    make_torchvision,
     run,
 )
 from triton_dcn.compat import mmcv as compat_mmcv
@@ -24,16 +22,6 @@ from triton_dcn.compat import torchvision as compat_torchvision
 
 IMPORTS = [("torchvision.ops", compat_torchvision), ("mmcv.ops", compat_mmcv)]
 GROUPS = 2
-
-
-@pytest.fixture
-def torchvision_stub(monkeypatch):
-    return make_torchvision(monkeypatch)
-
-
-@pytest.fixture
-def mmcv_stub(monkeypatch):
-    return make_mmcv(monkeypatch)
 
 
 def torchvision_model(ops):

@@ -12,13 +12,8 @@ from torch import nn
 from torch.nn import functional
 
 import triton_dcn
-from tests.triton_dcn.compat_stubs import assert_same, make_mmcv, run
+from tests.triton_dcn.compat_stubs import assert_same, run
 from triton_dcn.compat import mmcv as compat_mmcv
-
-
-@pytest.fixture
-def mmcv_stub(monkeypatch):
-    return make_mmcv(monkeypatch)
 
 
 class DyHead(nn.Module):

@@ -10,22 +10,12 @@ import torch
 from torch import nn
 
 import triton_dcn
-from tests.triton_dcn.compat_stubs import make_mmcv, make_modules, make_torchvision
+from tests.triton_dcn.compat_stubs import make_modules
 from triton_dcn.compat import mmcv as compat_mmcv
 from triton_dcn.compat import swap
 from triton_dcn.compat import torchvision as compat_torchvision
 
 HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
-
-
-@pytest.fixture
-def torchvision_stub(monkeypatch):
-    return make_torchvision(monkeypatch)
-
-
-@pytest.fixture
-def mmcv_stub(monkeypatch):
-    return make_mmcv(monkeypatch)
 
 
 def make_model_module(monkeypatch, source, name="models.deform"):

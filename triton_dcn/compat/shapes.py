@@ -78,18 +78,18 @@ def read_map(
         output: Tensor = handle_torch_function(read_map, (values, input, weight), *arguments)
         return output
 
-    channels = untraced(
-        _larger_map, name, values, channels_per_tap, deform_groups, input, weight, stride, padding, dilation
-    )
-    if channels is None:
+    if not untraced(
+        _is_larger, name, values, channels_per_tap, deform_groups, input, weight, stride, padding, dilation
+    ):
         return values
     # torch.jit.trace sees these sizes, so that what it records takes others
+    channels = values.shape[1]
     height, width = conv_output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
     first_numbers = values.flatten(1)[:, : channels * height * width]
     return first_numbers.view(-1, channels, height, width)
 
 
-def _larger_map(
+def _is_larger(
     name: str,
     values: Tensor,
     channels_per_tap: int,
@@ -99,10 +99,10 @@ def _larger_map(
     stride: IntPair,
     padding: IntPair,
     dilation: IntPair,
-) -> int | None:
-    """Return the channels of the map to read, or None if there is nothing to do for `read_map`."""
+) -> bool:
+    """Check the arguments of `read_map`, and tell whether the map is larger than the output."""
     if values.dim() != 4 or input.dim() != 4 or weight.dim() != 4:
-        return None
+        return False
     check_minimum("stride", stride, 1)
     taps = weight.shape[2] * weight.shape[3]
     channels = channels_per_tap * deform_groups * taps
@@ -114,10 +114,10 @@ def _larger_map(
 
     height, width = conv_output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
     if height < 1 or width < 1 or values.shape[2:] == (height, width):
-        return None
+        return False
     if values.shape[2] * values.shape[3] < height * width:
         raise ValueError(
             f"{name}: expected at least {height * width} numbers for each channel and image, as many as the output of "
             f"{height}x{width} has, got a map of {values.shape[2]}x{values.shape[3]}"
         )
-    return channels
+    return True
