@@ -112,7 +112,10 @@ PLAN = (
     Benchmark(
         "accuracy",
         "accuracy",
-        ("--cases", "r50", "--dtypes", "bfloat16", "float16", "tf32", "float32"),
+        (
+            *("--cases", "r50", "--providers", "triton", "torchvision"),
+            *("--dtypes", "bfloat16", "float16", "tf32", "float32"),
+        ),
         ("--cases", "dry", "--providers", "triton", "torch", "--device", "cpu"),
         45,
     ),

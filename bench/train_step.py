@@ -48,7 +48,8 @@ def make_step(model: nn.Module, batch: Batch, options: Options, device: torch.de
         with autocast():
             loss = sum(losses(*inputs).values())
         optimizer.zero_grad()
-        with part("backward"):
+        # in the calling thread, as in `train.step`
+        with part("backward"), torch.autograd.set_multithreading_enabled(False):
             loss.backward()
         with part("optimizer"):
             optimizer.step()
