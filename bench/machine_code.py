@@ -61,8 +61,8 @@ def read_cubin(cubin: bytes, shared: int) -> CodeReport:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = _run_tool("cuobjdump", "--dump-resource-usage", path)
-        sass = _run_tool("nvdisasm", "-c", path)
+        usage = _run_tool("cuobjdump", path, "--dump-resource-usage")
+        sass = _run_tool("nvdisasm", path, "--print-code", "--no-dataflow")
 
     atomics = re.findall(NVIDIA_ATOMIC, sass)
     float_atomics = [name for name in atomics if re.search(NVIDIA_FLOAT, name)]
@@ -104,9 +104,9 @@ def read_amdgcn(text: str, shared: int) -> CodeReport:
     )
 
 
-def _run_tool(name: str, option: str, path: Path) -> str:
+def _run_tool(name: str, path: Path, *options: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([tool, *options, path], capture_output=True, text=True, check=True).stdout
 
 
 def _count(pattern: str, text: str) -> int:
