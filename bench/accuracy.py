@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from bench.arguments import usable_device
 from bench.cases import Case, select_cases
 from bench.device import DTYPES
 from bench.measure import (
@@ -73,7 +74,7 @@ def find_violations(errors: Errors, ours: list[str], dtype: str) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print the largest error of every case and dtype, write all to the CSV; return the exit status."""
     options = parse(arguments)
-    device = torch.device(options.device)
+    device = options.device
     names = ["reference", *(name for name in options.providers or FACTORIES if name != "reference")]
     if device.type == "cpu" and not options.providers:
         names.remove("triton")  # its interpreter takes minutes for a case of this size; --providers asks for it
@@ -117,7 +118,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", default=["r50", "odd"], help="sets or names of bench.cases, or all")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "float16", "bfloat16"], choices=list(DTYPES))
     parser.add_argument("--providers", nargs="+", help=f"of {', '.join(FACTORIES)}; default: all that compute it")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--device", type=usable_device, default="cuda" if cuda else "cpu")
     parser.add_argument("--csv", type=Path, help="write the errors here")
     return parser.parse_args(arguments)
 

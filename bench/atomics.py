@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bench.arguments import positive
 from bench.cases import Case, Inputs, make_inputs, select_cases
 from bench.ceilings import measure_ceilings
 from bench.device import DTYPES, gpu_or_dry_run
@@ -202,7 +203,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.atomics", description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=["r50"], help="sets or names of bench.cases")
-    parser.add_argument("--batch-size", "--batch", type=int, help="instead of each case's own")
+    parser.add_argument("--batch-size", "--batch", type=positive, help="instead of each case's own")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=list(DTYPES))
     parser.add_argument("--smooth", action="store_true", help="offsets that change little between neighbors")
     parser.add_argument("--seconds", type=float, default=0.5, help="for the rounds of a case and dtype")

@@ -226,9 +226,9 @@ def main() -> int:
 
 def _parse() -> argparse.Namespace:
     tasks = sorted({row.task for row in tile_table.TABLE})
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", nargs="*", default=[], choices=TARGETS)
-    parser.add_argument("--task", nargs="*", default=[], choices=tasks)
+    parser = argparse.ArgumentParser(prog="python -m bench.compiled_code", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="*", default=[], choices=TARGETS, help="default: all")
+    parser.add_argument("--task", nargs="*", default=[], choices=tasks, help="default: all")
     parser.add_argument("--first", action="store_true", help="only the first row of each task and architecture")
     parser.add_argument("--json", type=Path, help="write the reports here, one object per line")
     parser.add_argument("--markdown", type=Path, help="write the whole table here: docs/compiled_code.md")

@@ -17,6 +17,7 @@ import math
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
+from bench.arguments import not_negative, positive
 from train.data.coco_dataset import CocoDetection
 from train.data.loader import training_loader
 from train.data.samplers import AspectRatioBatchSampler
@@ -45,6 +47,8 @@ SCALE = (1333, 800)
 FLIP = 0.5
 BATCH_SIZE = 2
 WARM_UP_BATCHES = 8
+MIN_BATCHES = 2 * WARM_UP_BATCHES
+"""Of a pass; with fewer there is nothing left to measure after the warm-up."""
 GPUS = 8
 IMAGES_PER_GPU_SECOND = 60
 """Images per second that one GPU trains on, as assumed in the advice about workers."""
@@ -127,8 +131,9 @@ def make_coco(root: Path, images: int, boxes: int, size: tuple[int, int]) -> Pat
         picture = make_picture(height, width, random)
         cv2.imwrite(str(root / f"{number:012d}.jpg"), picture, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
     image_ids = random.integers(1, images + 1, boxes).tolist()
-    corners = random.random((boxes, 2)) * 300
-    sizes = random.random((boxes, 2)) * 150 + 2
+    scale = min(height / 480, width / 640)  # no box leaves the picture
+    corners = random.random((boxes, 2)) * 300 * scale
+    sizes = random.random((boxes, 2)) * 150 * scale + 2
     content = {
         "images": [
             {"id": number, "file_name": f"{number % FILES:012d}.jpg", "height": height, "width": width}
@@ -227,7 +232,7 @@ def warm_up(loader: DataLoader) -> Iterator[Any]:
 
 
 def measure_loader(loader: DataLoader, seconds: float) -> LoadingCost:
-    """Load for some time, doing nothing with the batches."""
+    """Load for some time, or to the end of the epoch, doing nothing with the batches."""
     iterator = warm_up(loader)
 
     pids = [process.pid for process in multiprocessing.active_children()]
@@ -235,9 +240,11 @@ def measure_loader(loader: DataLoader, seconds: float) -> LoadingCost:
     training_start = time.process_time()
     workers_start = cpu_seconds(pids)
     batches = 0
-    while time.perf_counter() - start < seconds:
+    while batches < len(loader) - WARM_UP_BATCHES:  # beyond, the workers would end
         next(iterator)
         batches += 1
+        if time.perf_counter() - start >= seconds:
+            break
     elapsed = time.perf_counter() - start
     workers_seconds = cpu_seconds(pids) - workers_start
     training_seconds = time.process_time() - training_start
@@ -250,7 +257,7 @@ def measure_idle_gpu(loader: DataLoader, seconds: float) -> float:
     """Take batches at the pace of a GPU and return the share of the time in which it has nothing to do.
 
     The GPU is a clock: it takes no processor time from the workers. As in training, the host queues a step while the
-    GPU computes the one before.
+    GPU computes the one before. It stops after `seconds`, or at the end of the epoch.
     """
     step_seconds = BATCH_SIZE / IMAGES_PER_GPU_SECOND
     iterator = warm_up(loader)
@@ -258,13 +265,14 @@ def measure_idle_gpu(loader: DataLoader, seconds: float) -> float:
     start = time.perf_counter()
     busy_until = start
     idle = 0.0
-    while busy_until - start < seconds:
-        next(iterator)
+    for _ in iterator:
         now = time.perf_counter()
         begin = max(now, busy_until)
         idle += begin - busy_until
         time.sleep(begin - now)
         busy_until = begin + step_seconds
+        if busy_until - start >= seconds:
+            break
     return idle / (busy_until - start)
 
 
@@ -316,6 +324,8 @@ def check_equal(ours: DataLoader, plain: DataLoader) -> None:
 
 def needed_workers(cost: LoadingCost, workers: int) -> str:
     """Say how many workers feed the GPUs, at the rate measured and at that of a worker with a core to itself."""
+    if not cost.worker_ms:
+        return "too few images to measure the workers' time"
     measured_rate = cost.rate / workers
     rate_alone = 1e3 / cost.worker_ms
     workers_measured = math.ceil(IMAGES_PER_GPU_SECOND / measured_rate)
@@ -327,16 +337,31 @@ def needed_workers(cost: LoadingCost, workers: int) -> str:
     )
 
 
-def main() -> None:
+def check_enough(images: int) -> None:
+    """End the program if a pass over so many images has less than `MIN_BATCHES`."""
+    least = MIN_BATCHES * BATCH_SIZE
+    if images < least:
+        sys.exit(f"bench: --images: expected at least {least} with boxes, got {images}")
+
+
+def main(arguments: list[str] | None = None) -> None:
     """Make the data, measure both loops."""
-    parser = argparse.ArgumentParser(description="Images per second, processor time and memory of a worker.")
-    parser.add_argument("--images", type=int, default=118_287)
-    parser.add_argument("--boxes", type=int, default=860_001)
-    parser.add_argument("--size", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--workers", type=int, nargs="+", default=(0, 1, 2), help="numbers of workers to measure")
-    parser.add_argument("--rounds", type=int, default=5, help="passes per loop and number of workers")
+    description = "Images per second, processor time and memory of a worker."
+    parser = argparse.ArgumentParser(prog="python -m bench.data", description=description)
+    parser.add_argument(
+        "--images", type=positive, default=118_287, help="of the data set; default: as many as train2017 has"
+    )
+    parser.add_argument("--boxes", type=positive, default=860_001, help="of all images")
+    parser.add_argument(
+        "--size", type=positive, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"), help="of an image"
+    )
+    parser.add_argument(
+        "--workers", type=not_negative, nargs="+", default=(0, 1, 2), help="numbers of workers to measure"
+    )
+    parser.add_argument("--rounds", type=positive, default=5, help="passes per loop and number of workers")
     parser.add_argument("--seconds", type=float, default=3.0, help="per pass")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    check_enough(options.images)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -350,6 +375,7 @@ def main() -> None:
         transform = Transform(SCALE, flip=FLIP)
         ours = open_measured("ours", lambda: CocoDetection(annotations, root, transform, training=True))
         plain = open_measured("plain loop", lambda: PlainLoop(annotations, root))
+        check_enough(len(ours))
         batches = AspectRatioBatchSampler(ours.heights > ours.widths, BATCH_SIZE)
         loaders = {
             "ours": lambda workers: training_loader(ours, batches, workers, False),

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from bench.arguments import positive, usable_device
 from bench.cases import Case, make_inputs, select_cases
 from bench.device import DTYPES
 from bench.measure import (
@@ -56,7 +57,7 @@ class _Settings:
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, measure, print the table, write the CSV; return the exit status."""
     options = parse(arguments)
-    device = torch.device(options.device)
+    device = options.device
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
@@ -96,13 +97,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", default=["fwd", "both"], choices=MODES)
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=list(DTYPES))
     parser.add_argument("--providers", nargs="+", help=f"of {', '.join(FACTORIES)}; default: all but reference")
-    parser.add_argument("--batch-size", "--batch", type=int, help="instead of each case's own")
-    parser.add_argument("--deform-groups", type=int, help="instead of each case's own")
+    parser.add_argument("--batch-size", "--batch", type=positive, help="instead of each case's own")
+    parser.add_argument("--deform-groups", type=positive, help="instead of each case's own")
     parser.add_argument("--offset-magnitude", type=float, default=2.0, help="standard deviation, pixels; 0: no offset")
     parser.add_argument("--smooth", action="store_true", help="offsets that change little between neighbors")
     parser.add_argument("--channels-last", action="store_true", help="layout of input and weight")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
+    parser.add_argument("--device", type=usable_device, default="cuda" if cuda else "cpu")
+    parser.add_argument("--threads", type=positive, help="of the CPU; default: torch's")
     parser.add_argument("--seconds", type=float, default=0.5 if cuda else 4.0, help="for the rounds of a case and mode")
     parser.add_argument("--csv", type=Path, help="write the measurements here")
     return parser.parse_args(arguments)

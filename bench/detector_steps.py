@@ -32,9 +32,11 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from bench import detector_models
+from bench.arguments import positive, usable_device
 from bench.detector_models import build_detector, build_torchvision, make_batch
 from bench.measure import Timing, peak_memory, record_failure, time_interleaved
 from bench.model_parts import WHOLE, PartTimer
+from bench.providers import INSTALL
 from bench.report import markdown
 from bench.rows import COLUMNS, ResultRow, environment_columns, timing_row, write_csv
 from detector import Batch, FasterRCNNConfig, fuse_batch_norms
@@ -84,14 +86,14 @@ def command_line(module: str, doc: str) -> argparse.ArgumentParser:
     default_options = [name for name in OPTIONS if name != "compile" and (cuda or name not in CUDA_ONLY)]
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=doc.split("\n")[0])
     parser.add_argument(
-        "--size", nargs="+", type=int, metavar="PIXELS", default=default_size, help="heights and widths, in turn"
+        "--size", nargs="+", type=positive, metavar="PIXELS", default=default_size, help="heights and widths, in turn"
     )
-    parser.add_argument("--batch-size", "--batch", type=int, default=2, help="images per step")
+    parser.add_argument("--batch-size", "--batch", type=positive, default=2, help="images per step")
     parser.add_argument("--preset", choices=list(PRESETS), default="coco-1x", help="the model's configuration")
     parser.add_argument("--depth", type=int, choices=(18, 50, 101), help="instead of the preset's")
-    parser.add_argument("--dcn", choices=("none", "v1", "v2"), help="instead of the preset's")
-    parser.add_argument("--groups", type=int, help="instead of the preset's; 32 in ResNeXt-101 32x4d")
-    parser.add_argument("--width-per-group", type=int, help="instead of the preset's; 4 in ResNeXt-101 32x4d")
+    parser.add_argument("--dcn", choices=("None", "v1", "v2"), help="instead of the preset's")
+    parser.add_argument("--groups", type=positive, help="instead of the preset's; 32 in ResNeXt-101 32x4d")
+    parser.add_argument("--width-per-group", type=positive, help="instead of the preset's; 4 in ResNeXt-101 32x4d")
     parser.add_argument("--roi-layer", choices=("align", "dpool", "mdpool"), help="instead of the preset's")
     parser.add_argument("--cascade", action="store_true", help="Cascade R-CNN")
     parser.add_argument("--mask", action="store_true", help="Mask R-CNN")
@@ -107,8 +109,8 @@ def command_line(module: str, doc: str) -> argparse.ArgumentParser:
         "--peer", action=argparse.BooleanOptionalAction, default=True, help="torchvision's, if it is there"
     )
     parser.add_argument("--seconds", type=float, default=20.0, help="of measurement for each size")
-    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's choice")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--threads", type=positive, help="of the CPU; default: torch's choice")
+    parser.add_argument("--device", type=usable_device, default="cuda" if cuda else "cpu")
     parser.add_argument("--csv", type=Path, help="write the measurements here")
     return parser
 
@@ -137,7 +139,7 @@ def run(make_step: MakeStep, mode: str, options: argparse.Namespace) -> int:
         sys.exit(f"bench: --size: expected heights and widths in turn, got {len(options.size)} numbers")
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
+    device = options.device
     config = configure_model(options)
     environment = environment_columns(device)
     groups = _groups_of_steps(options, mode, config, device)
@@ -187,7 +189,7 @@ def _groups_of_steps(
         if parts.issubset(PEER_OPTIONS):
             peers.append(f"{PEER} {name}")
     if options.peer and detector_models.TorchvisionFasterRCNN is None:
-        print("skipped torchvision: it cannot be imported", file=sys.stderr)
+        print(f"skipped torchvision: it cannot be imported; {INSTALL['torchvision']}", file=sys.stderr)
     elif options.peer:
         providers += peers
     return [providers, *with_graph]
@@ -200,7 +202,7 @@ def configure_model(options: argparse.Namespace) -> FasterRCNNConfig:
         if getattr(options, name) is not None:
             changes[name] = getattr(options, name)
     if options.dcn is not None:
-        changes["dcn"] = None if options.dcn == "none" else options.dcn
+        changes["dcn"] = None if options.dcn == "None" else options.dcn
     for name in ("cascade", "mask"):
         if getattr(options, name):
             changes[name] = True

@@ -20,6 +20,7 @@ from unittest import mock
 
 import numpy as np
 
+from bench.arguments import not_negative, positive
 from bench.data import make_coco
 from detector.results import coco_rows
 from train.data.coco_dataset import CocoDetection
@@ -77,10 +78,12 @@ def time_evaluator(name: str, rows: list[dict[str, Any]], dataset: CocoDetection
 
 def main() -> None:
     """Make the data, evaluate with both, print a table."""
-    parser = argparse.ArgumentParser(description="Seconds of an evaluation.")
-    parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--boxes", type=int, default=36_781)
-    parser.add_argument("--detections", type=int, default=100, help="of each image")
+    parser = argparse.ArgumentParser(prog="python -m bench.evaluation", description="Seconds of an evaluation.")
+    parser.add_argument(
+        "--images", type=positive, default=5000, help="of the data set; default: as many as val2017 has"
+    )
+    parser.add_argument("--boxes", type=positive, default=36_781, help="of all images")
+    parser.add_argument("--detections", type=not_negative, default=100, help="of each image")
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
         annotations = make_coco(Path(folder), options.images, options.boxes, (480, 640))

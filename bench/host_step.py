@@ -54,6 +54,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 
+from bench.arguments import positive
 from bench.report import markdown_table
 from detector import Batch, Target
 from detector.model import faster_rcnn, resnet
@@ -69,7 +70,7 @@ from train.config import PRESETS, Config
 from train.data.collate import LoadedBatch
 from train.distributed import World
 from train.log import LossBuffer, TrainLog
-from train.progress import training_progress
+from train.progress import TrainingProgress
 from train.run_folder import RunFolder
 from train.schedule import Schedule
 from train.step_graphs import Grid, StepGraphs
@@ -284,7 +285,7 @@ def as_on_a_gpu(stages: Stages, precision: PrecisionName) -> Iterator[None]:
         (resnet, "_check_sizes", lambda dcn_stages, base_channels: None),
         (triton.JITFunction, "_do_compile", compile_nothing),
         (InterpretedFunction, "run", run_nothing),
-        (log_module, "training_progress", lambda total, first, enabled: training_progress(total, first, enabled=False)),
+        (log_module, "TrainingProgress", lambda total, first, enabled: TrainingProgress(total, first, enabled=False)),
         # what the kernels would have written is not there, so the losses may be anything
         (LossBuffer, "read", lambda buffer: torch.zeros(len(buffer.steps), len(buffer.names), dtype=torch.float64)),
     ]
@@ -548,8 +549,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ema", action="store_true", help="with a moving average of the weights")
     parser.add_argument("--graph", action="store_true", help="with the steps from CUDA graphs")
     parser.add_argument("--precision", choices=("float32", "tf32", "bf16"), default="tf32", help="of the products")
-    parser.add_argument("--steps", type=int, default=100, help="steps to time")
+    parser.add_argument("--steps", type=positive, default=100, help="steps to time")
     options = parser.parse_args(arguments)
+    if options.steps < 2:
+        parser.error(f"argument --steps: expected at least 2, got {options.steps}")
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as folder:

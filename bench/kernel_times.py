@@ -23,6 +23,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from bench.arguments import positive
 from bench.cases import Inputs, make_inputs, select_cases
 from bench.device import DTYPES, gpu_or_dry_run
 from bench.measure import record_failure, timed_call
@@ -144,11 +145,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernel_times", description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=["r50"], help="sets or names of bench.cases")
-    parser.add_argument("--batch-size", "--batch", type=int, help="instead of each case's own")
+    parser.add_argument("--batch-size", "--batch", type=positive, help="instead of each case's own")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=list(DTYPES))
     parser.add_argument("--providers", nargs="+", default=["triton", "conv2d"], help="of bench.providers")
     parser.add_argument("--smooth", action="store_true", help="offsets that change little between neighbors")
-    parser.add_argument("--rounds", type=int, default=8, help="calls of each pass")
+    parser.add_argument("--rounds", type=positive, default=8, help="calls of each pass")
     parser.add_argument("--seconds", type=float, default=600.0, help="no case starts later")
     parser.add_argument("--csv", type=Path, help="write the measurements here")
     parser.add_argument("--dry-run", action="store_true", help="a tiny case on the CPU, kernels interpreted")

@@ -1,7 +1,11 @@
 """The implementations to measure: ours by backend, peers where they can be imported, and a plain conv2d as a limit.
 
-torchvision has no CPU-only wheel for some releases of torch. The CUDA wheel of the matching release works on a CPU-only
-torch beside two empty libraries that stand in for the CUDA side of torch, which its CPU operator never calls:
+Of torchvision take the release that fits torch, and for a torch without CUDA its build for CPUs:
+
+    pip install torchvision --index-url https://download.pytorch.org/whl/cpu
+
+Where only PyPI can be reached, its CUDA wheel works on a torch without CUDA beside two empty libraries that stand in
+for the CUDA side of torch, which its CPU operator never calls:
 
     pip install --no-deps --target peers torchvision==0.28.0        # for torch 2.13
     nm -D --undefined-only peers/torchvision/_C.so | grep -o '_ZN.*cuda[^@]*' | sort -u \\
@@ -117,6 +121,12 @@ FACTORIES: dict[str, Callable[[], Provider]] = {
     "tvdcn": _tvdcn,
 }
 
+INSTALL = {
+    "torchvision": f"it has to fit torch {torch.__version__}: pip install torchvision, for a torch without CUDA "
+    "pip install torchvision --index-url https://download.pytorch.org/whl/cpu"
+}
+"""How to get a peer that is missing."""
+
 OURS = ("triton", "torch")
 """Providers whose absence from a measurement is a failure."""
 
@@ -148,4 +158,6 @@ def load_providers(names: list[str] | None, device: torch.device) -> tuple[dict[
         except (ImportError, OSError, RuntimeError, AttributeError) as error:  # compiled peers fail in many ways
             message = str(error).splitlines()[0] if str(error) else ""
             missing[name] = f"{type(error).__name__}: {message}"
+            if name in INSTALL:
+                missing[name] += f"; {INSTALL[name]}"
     return providers, missing

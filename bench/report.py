@@ -1,18 +1,24 @@
 """Tables and pictures of measurements: `python -m bench.report RUN.csv [BEFORE.csv] [--png BARS] [--roofline PNG]`.
 
-One CSV gives a markdown table; two give the ratio of each measurement to the same one before.
+One CSV gives a markdown table; two give the ratio of each measurement to the same one before. The pictures of the
+documentation are drawn from files in bench/results:
+
+    python -m bench.report bench/results/cpu-epyc-2threads.csv --png docs/pictures/cpu-operator.png
+    python -m bench.report bench/results/h200-stages-n16.csv --png docs/pictures/h200-operator.png
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 
 from bench.cases import Case, all_cases
@@ -31,8 +37,16 @@ COLORS = {
 }
 """Color of every provider, in the order of the columns."""
 OTHER_COLOR = "#555555"
-LABELS = {"conv2d": "conv2d without offsets", "roofline": "least time by roofline"}
-"""What the pictures call what is no deformable convolution."""
+LABELS = {
+    "triton": "triton-dcn, triton backend",
+    "torch": "triton-dcn, torch backend",
+    "reference": "triton-dcn, reference backend",
+    "conv2d": "plain conv2d without offsets",
+    "roofline": "least time by roofline",
+}
+"""What the pictures and tables call the providers whose names do not say what they are."""
+MAX_CASES_SIDE_BY_SIDE = 4
+"""With more cases a panel is as wide as the picture."""
 MARKERS = "osD^"
 """Of the dtypes of a roofline."""
 TITLES = {"fwd": "forward", "bwd": "backward", "both": "forward + backward"}
@@ -56,6 +70,11 @@ def _provider_names(rows: list[ResultRow]) -> list[str]:
     present = {row["provider"] for row in rows} - {"machine"}
     known = [name for name in COLORS if name in present]
     return known + sorted(present - set(COLORS))
+
+
+def label(provider: str) -> str:
+    """Return what pictures and tables call a provider."""
+    return LABELS.get(provider, provider)
 
 
 def markdown_table(header: list[str], lines: list[list[str]]) -> str:
@@ -88,7 +107,7 @@ def markdown(rows: list[ResultRow]) -> str:
 
     first = rows[0]
     title = f"{first['gpu']}, torch {first['torch']}, {first['date']}: ms (peak MiB), median of interleaved rounds"
-    return f"{title}\n\n" + markdown_table(["case", "shape", "dtype", *names], lines)
+    return f"{title}\n\n" + markdown_table(["case", "shape", "dtype", *map(label, names)], lines)
 
 
 def _time_and_memory(row: ResultRow) -> str:
@@ -121,51 +140,72 @@ def ratios(rows: list[ResultRow], before: list[ResultRow]) -> str:
         lines.append([f"{case} {mode}", shape, dtype, *cells])
     if not lines:
         return "the two files have no measurement in common"
-    return "time over the time before\n\n" + markdown_table(["case", "shape", "dtype", *names], lines)
+    return "time over the time before\n\n" + markdown_table(["case", "shape", "dtype", *map(label, names)], lines)
 
 
 def draw_bars(rows: list[ResultRow], path: Path) -> None:
-    """Draw a bar per provider and case, a panel per dtype and mode."""
+    """Draw a bar per provider and case, a panel per dtype and mode, the modes side by side if the cases are few."""
     panels: dict[tuple[str, str], dict[str, dict[str, ResultRow]]] = {}
-    for (case, _, dtype, mode), by_provider in _group_rows(rows).items():
-        panels.setdefault((dtype, mode), {})[case] = by_provider
-    names = _provider_names(rows)
+    for (case, shape, dtype, mode), by_provider in _group_rows(rows).items():
+        panels.setdefault((dtype, mode), {})[f"{case}\n{shape.split()[0]}"] = by_provider
+    modes = len({mode for _, mode in panels})
     most_cases = max(len(cases) for cases in panels.values())
-    figure = Figure(figsize=(max(9, 1.7 * most_cases), 3.2 * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    for axis, ((dtype, mode), cases) in zip(axes, panels.items(), strict=True):
-        _draw_panel(axis, cases, names)
+    columns = modes if most_cases <= MAX_CASES_SIDE_BY_SIDE else 1
+    lines = math.ceil(len(panels) / columns)
+    size = (max(6, 1.7 * most_cases) * columns, 3.2 * lines + 0.8)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    handles: dict[str, BarContainer] = {}
+    for axis, ((dtype, mode), cases) in zip(axes, panels.items(), strict=False):
+        handles |= _draw_panel(axis, cases)
         axis.set_title(f"{TITLES[mode]}, {dtype}")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), fontsize=8, frameon=False)
-    title = f"{rows[0]['gpu']}, torch {rows[0]['torch']}; lower is better"
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    names = [name for name in _provider_names(rows) if name in handles]
+    figure.legend(
+        [handles[name] for name in names],
+        [label(name) for name in names],
+        loc="outside lower center",
+        ncols=len(names),
+        frameon=False,
+    )
+    title = f"{rows[0]['gpu']}, torch {rows[0]['torch']}: milliseconds, lower is better"
     if any(row.get(ERROR_COLUMN) for row in rows):
         title += "; *: results disagree with the reference"
-    figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=130)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=100)
 
 
-def _draw_panel(axis: Axes, cases: dict[str, dict[str, ResultRow]], names: list[str]) -> None:
-    """Draw the bars of one dtype and mode; `cases` holds the rows by case, then by provider."""
+def _draw_panel(axis: Axes, cases: dict[str, dict[str, ResultRow]]) -> dict[str, BarContainer]:
+    """Draw the bars of one dtype and mode; return those of each provider that was measured.
+
+    Args:
+        axis: of the panel.
+        cases: the rows by case, then by provider.
+    """
+    names = _provider_names([row for by_provider in cases.values() for row in by_provider.values()])
     width = 0.8 / len(names)
+    handles = {}
     for index, name in enumerate(names):
         shift = (index - (len(names) - 1) / 2) * width
         positions = [x + shift for x in range(len(cases))]
         measured = [by_provider.get(name) for by_provider in cases.values()]
         heights = [float(row["ms_p50"]) if row else 0 for row in measured]
-        bars = axis.bar(positions, heights, width, label=LABELS.get(name, name), color=COLORS.get(name, OTHER_COLOR))
-        axis.bar_label(bars, [_bar_label(row) for row in measured], fontsize=7, padding=1)
+        bars = axis.bar(positions, heights, width, color=COLORS.get(name, OTHER_COLOR))
+        axis.bar_label(bars, [_bar_label(row) for row in measured], padding=1, fontsize=8)
+        handles[name] = bars
     axis.set_xticks(range(len(cases)), list(cases))
     axis.set_ylabel("ms")
     axis.spines[["top", "right"]].set_visible(False)
     axis.margins(y=0.12)
+    return handles
 
 
 def _bar_label(row: ResultRow | None) -> str:
     if row is None:
         return "-"
     milliseconds = float(row["ms_p50"])
-    text = f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.2g}"
+    text = f"{milliseconds:.0f}" if milliseconds >= 10 else f"{milliseconds:#.2g}"
     return f"{text}*" if row.get(ERROR_COLUMN) else text
 
 
@@ -190,7 +230,7 @@ def draw_roofline(rows: list[ResultRow], path: Path) -> None:
         for name, points in _forward_points(rows, dtype).items():
             intensities, rates = zip(*points, strict=True)
             color = COLORS.get(name, OTHER_COLOR)
-            axis.plot(intensities, rates, marker, color=color, label=f"{LABELS.get(name, name)}, {dtype}")
+            axis.plot(intensities, rates, marker, color=color, label=f"{label(name)}, {dtype}")
     axis.set(xscale="log", yscale="log", xlabel="FLOP per byte of inputs and output", ylabel="GFLOP/s")
     axis.set_title(f"forward; lines: most that copies and products reach on {rows[0]['gpu']}", fontsize=9)
     axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.arguments import not_negative, positive, usable_device
 from bench.device import DTYPES
 from bench.measure import TOLERANCE, first_line, largest_error, record_failure, relative_errors, time_interleaved
+from bench.providers import INSTALL
 from bench.rows import ResultRow, environment_columns, timing_row, write_csv
 from triton_dcn import deform_roi_pool
 
@@ -112,7 +114,8 @@ def load_providers() -> dict[str, Provider]:
         try:
             providers |= factory()
         except (ImportError, OSError, RuntimeError) as error:
-            print(f"skipped {name}: {first_line(error)}", file=sys.stderr)
+            hint = f"; {INSTALL[name]}" if name in INSTALL else ""
+            print(f"skipped {name}: {first_line(error)}{hint}", file=sys.stderr)
     return providers
 
 
@@ -174,15 +177,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="python -m bench.roi_pool", description=__doc__.splitlines()[0])
-    parser.add_argument("--size", nargs=2, type=int, default=(200, 304), metavar=("H", "W"), help="of the map")
-    parser.add_argument("--channels", type=int, default=256)
-    parser.add_argument("--rois", type=int, default=1000)
-    parser.add_argument("--sampling-ratios", nargs="+", type=int, default=[0, 2], help="samples per bin; 0: adaptive")
+    parser.add_argument("--size", nargs=2, type=positive, default=(200, 304), metavar=("H", "W"), help="of the map")
+    parser.add_argument("--channels", type=positive, default=256)
+    parser.add_argument("--rois", type=positive, default=1000)
+    parser.add_argument(
+        "--sampling-ratios", nargs="+", type=not_negative, default=[0, 2], help="samples per bin; 0: adaptive"
+    )
     dtypes = [name for name in DTYPES if name != "tf32"]
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=dtypes)
     parser.add_argument("--channels-last", action="store_true", help="layout of the features")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
+    parser.add_argument("--device", type=usable_device, default="cuda" if cuda else "cpu")
+    parser.add_argument("--threads", type=positive, help="of the CPU; default: torch's")
     parser.add_argument("--seconds", type=float, default=1.0 if cuda else 10.0, help="for the rounds of a table row")
     parser.add_argument("--csv", type=Path, help="write the measurements here")
     return parser.parse_args(arguments)
@@ -191,7 +196,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print a table with the ratios, write the CSV; return the exit status."""
     options = parse(arguments)
-    device = torch.device(options.device)
+    device = options.device
     if options.threads:
         torch.set_num_threads(options.threads)
     providers = load_providers()

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.arguments import positive
 from bench.cases import Case, Inputs, make_inputs, select_cases
 from bench.device import DTYPES, gpu_or_dry_run
 from bench.measure import (
@@ -158,10 +159,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     tasks = list(GRADIENTS_OF_TASK)
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=["r50"], help="sets or names of bench.cases")
-    parser.add_argument("--batch-size", "--batch", type=int, help="instead of each case's own")
+    parser.add_argument("--batch-size", "--batch", type=positive, help="instead of each case's own")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "tf32", "float32"], choices=list(DTYPES))
     parser.add_argument("--tasks", nargs="+", default=tasks, choices=tasks)
-    parser.add_argument("--max-tiles", type=int, default=16, help="of each kernel")
+    parser.add_argument("--max-tiles", type=positive, default=16, help="of each kernel")
     parser.add_argument("--seconds", type=float, default=0.5, help="for the rounds of a task, case and dtype")
     parser.add_argument("--csv", type=Path, help="write the measurements here")
     parser.add_argument("--dry-run", action="store_true", help="a tiny case on the CPU, kernels interpreted")

@@ -77,7 +77,11 @@ def test_a_peer_that_disagrees_is_timed_with_its_error(tmp_path, monkeypatch, ca
     assert "wrong disagrees by 1.0e-02" in err
     assert "failing cannot: no kernel" in err
     header, _, line = [line for line in out.splitlines() if line.startswith("|")]
-    assert [cell.strip() for cell in header.split("|")[4:-1]] == ["torch", "roofline", "wrong"]
+    assert [cell.strip() for cell in header.split("|")[4:-1]] == [
+        "triton-dcn, torch backend",
+        "least time by roofline",
+        "wrong",
+    ]
     errors = [cell.partition(" error ")[2].strip() for cell in line.split("|")[4:-1]]
     assert errors == ["", "", "1e-02"]
     report.draw_bars(read_csv(file), tmp_path / "bars.png")

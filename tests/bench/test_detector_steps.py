@@ -160,7 +160,7 @@ def test_configuration():
     parse = command_line("bench.train_step", "").parse_args
     config = configure_model(parse([]))
     assert (config.depth, config.dcn, config.mask) == (50, "v2", False)
-    config = configure_model(parse(["--depth", "101", "--dcn", "none", "--mask"]))
+    config = configure_model(parse(["--depth", "101", "--dcn", "None", "--mask"]))
     assert (config.depth, config.dcn, config.mask) == (101, None, True)
     config = configure_model(parse(["--groups", "32", "--width-per-group", "4", "--cascade", "--roi-layer", "mdpool"]))
     assert (config.groups, config.width_per_group, config.cascade, config.roi_layer) == (32, 4, True, "mdpool")
