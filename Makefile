@@ -1,10 +1,15 @@
-# Everything here is also a plain command; each target sets up what it needs.
+# Everything here is also a plain command; each target sets up what it needs. `make` alone lists the targets.
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: setup train test test-slow test-gpu test-wheel bench bench-gpu gpu-kit lint format clean
+.PHONY: help setup train test test-slow test-wheel test-gpu bench bench-gpu gpu-kit lint format clean
+
+help:                      ## this list
+	@echo "make TARGET; with PYTHON=python3.12 another Python, with PYTEST_ARGS=\"-k nms -x\" arguments for the tests"
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "    make %-11s %s\n", $$1, $$2}' Makefile
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -21,10 +26,10 @@ train: $(READY)            ## generate the default data set, train, evaluate, le
 test: $(READY)             ## the whole suite for a machine without a GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(PYTEST_ARGS)
 
-test-slow: $(READY)        ## what takes minutes: the whole training curves
+test-slow: $(READY)        ## what takes minutes: the whole golden training curves
 	$(BIN)/python -m pytest -m slow --ignore tests/packaging $(PYTEST_ARGS)
 
-test-wheel: $(READY)       ## the wheel in empty environments; needs a package index
+test-wheel: $(READY)       ## wheel and sdist in empty environments; needs a package index
 	$(BIN)/python -m pytest -m slow tests/packaging $(PYTEST_ARGS)
 
 test-gpu: $(READY)         ## what needs a CUDA GPU
@@ -44,9 +49,10 @@ lint: $(READY)             ## what CI checks before the tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(READY)
+format: $(READY)           ## let ruff correct and format the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:
-	rm -rf .venv .gpu data runs
+clean:                     ## remove what can be made again: environment, caches, built files; data and runs stay
+	rm -rf .venv .gpu build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find triton_dcn detector train bench tests examples -name __pycache__ -prune -exec rm -rf {} +

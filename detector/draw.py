@@ -25,6 +25,9 @@ from detector.picture import (
 from detector.structures import Detections, Target
 from detector.text import short_name
 
+MIN_SIDE = 640
+"""Images whose long side has fewer pixels are enlarged to so many before boxes and text are drawn."""
+
 GOLDEN_RATIO = 0.618034
 LUMA = (0.299, 0.587, 0.114)  # how much red, green and blue add to the brightness (ITU-R BT.601)
 
@@ -96,12 +99,41 @@ def draw_boxes(
     return picture
 
 
+def draw_detections(
+    image: np.ndarray,
+    detections: Detections,
+    class_names: Sequence[str],
+    min_side: int = MIN_SIDE,
+    masks: Iterable[np.ndarray] = (),
+) -> np.ndarray:
+    """Draw detections; small images are enlarged before.
+
+    Args:
+        image: (H, W, 3) uint8, RGB.
+        detections: in pixels of `image`.
+        class_names: by label.
+        min_side: small images are enlarged until their long side has so many pixels, for the text to be readable.
+        masks: (H, W) bool or uint8, one for each detection, or nothing.
+
+    Returns:
+        A picture (H', W', 3) uint8, RGB.
+
+    Raises:
+        ValueError: a label has no name.
+    """
+    image, factor = enlarge(image, min_side)
+    height, width = image.shape[:2]
+    boxes = detections.boxes * factor
+    resized = _resize_masks(masks, height, width)
+    return draw_boxes(image, boxes, detections.labels, class_names, detections.scores, resized)
+
+
 def draw_comparison(
     image: np.ndarray,
     detections: Detections,
     target: Target,
     class_names: Sequence[str],
-    min_side: int = 640,
+    min_side: int = MIN_SIDE,
     masks: Iterable[np.ndarray] = (),
     true_masks: Iterable[np.ndarray] = (),
 ) -> np.ndarray:
@@ -119,17 +151,9 @@ def draw_comparison(
     Returns:
         A picture (H', W', 3) uint8, RGB.
     """
+    left = draw_detections(image, detections, class_names, min_side, masks)
     image, factor = enlarge(image, min_side)
     height, width = image.shape[:2]
-
-    left = draw_boxes(
-        image,
-        detections.boxes * factor,
-        detections.labels,
-        class_names,
-        detections.scores,
-        _resize_masks(masks, height, width),
-    )
     right = draw_boxes(
         image,
         target.boxes * factor,

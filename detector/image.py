@@ -1,4 +1,4 @@
-"""Images: read, write, resize and stack; the only place where pixels are decoded or interpolated.
+"""Images: read, convert, write, resize and stack; the only place where pixels are decoded or interpolated.
 
 Boxes depend on the exact pixels, so training and prediction must decode and resize in the same way. Both use OpenCV,
 bit for bit as MMDetection does.
@@ -6,11 +6,14 @@ bit for bit as MMDetection does.
 
 from __future__ import annotations
 
+import importlib
 import os
 import stat
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol, TypeAlias
 
 import cv2
 import numpy as np
@@ -29,6 +32,97 @@ _MAX_BYTES = 16 * MAX_PIXELS  # of a file: four floats for each pixel
 _HEADER_BYTES = 65536  # where the size of most JPEGs is
 _NAME_LENGTH = 300  # letters of a path in a message
 
+_VIDEO_STARTS = (
+    b"\x1a\x45\xdf\xa3",  # Matroska, WebM
+    b"\x00\x00\x01\xba",  # MPEG program stream
+    b"\x00\x00\x01\xb3",  # MPEG video
+    b"\x30\x26\xb2\x75",  # Windows Media
+    b"FLV\x01",
+)
+_MP4_IMAGES = (b"avif", b"avis", b"heic", b"heim", b"heis", b"heix", b"hevc", b"hevx", b"mif1", b"mif2", b"msf1")
+_MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide")  # how files of MP4 and QuickTime begin, after four bytes
+
+
+class PILImage(Protocol):
+    """What is used of a `PIL.Image.Image`; this package does not need Pillow."""
+
+    @property
+    def mode(self) -> str: ...
+
+    def convert(self, mode: str) -> PILImage: ...
+
+
+Image: TypeAlias = str | os.PathLike[str] | np.ndarray | Tensor | PILImage
+"""An image as users have it, see `to_pixels`."""
+
+
+def to_pixels(image: Image, name: str = "image") -> np.ndarray:
+    """Return an image of any kind as RGB pixels.
+
+    Args:
+        image: one of
+            a path, read by `read_image`;
+            a NumPy array (H, W, 3) uint8 RGB; OpenCV has BGR: `frame[..., ::-1]`;
+            a PIL image, turned as its EXIF orientation says and converted to RGB, without its transparency;
+            a tensor (3, H, W) uint8 RGB, on any device.
+        name: of the image, for messages.
+
+    Returns:
+        (H, W, 3) uint8, RGB, contiguous; memory of `image` itself where that is such an array already.
+
+    Raises:
+        OSError: a file cannot be opened; the message names it.
+        ValueError: a file cannot be decoded, or an image has another shape, dtype or mode than above.
+        TypeError: the image is none of these.
+    """
+    if isinstance(image, str | os.PathLike):
+        return read_image(os.fspath(image))
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+            raise ValueError(f"{name}: expected (H, W, 3) uint8 RGB, got {image.shape} {image.dtype}{_hint(image)}")
+        return np.ascontiguousarray(image)
+    if isinstance(image, Tensor):
+        if image.dim() != 3 or image.shape[0] != 3 or image.dtype != torch.uint8 or not image.numel():
+            raise ValueError(
+                f"{name}: expected a tensor (3, H, W) uint8 RGB, got {tuple(image.shape)} {image.dtype}{_hint(image)}"
+            )
+        return np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())
+    if _is_pil_image(image):
+        return _pil_pixels(image, name)
+    raise TypeError(
+        f"{name}: expected a path, a NumPy array, a PIL image or a tensor, got {type(image).__name__}{_hint(image)}"
+    )
+
+
+def _hint(image: object) -> str:
+    """Return what to do about something that is no image."""
+    if isinstance(image, Iterator):
+        return "; list(images) makes a list of an iterator"
+    if not isinstance(image, np.ndarray | Tensor):
+        return ""
+    if image.ndim == 4:
+        return "; list(images) makes a list of a stack"
+    is_floating = image.is_floating_point() if isinstance(image, Tensor) else np.issubdtype(image.dtype, np.floating)
+    return "; give the pixels in 0..255, before any normalization" if is_floating else ""
+
+
+def _is_pil_image(image: object) -> bool:
+    module = sys.modules.get("PIL.Image")  # imported where there is such an image
+    return module is not None and isinstance(image, module.Image)
+
+
+def _pil_pixels(image: PILImage, name: str) -> np.ndarray:
+    """Do `to_pixels` for a PIL image."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"{name}: expected a PIL image of 8 bits, got mode {image.mode}; give its path, or an array (H, W, 3) uint8"
+        )
+    upright: PILImage = importlib.import_module("PIL.ImageOps").exif_transpose(image)
+    pixels = np.array(upright.convert("RGB"))
+    if not pixels.size:
+        raise ValueError(f"{name}: expected at least one pixel, got {pixels.shape}")
+    return pixels
+
 
 def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode an image file to RGB.
@@ -45,7 +139,7 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
     Raises:
         OSError: the file cannot be opened, or is no regular file; the message names it.
-        ValueError: the file is not an image, is cut off or has too many pixels; the message names it.
+        ValueError: the file is not an image but a video, say, is cut off or has too many pixels; the message names it.
     """
     data = _read_file(path)
     size = stored_size(data)
@@ -100,11 +194,12 @@ def _read_file(path: str | Path) -> bytes:
             raise OSError(error.errno, error.strerror, _name(path)) from error
 
 
-def _open_regular_file(path: str | Path) -> BinaryIO:
+def _open_regular_file(path: str | Path) -> BufferedReader:
     """Open a file for reading, without waiting: a pipe might never have a writer.
 
     Raises:
-        OSError, ValueError: it cannot be opened, is no regular file or larger than any image; the message names it.
+        OSError, ValueError: it cannot be opened, is no regular file, a video or larger than any image; the message
+            names it.
     """
     try:
         file = open(path, "rb", opener=open_without_waiting)  # noqa: SIM115  # the caller closes it
@@ -117,10 +212,26 @@ def _open_regular_file(path: str | Path) -> BinaryIO:
     if not stat.S_ISREG(status.st_mode):
         file.close()
         raise OSError(f"cannot read image {_name(path)}: expected a regular file, got a pipe or a device")
+    if _is_video(file):
+        file.close()
+        raise ValueError(
+            f"cannot read image {_name(path)}: expected an image, got a video: read its frames with cv2.VideoCapture"
+        )
     if status.st_size > _MAX_BYTES:
         file.close()
         raise ValueError(f"cannot read image {_name(path)}: expected at most {_MAX_BYTES} bytes, got {status.st_size}")
     return file
+
+
+def _is_video(file: BufferedReader) -> bool:
+    """Tell whether a file begins as a video does; its position stays."""
+    try:
+        start = file.peek(12)[:12]
+    except OSError:  # of the disk; reading will tell
+        return False
+    if start[4:8] in _MP4_BOXES:
+        return not (start[4:8] == b"ftyp" and start[8:12] in _MP4_IMAGES)
+    return start.startswith(_VIDEO_STARTS) or (start[:4] == b"RIFF" and start[8:12] == b"AVI ")
 
 
 def _name(path: str | Path) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from detector.detect import start_copy
 from detector.graph import Graphs, Recorder
-from detector.model.faster_rcnn import FasterRCNN, split_detections
+from detector.model.faster_rcnn import FasterRCNN
 from detector.model.fuse import fuse_batch_norms
+from detector.results import split_detections
 from detector.structures import Batch, Detections
 
 MAX_GRAPHS = 32
@@ -64,22 +66,3 @@ class Inference:
         static.images.copy_(batch.images)
         static.sizes.copy_(batch.sizes)
         return self._graphs(shape, lambda: self.model.detect(static))
-
-
-def start_copy(tensors: Sequence[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
-    """Start to copy tensors of one device to the CPU; return a function that waits for all of them together."""
-    if tensors[0].device.type != "cuda":
-        return lambda: tuple(tensors)
-
-    copies = []
-    for tensor in tensors:
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        copies.append(copy.copy_(tensor, non_blocking=True))
-    finished = torch.cuda.Event()
-    finished.record()
-
-    def wait() -> tuple[Tensor, ...]:
-        finished.synchronize()
-        return tuple(copies)
-
-    return wait

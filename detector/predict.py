@@ -14,28 +14,30 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
+from torch import Tensor
 from tqdm import tqdm
 
-from detector.draw import draw_boxes
+from detector.ctrl_c import CtrlC
+from detector.detect import check_score, name_images
 from detector.graph import CudaRecorder
-from detector.image import read_image, resize_keep_ratio, stack_images
+from detector.image import Image, read_image
 from detector.inference import Inference, for_inference
 from detector.model.faster_rcnn import FasterRCNN
 from detector.precision import PrecisionName, autocast, check_precision, product_settings, what_is_missing
-from detector.results import CocoRow, coco_rows, encode_masks, full_masks, undo_resize
+from detector.results import CocoRow, ImageDetections
 from detector.results_folder import ResultsFolder, is_picture
-from detector.structures import Batch, Detections
-from detector.text import lasting_output, one_line, printable, show, show_message
+from detector.text import lasting_output, one_line, plural, printable, show, show_message
 from detector.weights.load_detector import load
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # read from a folder
+VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}  # named if nothing is
 
 
 @dataclass(frozen=True)
 class PredictOptions:
     """Detect objects in images.
 
-    OUT gets one annotated picture per image, and detections.json.
+    OUT gets one annotated picture per image, small ones enlarged to 640 pixels, and detections.json.
 
     The latter is in COCO's results format, in the pixels of the image files.
 
@@ -52,7 +54,7 @@ class PredictOptions:
     out: Path
     """Folder for the results; made if it is not there. Only what an earlier prediction wrote is replaced."""
     score: float = 0.3
-    """Detections below this score are left out."""
+    """Detections below this score, 0 to 1, are left out."""
     batch_size: int = 1
     """Images that go through the model at once."""
     device: str = "auto"
@@ -65,81 +67,38 @@ class PredictOptions:
 
 def predict_images(
     model: FasterRCNN | Inference,
-    images: Iterable[str | Path | np.ndarray],
+    images: Iterable[Image],
     *,
+    score: float = 0.3,
     batch_size: int = 1,
-    score: float = 0.0,
-) -> Iterator[Detections]:
-    """Detect in images, a batch at a time; results come in the order of the images.
+) -> Iterator[ImageDetections]:
+    """Do `FasterRCNN.predict` with images that come one after the other; results come as soon as they are there.
 
     An image is read when its batch begins, so an endless iterator of images works too.
 
         model, names = detector.load("best.pt")
-        for detections in predict_images(model, ["a.jpg", "b.jpg"], score=0.5): ...
+        for found in predict_images(model, Path("photographs").glob("*.jpg")): ...
 
     Args:
         model: in evaluation mode; `detector.inference` has faster ones.
-        images: files, or pixels (H, W, 3) uint8 RGB.
-        batch_size: images that go through the model at once. The padding of a batch changes scores a little.
+        images: paths, or images as `FasterRCNN.predict` takes them.
         score: detections below it are left out.
+        batch_size: images that go through the model at once. The padding of a batch changes scores a little.
 
     Returns:
-        An iterator that gives for each image its `Detections` on the CPU, boxes in the pixels of that image.
+        An iterator of the detections in each image, in their order. An image that cannot be read ends it with an error
+        of `FasterRCNN.predict`.
 
     Raises:
-        OSError, ValueError: an image cannot be read, or is not (H, W, 3) uint8.
-        ValueError: the model is in training mode, or `batch_size` is less than 1.
+        TypeError: `images` is one image.
+        ValueError: the model is in training mode, or `score` or `batch_size` is out of its range.
     """
+    is_pixels = isinstance(images, np.ndarray | Tensor) and images.ndim < 4
+    if is_pixels or not isinstance(images, Iterable) or isinstance(images, str):
+        raise TypeError("images: expected an iterable of images, got one image; model.predict takes one")
     inference = model if isinstance(model, Inference) else Inference(model)
-    if inference.model.training:
-        raise ValueError("model: expected evaluation mode, got training mode; call model.eval() first")
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    return _predict_batches(inference, iter(images), batch_size, score)
-
-
-def _predict_batches(
-    inference: Inference, images: Iterator[str | Path | np.ndarray], batch_size: int, score: float
-) -> Iterator[Detections]:
-    while batch := list(islice(images, batch_size)):
-        pixels = [_as_pixels(image) for image in batch]
-        yield from _predict_batch(inference, pixels, score)
-
-
-def _predict_batch(inference: Inference, images: Sequence[np.ndarray], score: float) -> list[Detections]:
-    model = inference.model
-    resized_images = []
-    resize_factors = []
-    for image in images:
-        resized, factors = resize_keep_ratio(image, model.config.image_scale)
-        resized_images.append(resized)
-        resize_factors.append(factors)
-
-    stacked, sizes = stack_images(resized_images)
-    batch = Batch(stacked, sizes).to(_device_of(model))
-    wait = inference.start(batch)
-
-    batch_detections = []
-    for detections, factors in zip(wait(), resize_factors, strict=True):
-        detections = undo_resize(detections, factors)
-        batch_detections.append(_keep_scores_from(detections, score))
-    return batch_detections
-
-
-def _as_pixels(image: str | Path | np.ndarray) -> np.ndarray:
-    if not isinstance(image, np.ndarray):
-        return read_image(image)
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-        raise ValueError(f"image: expected (H, W, 3) uint8, got {image.shape} {image.dtype}")
-    return image
-
-
-def _keep_scores_from(detections: Detections, min_score: float) -> Detections:
-    keep = detections.scores >= min_score
-    masks = None
-    if detections.masks is not None:
-        masks = detections.masks[keep]
-    return Detections(detections.boxes[keep], detections.scores[keep], detections.labels[keep], masks)
+    detector = inference.model.image_detector(inference.start)
+    return detector.detect(name_images(images), score, batch_size)
 
 
 def find_images(patterns: Iterable[str]) -> tuple[list[Path], list[str]]:
@@ -160,11 +119,22 @@ def find_images(patterns: Iterable[str]) -> tuple[list[Path], list[str]]:
             messages.append(str(error))
             continue
         if not matches:
-            messages.append(f"no images in folder {pattern}" if Path(pattern).is_dir() else f"no file {pattern}")
+            messages.append(_nothing_message(pattern))
         for file in sorted(matches):
             files.setdefault(file.resolve(), file)
 
     return list(files.values()), messages
+
+
+def _nothing_message(pattern: str) -> str:
+    """Return what to say about a folder or pattern that led to no image."""
+    path = Path(pattern)
+    if not path.is_dir():
+        return f"no file {pattern}"
+    has_videos = any(file.suffix.lower() in VIDEO_SUFFIXES for file in path.iterdir())
+    if has_videos:
+        return f"no images in folder {pattern}; the frames of its videos are not read"
+    return f"no images in folder {pattern}"
 
 
 def _match(pattern: str) -> list[Path]:
@@ -179,42 +149,29 @@ def _match(pattern: str) -> list[Path]:
     return [match for match in matches if match.is_file() and not is_picture(match)]
 
 
-def image_rows(
-    detections: Detections, class_names: Sequence[str], image_id: int, file_name: str, size: tuple[int, int]
-) -> list[CocoRow]:
-    """Return an image's detections in COCO's results format, with file_name and category_name beside the ids.
-
-    Args:
-        detections: in pixels of the image; its masks, if any, become `segmentation`.
-        class_names: by label.
-        image_id, file_name: of the image.
-        size: height and width of the image.
-    """
-    labels = detections.labels.numpy()
-    rows = coco_rows(
-        image_ids=np.full(len(labels), image_id),
-        category_ids=labels + 1,
-        boxes=detections.boxes.double().numpy(),
-        scores=detections.scores.numpy(),
-        masks=encode_masks(detections, *size),
-    )
-
+def image_rows(detections: ImageDetections, image_id: int, file_name: str) -> list[CocoRow]:
+    """Return an image's detections in COCO's results format, with file_name and category_name beside the ids."""
     named_rows = []
-    for row, label in zip(rows, labels, strict=True):
+    for row, class_name in zip(detections.to_coco(image_id), detections.names, strict=True):
         named_row = {
             "image_id": row["image_id"],
             "file_name": file_name,
             "category_id": row["category_id"],
-            "category_name": class_names[label],
+            "category_name": class_name,
         }
         named_rows.append(named_row | row)
     return named_rows
 
 
-def predict_files(options: PredictOptions) -> list[str]:
+def predict_files(options: PredictOptions, ctrl_c: CtrlC) -> list[str]:
     """Detect in files and write pictures and results, see `ResultsFolder`.
 
     What was found is written in any case: after Ctrl-C too, and where a picture cannot be written or the device fails.
+    Where nothing was found and not every image was done, the results of an earlier prediction stay.
+
+    Args:
+        options: of the command.
+        ctrl_c: is told when Ctrl-C has to wait.
 
     Returns:
         A message for each image that could not be found, read or drawn, for an error that ended the work, and for
@@ -225,6 +182,7 @@ def predict_files(options: PredictOptions) -> list[str]:
             the results would replace a file of somebody else.
         KeyboardInterrupt: Ctrl-C was pressed; its arguments are all messages.
     """
+    check_score(options.score, "--score")
     if options.batch_size < 1:
         raise ValueError(f"--batch-size: expected at least 1, got {options.batch_size}")
     files, messages = find_images(options.images)
@@ -234,7 +192,7 @@ def predict_files(options: PredictOptions) -> list[str]:
     folder.check()
 
     device = None if options.device == "auto" else options.device
-    model, class_names = load(options.weights, device)
+    model, _ = load(options.weights, device)
     inference, precision = _prepare(model, options)
     options.out.mkdir(parents=True, exist_ok=True)
 
@@ -242,13 +200,14 @@ def predict_files(options: PredictOptions) -> list[str]:
     is_interrupted = False
     try:
         with product_settings(precision), autocast(_device_of(model), precision):
-            _predict_into(folder, results, files, inference, class_names, options, messages)
+            _predict_into(folder, results, files, inference, options, messages)
     except KeyboardInterrupt:
         is_interrupted = True
         messages.append(f"stopped by Ctrl-C {results.position}")
     except (RuntimeError, MemoryError) as error:  # the device, or its memory
         messages.append(f"stopped {results.position}: {one_line(error)}")
     finally:
+        ctrl_c.ignore()
         if results.images:
             _write_results(folder, results, messages)
     if is_interrupted:
@@ -281,27 +240,37 @@ class _Results:
 
     Attributes:
         total: images to detect in.
-        images: images that are done.
-        rows: their detections.
+        rows_of_images: the detections of each image that is done.
     """
 
     total: int
-    images: int = 0
-    rows: list[CocoRow] = field(default_factory=list)
+    rows_of_images: list[list[CocoRow]] = field(default_factory=list)
+
+    @property
+    def images(self) -> int:
+        return len(self.rows_of_images)
+
+    @property
+    def rows(self) -> list[CocoRow]:
+        return [row for rows in self.rows_of_images for row in rows]
 
     @property
     def position(self) -> str:
-        return f"after {self.images} of {self.total} images"
+        return f"after {self.images} of {plural(self.total, 'image')}"
 
 
 def _write_results(folder: ResultsFolder, results: _Results, messages: list[str]) -> None:
     """Write what has been found; an error joins the messages, so that those before it are not lost."""
+    rows = results.rows
+    if not rows and messages and folder.results.exists():
+        messages.append(f"nothing found {results.position}: {folder.results} of an earlier prediction is kept")
+        return
     try:
-        folder.write_results(results.rows)
+        folder.write_results(rows)
     except OSError as error:
         messages.append(str(error))
     else:
-        show(printable(f"{len(results.rows)} detections in {results.images} images: {folder.results}"))
+        show(printable(f"{plural(len(rows), 'detection')} in {plural(results.images, 'image')}: {folder.results}"))
 
 
 def _predict_into(
@@ -309,7 +278,6 @@ def _predict_into(
     results: _Results,
     files: Sequence[Path],
     inference: Inference,
-    class_names: Sequence[str],
     options: PredictOptions,
     messages: list[str],
 ) -> None:
@@ -325,16 +293,11 @@ def _predict_into(
                     messages.append(str(error))
 
             images = [image for _, _, image in readable]
-            batch_detections = predict_images(inference, images, batch_size=options.batch_size, score=options.score)
-            for (number, file, image), detections in zip(readable, batch_detections, strict=True):
-                height, width = image.shape[:2]
-                results.rows += image_rows(detections, class_names, number, str(file), (height, width))
-                results.images += 1
-
-                masks = full_masks(detections, height, width)
-                picture = draw_boxes(image, detections.boxes, detections.labels, class_names, detections.scores, masks)
+            batch_detections = predict_images(inference, images, score=options.score, batch_size=options.batch_size)
+            for (number, file, _), detections in zip(readable, batch_detections, strict=True):
+                results.rows_of_images.append(image_rows(detections, number, str(file)))
                 try:
-                    folder.write_picture(file, picture)
+                    folder.write_picture(file, detections.draw())
                 except (OSError, ValueError) as error:
                     messages.append(str(error))
             progress.update(len(batch))
@@ -343,19 +306,21 @@ def _predict_into(
 @lasting_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status: 0 if every image was done, 130 after Ctrl-C, else 1."""
-    options = tyro.cli(PredictOptions, prog="python -m detector.predict", args=arguments)
     messages: Sequence[object]
-    try:
-        messages = predict_files(options)
-        status = 1 if messages else 0
-    except KeyboardInterrupt as error:
-        messages = error.args or ["stopped by Ctrl-C"]
-        status = 128 + signal.SIGINT
-    except (OSError, ValueError) as error:
-        messages = [error]
-        status = 1
-    for message in messages:
-        show_message(f"error: {message}")
+    with CtrlC() as ctrl_c:
+        try:
+            options = tyro.cli(PredictOptions, prog="python -m detector.predict", args=arguments)
+            messages = predict_files(options, ctrl_c)
+            status = 1 if messages else 0
+        except KeyboardInterrupt as error:
+            messages = error.args or ["stopped by Ctrl-C"]
+            status = 128 + signal.SIGINT
+        except (OSError, ValueError) as error:
+            messages = [error]
+            status = 1
+        ctrl_c.ignore()
+        for message in messages:
+            show_message(f"error: {message}")
     return status
 
 

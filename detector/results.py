@@ -1,4 +1,4 @@
-"""From detections of the model to results in pixels of the image file: boxes, masks of full size, rows for COCO.
+"""From what the model returns to results in pixels of the image: boxes, masks of full size, rows for COCO, pictures.
 
 The model sees resized images and knows nothing of the original size. Prediction and evaluation both come here to undo
 the resize.
@@ -6,18 +6,133 @@ the resize.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from detector.draw import MIN_SIDE, draw_detections
+from detector.image import Image, encode_image, to_pixels, write_image
 from detector.ops.paste_masks import paste_masks
 from detector.ops.rle import encode_mask
 from detector.structures import Detections
+from detector.text import short_list, short_name
 
 CocoRow = dict[str, Any]
 """One detection in COCO's results format: image_id, category_id, bbox, score and, with masks, segmentation."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class ImageDetections(Detections):
+    """The objects detected in one image, in its pixels: what `FasterRCNN.predict` returns for it.
+
+    Tensors are on the CPU. In a notebook it is shown as a picture.
+
+    Attributes:
+        boxes: (N, 4), x1 y1 x2 y2 in pixels of `image`.
+        image: the image, or its path, as it was given; nothing is copied.
+        size: height and width of `image`.
+        class_names: by label.
+    """
+
+    image: Image
+    size: tuple[int, int]
+    class_names: Sequence[str]
+
+    @property
+    def names(self) -> list[str]:
+        """The name of each object's class."""
+        return [self.class_names[label] for label in self.labels.tolist()]
+
+    def to_coco(self, image_id: int = 1, category_ids: Sequence[int] | None = None) -> list[CocoRow]:
+        """Return the objects in COCO's results format, ready for JSON; with masks also `segmentation`.
+
+        Args:
+            image_id: of the image in the annotation file.
+            category_ids: of the annotation file, by label; None counts the classes from 1.
+        """
+        labels = self.labels.numpy()
+        ids = np.arange(1, len(self.class_names) + 1) if category_ids is None else np.asarray(category_ids)
+        if len(ids) != len(self.class_names):
+            raise ValueError(f"category_ids: expected {len(self.class_names)}, one per class, got {len(ids)}")
+        return coco_rows(
+            image_ids=np.full(len(labels), image_id),
+            category_ids=ids[labels],
+            boxes=self.boxes.double().numpy(),
+            scores=self.scores.numpy(),
+            masks=encode_masks(self, *self.size),
+        )
+
+    def draw(self, min_side: int = MIN_SIDE) -> np.ndarray:
+        """Draw boxes, masks, names and scores into a copy of the image.
+
+        Args:
+            min_side: a small image is enlarged until its long side has so many pixels, for the text to be readable; 0
+                never enlarges.
+
+        Returns:
+            A picture (H', W', 3) uint8, RGB.
+
+        Raises:
+            OSError, ValueError: the image was given as a path, and cannot be read any more.
+        """
+        pixels = to_pixels(self.image)
+        return draw_detections(pixels, self, self.class_names, min_side, full_masks(self, *self.size))
+
+    def save(self, path: str | os.PathLike[str], min_side: int = MIN_SIDE) -> None:
+        """Write the picture of `draw`; a file of that name is replaced, but not the image itself.
+
+        Args:
+            path: file to write; its folder must exist. Its suffix chooses the format.
+            min_side: as in `draw`.
+
+        Raises:
+            OSError: the picture cannot be written.
+            ValueError: there is no such format, or `path` is the image; otherwise as `draw`.
+        """
+        path = Path(path)
+        if isinstance(self.image, str | os.PathLike) and path.exists() and path.samefile(self.image):
+            raise ValueError(f"path: expected another file than the image, got {path}")
+        write_image(path, self.draw(min_side))
+
+    def _repr_jpeg_(self) -> bytes:
+        """Return the picture for IPython."""
+        return encode_image("picture.jpg", self.draw())
+
+    def __repr__(self) -> str:
+        height, width = self.size
+        objects = [
+            f"{short_name(name)} {score:.2f}" for name, score in zip(self.names, self.scores.tolist(), strict=True)
+        ]
+        text = f"{len(self)} in {width} x {height} pixels"
+        if objects:
+            text += f": {short_list(objects)}"
+        return f"<{type(self).__name__} {text}>"
+
+
+def split_detections(tensors: Sequence[Tensor]) -> list[Detections]:
+    """Return the detections of each image, without padding; waits for the device once.
+
+    Args:
+        tensors: of `FasterRCNN.detect`.
+    """
+    boxes, scores, labels, valid, *masks = tensors
+    detections = []
+    for index, count in enumerate(valid.sum(1).tolist()):
+        detections.append(
+            Detections(
+                boxes=boxes[index, :count],
+                scores=scores[index, :count],
+                labels=labels[index, :count],
+                masks=masks[0][index, :count] if masks else None,
+            )
+        )
+    return detections
 
 
 def undo_resize(detections: Detections, factors: tuple[float, float]) -> Detections:
@@ -108,6 +223,6 @@ def coco_rows(
     return rows
 
 
-def _to_cpu(values: torch.Tensor) -> torch.Tensor:
+def _to_cpu(values: Tensor) -> Tensor:
     """Return a floating-point tensor on the CPU, in float32 at least."""
     return values.to("cpu", torch.promote_types(values.dtype, torch.float32))

@@ -5,10 +5,10 @@ Ground truth is checked where it comes in, which is where a `Target` is made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import InitVar, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import InitVar, dataclass, replace
 from math import isfinite
-from typing import overload
+from typing import SupportsIndex, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -212,12 +212,18 @@ class Batch:
         )
 
 
+AnyDetections = TypeVar("AnyDetections", bound="Detections")
+
+
 @dataclass(frozen=True)
 class Detections:
     """The objects detected in one image, highest score first.
 
+    `len(detections)` is the number of objects. `detections[i]`, `detections[:3]`, `detections[detections.labels == 2]`
+    and `detections[indices]` are detections of the same type with these objects, and a loop gives them one by one.
+
     Attributes:
-        boxes: (N, 4), x1 y1 x2 y2 in pixels of the resized image.
+        boxes: (N, 4), x1 y1 x2 y2 in pixels of the image that was searched: for the model the resized one.
         scores: (N,) in [0, 1], highest first.
         labels: (N,) int64, classes from 0.
         masks: (N, 28, 28) in [0, 1], probability that a point of the box is on the object, on a regular grid; None if
@@ -228,6 +234,30 @@ class Detections:
     scores: Tensor
     labels: Tensor
     masks: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __iter__(self: AnyDetections) -> Iterator[AnyDetections]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(
+        self: AnyDetections, index: SupportsIndex | slice | Tensor | Sequence[int] | Sequence[bool]
+    ) -> AnyDetections:
+        """Return the objects at an index, in a slice, at several indices (k,), or where a mask (N,) of bool is true.
+
+        Raises:
+            IndexError: there are fewer objects.
+        """
+        if not isinstance(index, slice):
+            index = torch.atleast_1d(torch.as_tensor(index))
+        return replace(
+            self,
+            boxes=self.boxes[index],
+            scores=self.scores[index],
+            labels=self.labels[index],
+            masks=None if self.masks is None else self.masks[index],
+        )
 
 
 def _check_boxes_and_labels(boxes: Tensor, labels: Tensor) -> None:

@@ -54,6 +54,17 @@ def short_name(name: object, length: int = NAME_LENGTH) -> str:
     return shorten(printable(name), length)
 
 
+def plural(count: int, noun: str, nouns: str = "") -> str:
+    """Return a count with its noun, "1 image" or "8 images".
+
+    Args:
+        count: how many.
+        noun: for one.
+        nouns: for any other number; `noun` with an s if it is not given.
+    """
+    return f"{count} {noun if count == 1 else nouns or noun + 's'}"
+
+
 def short_list(names: Sequence[object], limit: int = 10, length: int = NAME_LENGTH) -> str:
     """Return the first `limit` names of a list, each as a `short_name`, and how many more there are."""
     text = ", ".join(short_name(name, length) for name in names[:limit])

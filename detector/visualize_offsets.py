@@ -229,7 +229,7 @@ def draw_sampling_points(image: np.ndarray, point: tuple[float, float], stages: 
     """
     image, factor = enlarge(image, MIN_SIDE)
     gray = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    radius = max(2, max(image.shape[:2]) // 250)
+    radius = max(image.shape[:2]) // 90
     center = round(point[0] * factor), round(point[1] * factor)
 
     pictures = []
@@ -243,27 +243,35 @@ def draw_sampling_points(image: np.ndarray, point: tuple[float, float], stages: 
         for (x, y), dot_opacity in zip(pixels, opacity[most_opaque_last].tolist(), strict=True):
             _draw_dot(picture, round(x), round(y), radius, dot_opacity)
 
-        size = 8 * radius
-        cv2.drawMarker(picture, center, BLACK, cv2.MARKER_CROSS, size, radius + 2, cv2.LINE_AA)
-        cv2.drawMarker(picture, center, WHITE, cv2.MARKER_CROSS, size, max(1, radius - 1), cv2.LINE_AA)
+        size = 4 * radius
+        thickness = max(2, radius // 3)
+        cv2.drawMarker(picture, center, BLACK, cv2.MARKER_CROSS, size, thickness + 2, cv2.LINE_AA)
+        cv2.drawMarker(picture, center, WHITE, cv2.MARKER_CROSS, size, thickness, cv2.LINE_AA)
         pictures.append(picture)
 
-    titles = [f"{stage.name}: {len(stage.weights)} positions" for stage in stages]
+    titles = [f"{_stage_name(stage.name)}: {len(stage.weights)} positions" for stage in stages]
     return side_by_side(pictures, titles)
 
 
+def _stage_name(module: str) -> str:
+    """Return what the documentation calls a stage: c3 is the module `layer2` of the backbone."""
+    return f"c{int(module.removeprefix('layer')) + 1}"
+
+
 def _draw_dot(picture: np.ndarray, x: int, y: int, radius: int, opacity: float) -> None:
-    """Blend a red dot into the picture, touching only the pixels around it."""
-    left = max(x - radius - 1, 0)
-    top = max(y - radius - 1, 0)
-    right = x + radius + 2
-    bottom = y + radius + 2
+    """Blend a red dot with a white rim into the picture, touching only the pixels around it."""
+    reach = radius + radius // 4 + 1  # the rim is drawn along the edge
+    left = max(x - reach, 0)
+    top = max(y - reach, 0)
+    right = x + reach + 1
+    bottom = y + reach + 1
     if right <= 0 or bottom <= 0:
         return
     patch = picture[top:bottom, left:right]
     if not patch.size:
         return
     dot = cv2.circle(patch.copy(), (x - left, y - top), radius, RED, -1, cv2.LINE_AA)
+    cv2.circle(dot, (x - left, y - top), radius, WHITE, max(1, radius // 4), cv2.LINE_AA)
     patch[:] = cv2.addWeighted(dot, opacity, patch, 1 - opacity, 0)
 
 
@@ -288,7 +296,7 @@ def visualize(options: VisualizeOffsetsOptions) -> None:
 
 def _default_point(model: FasterRCNN, image: np.ndarray, class_names: Sequence[str]) -> tuple[tuple[float, float], str]:
     """Return the middle of the best detection, or of the image if nothing is detected, and what it is."""
-    (detections,) = predict_images(model, [image])
+    (detections,) = predict_images(model, [image], score=0.0)
     if not len(detections.labels):
         height, width = image.shape[:2]
         return (width / 2, height / 2), "the middle of the image"

@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import detector
-from detector.predict import predict_images
 from train.config import PRESETS, Config
 from train.main import run
 
@@ -47,13 +46,17 @@ def main() -> None:
     # The same call again resumes a run that was interrupted.
     run_folder = run(make_config(options.photographs, options.out, options.epochs))
 
-    model, class_names = detector.load(run_folder.checkpoints / "best.pt")
+    model, _ = detector.load(run_folder.checkpoints / "best.pt")
     photograph = sorted((options.photographs / "val2017").iterdir())[0]
-    (detections,) = predict_images(model, [photograph], score=0.3)
+    found = model.predict(photograph)
     print(f"\n{photograph}:")
-    for box, score, label in zip(detections.boxes, detections.scores, detections.labels, strict=True):
-        corners = ", ".join(f"{corner:.0f}" for corner in box.tolist())
-        print(f"    {class_names[int(label)]:12} {float(score):.2f}  x1 y1 x2 y2 = {corners}")
+    for name, score, box in zip(found.names, found.scores.tolist(), found.boxes.tolist(), strict=True):
+        corners = ", ".join(f"{corner:.0f}" for corner in box)
+        print(f"    {name:12} {score:.2f}  x1 y1 x2 y2 = {corners}")
+
+    picture = run_folder.path / "found.jpg"
+    found.save(picture)
+    print(f"    with its boxes: {picture}")
 
 
 if __name__ == "__main__":

@@ -28,12 +28,14 @@ LAYERS = {
         {"compat", "onnx"},
     ],
     "detector": [
-        {"files", "graph", "image", "image_header", "picture", "precision", "structures", "text"},
-        {"ops"},
+        {"ctrl_c", "files", "graph", "image", "image_header", "picture", "precision", "structures", "text"},
+        {"ops", "draw"},
+        {"results"},
+        {"detect"},
         {"model"},
         {"weights"},
         {"onnx"},
-        {"inference", "results", "draw", "results_folder"},
+        {"inference", "results_folder"},
         {"predict", "export", "visualize_offsets"},
     ],
     "train": [
@@ -57,7 +59,7 @@ LAYERS = {
         },
         {"data", "synthetic"},
         {"evaluation"},
-        {"build", "checkpoint", "compiled", "log", "loop", "report", "step", "step_graphs"},
+        {"build", "checkpoint", "compiled", "log", "loop", "mosaic", "report", "step", "step_graphs"},
         {"main", "plot"},
     ],
 }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
+from detector.detect import ImageDetector, Start, name_images, start_copy
+from detector.image import Image
 from detector.model.anchors import AnchorGenerator
 from detector.model.config import CASCADE_IOU_STEPS, FasterRCNNConfig
 from detector.model.fpn import FPN
@@ -16,7 +19,10 @@ from detector.model.resnet import ResNet
 from detector.model.roi_head import RoIHead, RoIStage
 from detector.model.rpn import RPN
 from detector.model.sampler import BoxSampler, SamplingRule
+from detector.results import ImageDetections, split_detections
 from detector.structures import SIZE_DIVISOR, Batch, Detections, Target
+
+AnyImage = TypeVar("AnyImage", bound=Image)
 
 STRIDES = (4, 8, 16, 32, 64)
 
@@ -33,10 +39,15 @@ class FasterRCNN(nn.Module):
     Args:
         config: see `FasterRCNNConfig`.
 
+    Attributes:
+        class_names: by label, for `predict`; `detector.load` takes them from the file. None stands for "class 0", ...
+            They are no part of the state dict.
+
     Raises:
         ValueError: fields of `config` do not go together.
     """
 
+    class_names: Sequence[str] | None = None
     pixel_mean: Tensor  # (3, 1, 1)
     pixel_std: Tensor  # (3, 1, 1)
 
@@ -126,6 +137,77 @@ class FasterRCNN(nn.Module):
 
         return split_detections(self.detect(batch))
 
+    @overload
+    def predict(self, images: Image, *, score: float = ..., batch_size: int = ...) -> ImageDetections: ...
+
+    @overload
+    def predict(
+        self, images: list[AnyImage] | tuple[AnyImage, ...], *, score: float = ..., batch_size: int = ...
+    ) -> list[ImageDetections]: ...
+
+    def predict(
+        self,
+        images: Image | list[AnyImage] | tuple[AnyImage, ...],
+        *,
+        score: float = 0.3,
+        batch_size: int = 1,
+    ) -> ImageDetections | list[ImageDetections]:
+        """Detect in an image, or in each of a list.
+
+            model, class_names = detector.load("best.pt")
+            found = model.predict("photograph.jpg")
+            print(found.names, found.scores, found.boxes)
+            found.save("found.jpg")
+
+        `detector.predict.predict_images` does the same for images that come one after the other, as in a video.
+
+        Args:
+            images: a path, a NumPy array (H, W, 3) uint8 RGB (OpenCV has BGR: give `frame[..., ::-1]`), a PIL image, a
+                tensor (3, H, W) uint8 RGB, or a list or tuple of these.
+            score: detections below it are left out; of 0 to 1.
+            batch_size: images that go through the model at once. The padding of a batch changes scores a little.
+
+        Returns:
+            The detections, boxes in the pixels of the image; for a list, a list of them.
+
+        Raises:
+            OSError: a file cannot be opened.
+            ValueError: a file is not an image; an array, a tensor or a PIL image has another shape, dtype or mode;
+                `score` or `batch_size` is out of its range; the model is in training mode.
+            TypeError: something is no image at all.
+        """
+        detector = self.image_detector()
+        if isinstance(images, list | tuple):
+            return list(detector.detect(name_images(images), score, batch_size))
+        (detections,) = detector.detect([("images", images)], score, batch_size)
+        return detections
+
+    def image_detector(self, start: Start | None = None) -> ImageDetector:
+        """Return what detects in images as users have them.
+
+        Args:
+            start: detects in a batch; None computes it here.
+
+        Raises:
+            ValueError: the model is in training mode, or has not one name for each class.
+        """
+        if self.training:
+            raise ValueError("model: expected evaluation mode, got training mode; call model.eval() first")
+        num_classes = self.config.num_classes
+        class_names = default_class_names(num_classes) if self.class_names is None else tuple(self.class_names)
+        if len(class_names) != num_classes:
+            raise ValueError(f"class_names: expected {num_classes}, one per class, got {len(class_names)}")
+        return ImageDetector(
+            start=start or self._start,
+            device=self.pixel_mean.device,
+            image_scale=self.config.image_scale,
+            class_names=class_names,
+        )
+
+    def _start(self, batch: Batch) -> Callable[[], list[Detections]]:
+        wait = start_copy(self.detect(batch))
+        return lambda: split_detections(wait())
+
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the losses of a batch with targets; on a GPU no tensor is read back to the host."""
         assert batch.targets is not None
@@ -192,24 +274,9 @@ class FasterRCNN(nn.Module):
         return images.to(self.pixel_mean.dtype).contiguous(memory_format=torch.channels_last)
 
 
-def split_detections(tensors: Sequence[Tensor]) -> list[Detections]:
-    """Return the detections of each image, without padding; waits for the device once.
-
-    Args:
-        tensors: of `FasterRCNN.detect`.
-    """
-    boxes, scores, labels, valid, *masks = tensors
-    detections = []
-    for index, count in enumerate(valid.sum(1).tolist()):
-        detections.append(
-            Detections(
-                boxes=boxes[index, :count],
-                scores=scores[index, :count],
-                labels=labels[index, :count],
-                masks=masks[0][index, :count] if masks else None,
-            )
-        )
-    return detections
+def default_class_names(num_classes: int) -> tuple[str, ...]:
+    """Return names for the classes of a model that nobody has named."""
+    return tuple(f"class {label}" for label in range(num_classes))
 
 
 def _roi_stages(config: FasterRCNNConfig) -> list[RoIStage]:

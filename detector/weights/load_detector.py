@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from detector.model.config import FasterRCNNConfig, rename_fields
-from detector.model.faster_rcnn import FasterRCNN
+from detector.model.faster_rcnn import FasterRCNN, default_class_names
 from detector.text import shown
 from detector.weights.checkpoint import Checkpoint, list_names, read_checkpoint
 from detector.weights.load_weights import (
@@ -52,6 +52,7 @@ def load(path: str | Path, device: torch.device | str | None = None) -> tuple[Fa
     """Build the model that a checkpoint was written from, with its weights, ready to detect.
 
         model, class_names = detector.load("best.pt")
+        found = model.predict("photograph.jpg")
 
     Files of this project hold the configuration. MMDetection's files hold the text of its config: normalization,
     thresholds and sizes are taken from it, and a setting that this package does not have is an error. The architecture
@@ -63,7 +64,8 @@ def load(path: str | Path, device: torch.device | str | None = None) -> tuple[Fa
         device: where to put the model; default: the GPU if there is one.
 
     Returns:
-        The model in evaluation mode and the class names by label. Where the file has no names they are "class 0", ...
+        The model in evaluation mode and the class names by label, which are also `model.class_names`. Where the file
+        has no names they are "class 0", ...
 
     Raises:
         OSError: the file cannot be opened.
@@ -87,7 +89,7 @@ def build_detector(checkpoint: Checkpoint, device: torch.device | str) -> tuple[
     config = find_config(checkpoint)
     class_names = checkpoint.classes
     if class_names is None:
-        class_names = tuple(f"class {label}" for label in range(config.num_classes))
+        class_names = default_class_names(config.num_classes)
     if len(class_names) != config.num_classes:
         raise ValueError(
             f"{path}: expected {config.num_classes} class names, one per class of its weights, got {len(class_names)}"
@@ -96,6 +98,7 @@ def build_detector(checkpoint: Checkpoint, device: torch.device | str) -> tuple[
     state, _ = match_weights(make_skeleton(config, path), checkpoint)
     model = FasterRCNN(config)
     model.load_state_dict(state, strict=False)
+    model.class_names = tuple(class_names)
     return model.to(device).eval(), list(class_names)
 
 

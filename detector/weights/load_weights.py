@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from detector.model.faster_rcnn import FasterRCNN
-from detector.text import shown
+from detector.text import plural, shown
 from detector.weights.checkpoint import Checkpoint, list_names, read_checkpoint
 from detector.weights.mmdet_config import differences_message, read_mmdet_config
 from detector.weights.settings import is_same
@@ -51,7 +51,7 @@ class LoadSummary:
     skipped: tuple[str, ...]
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: {len(self.loaded)} tensors loaded"]
+        lines = [f"{self.path}: {plural(len(self.loaded), 'tensor')} loaded"]
         skipped = set(self.skipped)
         not_taken = [name for name in self.missing if name in skipped]
         kinds = {
@@ -233,8 +233,8 @@ def match_weights(
         if not_optional or unexpected:
             raise ValueError(
                 f"{checkpoint.path} does not fit the model: "
-                f"{len(not_optional)} names missing in the file ({list_names(not_optional) or 'none'}), "
-                f"{len(unexpected)} unknown to the model ({list_names(unexpected) or 'none'})"
+                f"names missing in the file: {len(not_optional)} ({list_names(not_optional) or 'none'}), "
+                f"unknown to the model: {len(unexpected)} ({list_names(unexpected) or 'none'})"
             )
 
     matched = {name: state[name] for name in loaded}
@@ -307,7 +307,7 @@ def _check_shapes(path: Path, model_state: dict[str, Tensor], state: dict[str, T
             expected_shape = tuple(model_state[name].shape)
             got_shape = tuple(state[name].shape)
             shapes.append(f"{name}: expected {expected_shape}, got {got_shape}")
-        raise ValueError(f"{path} does not fit the model: {len(shapes)} shapes differ: {list_names(shapes)}")
+        raise ValueError(f"{path} does not fit the model: shapes that differ: {len(shapes)}: {list_names(shapes)}")
 
 
 def _check_values(path: Path, model_state: dict[str, Tensor], state: dict[str, Tensor]) -> None:

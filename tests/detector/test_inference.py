@@ -81,8 +81,8 @@ def test_predictions_from_graphs_equal_those_without():
     images = [torch.randint(256, (40, 60, 3), dtype=torch.uint8).numpy() for _ in range(3)]
     recorder = OperatorRecorder()
     inference = Inference(model, recorder)
-    expected = list(predict_images(model, images))
-    assert_equal([next(predict_images(inference, [image])) for image in images], expected)
+    expected = list(predict_images(model, images, score=0.0))
+    assert_equal([next(predict_images(inference, [image], score=0.0)) for image in images], expected)
     assert (recorder.runs, recorder.recordings, recorder.replays) == (1, 1, 1)
 
     # Tensors of torch.inference_mode could not be written to from here.

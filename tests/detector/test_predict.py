@@ -1,10 +1,14 @@
 """Prediction: original pixels, names that do not collide, broken images that do not stop the others."""
 
 import json
+import os
+import pkgutil
 import runpy
+import signal
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -80,7 +84,7 @@ def read_results(out):
 
 def test_boxes_are_in_original_pixels(model):
     image = np.random.default_rng(1).integers(0, 256, (250, 400, 3), np.uint8)
-    (detections,) = predict_images(model, [image])
+    (detections,) = predict_images(model, [image], score=0.0)
     resized, factors = resize_keep_ratio(image, model.config.image_scale)
     (expected,) = model(Batch(*stack_images([resized])))
     assert len(detections.labels) == 10
@@ -92,7 +96,7 @@ def test_boxes_are_in_original_pixels(model):
 
 def test_score_threshold_and_order_of_results(model, photos):
     files = sorted(photos.glob("*.[bjp]*"))
-    unfiltered = list(predict_images(model, files))
+    unfiltered = list(predict_images(model, files, score=0.0))
     assert len(unfiltered) == 3
     threshold = float(torch.cat([detections.scores for detections in unfiltered]).median())
     filtered = list(predict_images(model, files, score=threshold))
@@ -104,9 +108,10 @@ def test_score_threshold_and_order_of_results(model, photos):
 
 def test_batches_of_equal_images_give_what_single_images_give(model):
     images = list(np.random.default_rng(2).integers(0, 256, (3, 64, 96, 3), np.uint8))
-    single = predict_images(model, images)
-    batched = predict_images(model, images, batch_size=2)
+    single = predict_images(model, images, score=0.0)
+    batched = predict_images(model, images, score=0.0, batch_size=2)
     for alone, together in zip(single, batched, strict=True):
+        assert len(alone) == 10
         torch.testing.assert_close(alone.boxes, together.boxes, rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(alone.scores, together.scores, rtol=1e-4, atol=1e-5)
 
@@ -114,15 +119,16 @@ def test_batches_of_equal_images_give_what_single_images_give(model):
 def test_wrong_arguments_are_named(model):
     with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
         predict_images(model, [], batch_size=0)
-    with pytest.raises(ValueError, match=r"image: expected \(H, W, 3\) uint8, got \(4, 4\) uint8"):
-        next(predict_images(model, [np.zeros((4, 4), np.uint8)]))
+    images = [np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.uint8)]
+    with pytest.raises(ValueError, match=r"images\[1\]: expected \(H, W, 3\) uint8 RGB, got \(4, 4\) uint8"):
+        list(predict_images(model, images))
     with pytest.raises(ValueError, match="model: expected evaluation mode"):
         predict_images(FasterRCNN(model.config).train(), [])
 
 
 def test_masks(tmp_path, photos):
     model = FasterRCNN(small_config(mask=True)).eval()
-    (detections,) = predict_images(model, [photos / "b.jpg"])
+    detections = model.predict(photos / "b.jpg", score=0.0)
     assert detections.masks.shape == (10, 28, 28)
     masks = list(full_masks(detections, 120, 40))
     expected = paste_masks(detections.masks, detections.boxes, 120, 40).numpy()
@@ -134,6 +140,7 @@ def test_masks(tmp_path, photos):
     assert run(weights, out, photos / "b.jpg", score=0.0) == 0
     segmentations = [result["segmentation"] for result in read_results(out)]
     assert segmentations == [encode_mask(mask) for mask in expected]
+    assert [row["segmentation"] for row in detections.to_coco()] == segmentations
 
 
 def test_find_images(photos, monkeypatch):
@@ -145,7 +152,16 @@ def test_find_images(photos, monkeypatch):
     (photos / "empty").mkdir()
     (photos / "odd[1].png").write_bytes((photos / "a.png").read_bytes())
     assert find_images(["odd[1].png"]) == ([Path("odd[1].png")], [])
-    assert find_images(["empty", "*.gif"]) == ([], ["no images in folder empty", "no file *.gif"])
+    (photos / "clips").mkdir()
+    (photos / "clips" / "a.MP4").touch()
+    assert find_images(["empty", "clips", "*.gif"]) == (
+        [],
+        [
+            "no images in folder empty",
+            "no images in folder clips; the frames of its videos are not read",
+            "no file *.gif",
+        ],
+    )
 
 
 def test_pictures_and_results(weights, photos, tmp_path, capsys):
@@ -167,8 +183,8 @@ def test_pictures_and_results(weights, photos, tmp_path, capsys):
     files = [photos / "a.bmp", photos / "a.png", photos / "b.jpg", photos / "more" / "b.jpg"]
     numbered_files = {(result["image_id"], result["file_name"]) for result in results}
     assert numbered_files == {(number, str(file)) for number, file in enumerate(files, 1)}
-    for name, file in zip(["a.jpg", "a-2.jpg", "b.jpg", "b-2.jpg"], files, strict=True):
-        assert read_image(out / name).shape == read_image(file).shape
+    shapes = [read_image(out / name).shape for name in ["a.jpg", "a-2.jpg", "b.jpg", "b-2.jpg"]]
+    assert shapes == [(640, 640, 3), (400, 640, 3), (640, 213, 3), (640, 640, 3)]  # small ones are enlarged
     assert "40 detections in 4 images" in capsys.readouterr().out
 
 
@@ -256,6 +272,68 @@ def test_what_was_found_is_written_whatever_happens(
     assert "20 detections in 2 images" in captured.out
 
 
+def test_nothing_read_or_found_keeps_earlier_results(weights, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(weights, out, photos, score=0.0) == 0
+    earlier = read_results(out)
+    (photos / "broken.jpg").write_bytes(b"broken")
+    assert run(weights, out, photos / "broken.jpg", score=0.0) == 1
+    assert read_results(out) == earlier
+
+    for inputs in [(photos / "b.jpg", photos / "broken.jpg"), (photos / "b.jpg", photos / "absent.jpg")]:
+        assert run(weights, out, *inputs, score=1.0) == 1
+        assert read_results(out) == earlier
+        assert f"{out / 'detections.json'} of an earlier prediction is kept" in capsys.readouterr().err
+
+    assert run(weights, out, photos / "b.jpg", score=1.0) == 0  # nothing is there, and nothing went wrong
+    assert read_results(out) == []
+
+
+@pytest.fixture
+def pythons_sigint():
+    """Ctrl-C as Python handles it, whatever started the tests."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.parametrize("moment", ["load", "image_rows", "write_picture", "write_results"])
+def test_ctrl_c_again_and_again_loses_nothing(weights, photos, tmp_path, monkeypatch, capsys, moment, pythons_sigint):
+    """Once in the function that is named, and again while the results are written."""
+    names = {
+        "load": "detector.predict.load",
+        "image_rows": "detector.predict.image_rows",
+        "write_picture": "detector.predict.ResultsFolder.write_picture",
+        "write_results": "detector.predict._write_results",
+    }
+    calls = []
+
+    def press(name, function):
+        def with_ctrl_c(*arguments, **options):
+            calls.append(name)
+            if name == moment or (moment in calls and name == "write_results"):
+                os.kill(os.getpid(), signal.SIGINT)
+            return function(*arguments, **options)
+
+        return with_ctrl_c
+
+    for name, path in names.items():
+        monkeypatch.setattr(path, press(name, pkgutil.resolve_name(path)))
+    out = tmp_path / "out"
+    status = run(weights, out, photos, score=0.0)
+    captured = capsys.readouterr()
+    done = {"load": None, "image_rows": None, "write_picture": 1, "write_results": 3}[moment]
+    assert status == (0 if moment == "write_results" else 130)
+    if done is None:
+        assert not (out / "detections.json").exists()
+    else:
+        assert len({row["image_id"] for row in read_results(out)}) == done
+    position = {"load": "", "image_rows": " after 0 of 3 images", "write_picture": " after 1 of 3 images"}
+    if status:
+        assert captured.err.endswith(f"error: stopped by Ctrl-C{position[moment]}\n")
+
+
 def test_results_that_cannot_be_written_hide_no_message(weights, photos, tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise OSError("cannot write detections.json: No space left on device")
@@ -291,12 +369,28 @@ def test_broken_images_are_named_and_the_others_done(weights, photos, tmp_path, 
     assert numbers == {str(photos / "a.bmp"): 1, str(photos / "a.png"): 2, str(photos / "b.jpg"): 3}
 
 
+def test_videos_are_named(weights, photos, tmp_path, capsys):
+    video = photos / "clip.avi"
+    writer = cv2.VideoWriter(str(video), cv2.VideoWriter.fourcc(*"MJPG"), 10, (64, 64))
+    for _ in range(2):
+        writer.write(np.zeros((64, 64, 3), np.uint8))
+    writer.release()
+    assert run(weights, tmp_path / "out", video, photos / "b.jpg") == 1
+    assert capsys.readouterr().err.endswith(
+        f"error: cannot read image {video}: expected an image, got a video: read its frames with cv2.VideoCapture\n"
+    )
+    assert run(weights, tmp_path / "out", photos, score=0.0) == 0  # in a folder it is no image
+
+
 def test_nothing_to_do_is_an_error(weights, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(weights, out, tmp_path / "absent.jpg") == 1
     assert f"error: no file {tmp_path / 'absent.jpg'}" in capsys.readouterr().err
     assert run(weights, out, tmp_path / "absent.jpg", batch_size=0) == 1
     assert "error: --batch-size: expected at least 1, got 0" in capsys.readouterr().err
+    for score in ("1.5", "-0.1", "nan"):
+        assert run(weights, out, Path(__file__), score=score) == 1
+        assert f"error: --score: expected 0 to 1, got {score}" in capsys.readouterr().err
     assert run(tmp_path / "lost.pt", out, Path(__file__)) == 1
     assert "lost.pt" in capsys.readouterr().err
     assert not out.exists()

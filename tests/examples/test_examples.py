@@ -1,12 +1,15 @@
 """The scripts of examples/ run as their first lines say."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import detector
+from detector.predict import predict_images
 from tests.train.conftest import make_split
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +49,17 @@ def test_train_on_your_photographs_then_export(tmp_path):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime", minversion="1.31", reason="older ones have no DeformConv")
     photograph = tmp_path / "photographs" / "val2017" / "000500.png"
-    printed = run("export_and_run_onnx.py", best, photograph, "--out", "best.onnx", folder=tmp_path)
+    options = ("--out", "best.onnx", "--min-score", 0)
+    printed, *objects = run("export_and_run_onnx.py", best, photograph, *options, folder=tmp_path).splitlines()
     assert printed.startswith("best.onnx: ")
     assert (tmp_path / "best.onnx").stat().st_size > 1_000_000
+
+    model, class_names = detector.load(best, "cpu")
+    (detections,) = predict_images(model, [photograph], score=0.0)
+    assert len(objects) == len(detections.boxes) > 0
+    for line, box, score, label in zip(objects, detections.boxes, detections.scores, detections.labels, strict=True):
+        name, score_of_file, *_ = line.split()
+        x1, x2, y1, y2 = re.findall(r"-?\d+(?= to|,|$)", line.partition("  ")[2])
+        assert name == class_names[label]
+        assert abs(float(score_of_file) - float(score)) < 0.006
+        assert [float(x1), float(y1), float(x2), float(y2)] == pytest.approx(box.tolist(), abs=0.51)

@@ -67,6 +67,10 @@ class Environment:
         """Run the environment's Python."""
         return self._run(self.python, *arguments)
 
+    def run_command(self, name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        """Run a command that was installed."""
+        return self._run(self.python.with_name(name), *arguments)
+
     def _run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
         variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         return subprocess.run(command, cwd=self.folder, env=variables, capture_output=True, text=True)
@@ -109,6 +113,7 @@ def test_content(wheel):
         names = archive.namelist()
         (metadata_file,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         metadata = archive.read(metadata_file).decode()
+        entry_points = archive.read(metadata_file.replace("METADATA", "entry_points.txt")).decode()
     tops = {name.partition("/")[0] for name in names}
     version = wheel.name.split("-")[1]
     assert tops == {"triton_dcn", "detector", f"triton_dcn-{version}.dist-info"}
@@ -123,6 +128,7 @@ def test_content(wheel):
 
     required = re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE)
     assert [requirement for requirement in required if "extra ==" not in requirement] == ["torch>=2.7"]
+    assert re.findall(r"^(dcn-\w+) = ", entry_points, re.MULTILINE) == ["dcn-export", "dcn-predict"]
 
 
 def test_the_operator_needs_torch_alone(torch_only):
@@ -139,6 +145,26 @@ def test_the_detector_names_its_extra(torch_only):
     assert result.stderr.endswith(f"ImportError: detector needs {packages}: pip install 'triton-dcn[detector]'\n")
 
 
+@pytest.mark.parametrize("command", ["dcn-predict", "dcn-export"])
+def test_commands_name_the_extra(torch_only, command):
+    result = torch_only.run_command(command, "--help")
+    assert result.returncode == 1
+    assert result.stderr.endswith("pip install 'triton-dcn[detector]'\n")
+
+
+def test_the_command_of_the_message_installs_the_extra(torch_only):
+    """pip takes the version that is installed, also where no index has the distribution."""
+    result = torch_only.run("-m", "pip", "install", "--dry-run", "--no-deps", "triton-dcn[detector]")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("extra", ["triton", "detector", "train", "fast-eval", "export", "bench", "dev"])
+def test_every_extra_can_be_installed(with_detector, wheel, extra):
+    result = with_detector.run("-m", "pip", "install", "--dry-run", "--quiet", TORCH, f"{wheel}[{extra}]")
+    assert result.returncode == 0, result.stderr
+    assert "does not provide the extra" not in result.stderr
+
+
 @pytest.mark.parametrize("environment", ["torch_only", "with_detector"])
 def test_training_names_its_extra(environment, request):
     """`train` is not in the wheel: it runs from the repository, with the packages of the environment."""
@@ -153,6 +179,11 @@ def test_the_detector_with_its_extra(with_detector):
     result = with_detector.run("-m", "detector.predict", "--help")
     assert result.returncode == 0, result.stderr
     assert "Detect objects in images." in result.stdout
+    assert with_detector.run_command("dcn-predict", "--help").stdout == result.stdout
+
+    result = with_detector.run_command("dcn-export", "--help")
+    assert result.returncode == 0, result.stderr
+    assert "Write a detector as an ONNX file" in result.stdout
 
     program = (
         "import detector, torch; print(len(detector.FasterRCNN(detector.FasterRCNNConfig(depth=18)).state_dict()))"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from detector import Batch, FasterRCNN, FasterRCNNConfig, Target
-from detector.model.faster_rcnn import split_detections
+from detector.results import split_detections
 from tests.detector.golden_model import FULL_GRADS, assert_summary, golden_detector, make_batch
 
 SMALL = FasterRCNNConfig(

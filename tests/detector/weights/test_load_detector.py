@@ -164,11 +164,15 @@ def tiny_file(folder, state, **changes):
         ("image_scale", (10**6, 10**6), "config field 'image_scale': expected two sides"),
         ("base_channels", 17, "base_channels: expected a multiple of 16, got 17"),
         ("deform_groups", 7, "in_channels: expected a multiple of deform_groups = 7, got 32"),
-        ("fc_channels", 30_000, "does not fit the model: 6 shapes differ: roi_head.bbox_head.shared_fcs.0.weight"),
+        (
+            "fc_channels",
+            30_000,
+            "does not fit the model: shapes that differ: 6: roi_head.bbox_head.shared_fcs.0.weight",
+        ),
         ("fpn_channels", 65_536, "does not fit the model"),
         ("depth", 101, "does not fit the model: "),
-        ("mask", True, "does not fit the model: 12 names missing in the file"),
-        ("anchor_ratios", (0.5,) * 1000, "does not fit the model: 4 shapes differ: rpn_head.rpn_cls.weight"),
+        ("mask", True, "does not fit the model: names missing in the file: 12"),
+        ("anchor_ratios", (0.5,) * 1000, "does not fit the model: shapes that differ: 4: rpn_head.rpn_cls.weight"),
     ],
     ids=itertools.count(),
 )

@@ -232,7 +232,7 @@ def test_strict_names_what_differs_and_changes_nothing(tmp_path, source):
     model = FasterRCNN(CONFIG)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     message = re.escape(
-        "1 names missing in the file (neck.fpn_convs.0.conv.bias), 1 unknown to the model (extra.weight)"
+        "names missing in the file: 1 (neck.fpn_convs.0.conv.bias), unknown to the model: 1 (extra.weight)"
     )
     with pytest.raises(ValueError, match=message):
         load_weights(model, tmp_path / "weights.pth")
