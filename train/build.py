@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from detector import FasterRCNN
 from detector.graph import CudaRecorder
 from detector.precision import autocast
+from detector.text import plural
 from detector.weights.checkpoint import Checkpoint, read_checkpoint
 from detector.weights.checkpoint_name import parse_name
 from detector.weights.load_detector import find_config, is_detector
@@ -115,9 +116,9 @@ def _without_boxes(dataset: CocoDetection) -> str:
         return "the file has no annotations"
     if not dataset.classes:
         return "the file lists no categories"
-    reasons = [f"{boxes.total} annotations: {boxes}"]
+    reasons = [f"{plural(boxes.total, 'annotation')}: {boxes}"]
     if str(images):
-        reasons.append(f"{images.total} images: {images}")
+        reasons.append(f"{plural(images.total, 'image')}: {images}")
     return "; ".join(reasons + dataset.mistakes)
 
 
@@ -218,7 +219,7 @@ def load_initial_weights(state: TrainState, config: Config, classes: Sequence[st
     if state.average is not None:
         state.average.module.load_state_dict(state.model.state_dict())
 
-    count = f"{len(summary.loaded)} tensors loaded"
+    count = f"{plural(len(summary.loaded), 'tensor')} loaded"
     if is_imagenet:
         source = publisher(imagenet_network(config.model))
         return f"ImageNet, {count} into the backbone from {source}'s file {path}, SHA-256 checked", []
@@ -234,6 +235,13 @@ def _has_other_classes(checkpoint: Checkpoint, classes: Sequence[str]) -> bool:
     if not checkpoint.classes:
         return False  # their names are not known
     return tuple(checkpoint.classes) != tuple(classes)
+
+
+def is_finished(state: TrainState, config: Config) -> bool:
+    """Tell whether a run has all of its epochs or steps."""
+    if state.epoch >= config.epochs:
+        return True
+    return 0 < config.max_steps <= state.step
 
 
 @dataclass(frozen=True)
@@ -259,6 +267,7 @@ def resume(
     Only rank 0 reads the file. With another number of images per step the epoch goes on at the same share of its
     images; a few of them are then seen twice or not at all. With other training images, or a position that the epoch
     does not have, an epoch that has begun starts again from its first batch; between two epochs the run just goes on.
+    In a finished run nothing of this matters.
 
     Args:
         state: of the run; receives the content of the checkpoint.
@@ -298,13 +307,18 @@ def resume(
             aps.append(state.best_ap)  # its line may have been lost
         state.best_ap = max(aps, default=None)
 
+    if is_finished(state, config):
+        notes.append(f"finished after step {state.step}, epoch {state.epoch_number}: nothing is left to train")
+        return Resumption(weights, notes)
+
     images_per_batch = config.data.batch_size * world.size
     images_per_batch_before = content["images_per_batch"]
     if images_per_batch != images_per_batch_before:
         batch = min(state.batch * images_per_batch_before // images_per_batch, batches - 1)
         state.batch = batch - batch % config.optim.accumulate
         notes.append(
-            f"{images_per_batch_before} images per batch before, {images_per_batch} now: the learning rate follows"
+            f"{plural(images_per_batch_before, 'image')} per batch before, {images_per_batch} now: "
+            "the learning rate follows"
         )
 
     change = ""

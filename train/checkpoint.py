@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from detector.files import describe_space, replacing
-from detector.text import shown
+from detector.text import plural, shown
 from detector.weights.checkpoint_name import CheckpointName, digest, file_digest, parse_name
 from train.average import WeightAverage
 from train.data.identity import is_identity
@@ -160,12 +160,15 @@ def checkpoint_of_step(folder: Path, step: int) -> Path | None:
     return paths[0] if paths else None
 
 
-def newest_checkpoint(folder: Path, report_damaged: Callable[[str], None]) -> Path | None:
+def newest_checkpoint(
+    folder: Path, report_damaged: Callable[[str], None], cure: str = "delete the folder to start again"
+) -> Path | None:
     """Return the newest checkpoint that is whole, or None if there is none.
 
     Args:
         folder: where checkpoints are.
         report_damaged: is called with a message about every damaged file that is skipped.
+        cure: what helps where all are damaged.
 
     Raises:
         OSError: a checkpoint cannot be read.
@@ -178,10 +181,7 @@ def newest_checkpoint(folder: Path, report_damaged: Callable[[str], None]) -> Pa
         size = path.stat().st_size
         report_damaged(f"checkpoint {path} is damaged ({size} bytes do not match its hash): taking the one before")
     if paths:
-        raise ValueError(
-            f"{folder}: expected an undamaged checkpoint, got {len(paths)} damaged ones; "
-            "delete the folder to start again"
-        )
+        raise ValueError(f"{folder}: expected an undamaged checkpoint, got damaged ones only, {len(paths)}; {cure}")
     return None
 
 
@@ -297,7 +297,7 @@ def _check_optimizer(saved: dict[str, Any], optimizer: optim.Optimizer) -> None:
     for index, values in saved["state"].items():
         name = f"'optimizer': state {index!r}"
         if not _is_count(index) or index >= len(parameters):
-            raise ValueError(f"{name}: expected the number of one of {len(parameters)} parameters")
+            raise ValueError(f"{name}: expected the number of one of {plural(len(parameters), 'parameter')}")
         if not isinstance(values, dict) or set(values) not in (set(), slots):
             raise ValueError(f"{name}: expected {', '.join(sorted(slots))}, got {shown(values)}")
         for slot, value in values.items():

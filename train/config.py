@@ -134,9 +134,11 @@ class Config:
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     log_every: int = 50
-    """Steps between readings of the losses: on a GPU every reading waits for the device."""
+    """Steps between readings of the losses: on a GPU every reading waits for the device. Where the output is no
+    terminal, a line comes at the first reading and then every 30 seconds, at a reading."""
     pictures: int = 8
-    """Validation images drawn with detections beside ground truth."""
+    """Validation images drawn with detections beside ground truth; 0 draws no pictures, none of training images and
+    score curves either."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU where there is one."""
     precision: PrecisionName | None = None

@@ -19,8 +19,11 @@ from train.signals import Interrupted
 EXPECTED = (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError)
 
 
-def explain(error: BaseException) -> str | None:
-    """Return one line about an error, or None if it is a bug of this program."""
+def explain(error: BaseException, *, eval_only: bool = False) -> str | None:
+    """Return one line about an error, or None if it is a bug of this program.
+
+    An evaluation (`eval_only`) has one image in a batch, so that smaller batches are no cure.
+    """
     text = " ".join(str(error).split())
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text):
         return CONNECTION_LOST
@@ -31,6 +34,8 @@ def explain(error: BaseException) -> str | None:
         return f"lost a process that loads images: {message_line(reason)}. Was memory short? Try fewer --data.workers"
     if isinstance(error, torch.OutOfMemoryError):
         first_sentence = text.split(". ")[0]
+        if eval_only:
+            return f"{first_sentence}. Try --precision bf16"
         return f"{first_sentence}. Try a lower --data.batch-size with --optim.accumulate, or --precision bf16"
     if isinstance(error, EXPECTED):
         return message_line(error) or type(error).__name__  # a line break can be part of a file's name
@@ -42,13 +47,14 @@ def _is_lost_loader(text: str) -> bool:
     return any(sign in text for sign in ("killed by signal", "exited unexpectedly", "shared memory", "ancdata"))
 
 
-def report_error(error: BaseException, world: World | None, folder: Path | None) -> int:
+def report_error(error: BaseException, world: World | None, folder: Path | None, *, eval_only: bool = False) -> int:
     """Print why the run ends and return the exit status.
 
     Args:
         error: what was raised.
         world: the processes, if they have met; each of the others is told, and those that do not answer are named.
         folder: of the run; the trace goes into error-rankN.txt there, if it exists.
+        eval_only: whether nothing was to be trained.
     """
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT
@@ -59,7 +65,7 @@ def report_error(error: BaseException, world: World | None, folder: Path | None)
 
     rank = world.rank if world else 0
     trace = "".join(traceback.format_exception(error))
-    message = explain(error)
+    message = explain(error, eval_only=eval_only)
     if message is None:
         show(trace, to_stderr=True)
         message = f"{type(error).__name__}, see above; this is a fault of the program"

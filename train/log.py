@@ -21,7 +21,7 @@ from train.config import MAX_UNREADABLE_SHARE
 from train.data.collate import LoadedBatch
 from train.distributed import World
 from train.events import Events
-from train.progress import print_above_progress, training_progress
+from train.progress import TrainingProgress, print_above_progress
 from train.run_folder import RunFolder
 
 
@@ -153,7 +153,8 @@ class TrainLog:
             run_folder.metrics.touch()
             # Events after first_step are from steps that will be taken again: TensorBoard hides them.
             self._events = Events(run_folder.path, first_step + 1)
-        self._progress = training_progress(total_steps, first_step, enabled=world.is_main)
+        is_shown = world.is_main and first_step < total_steps
+        self._progress = TrainingProgress(total_steps, first_step, enabled=is_shown)
         self._restart_clock()
 
     def print(self, text: str) -> None:
@@ -226,19 +227,23 @@ class TrainLog:
                 position = {"step": step.step, "epoch": step.epoch, "lr": step.lr}
                 lines.append({**position, **losses, "loss": sum(step_values), **speed})
             self.run_folder.append_metrics(*lines)
-            self._show(steps[-1], values.mean(0).tolist(), speed)
-
-        self._progress.update(len(steps))
+            text = self._show(steps[-1], values.mean(0).tolist(), speed)
+            self._progress.update(len(steps), text)
         self._losses.clear()
         self._restart_clock()
 
     def add_evaluation(self, step: int, line: dict[str, Any]) -> None:
-        """Show the numbers of an evaluation in TensorBoard."""
+        """Show the numbers of an evaluation in TensorBoard, and AP and AP50 of the classes that have ground truth."""
         if self._events is None:
             return
         for name, value in line.items():
             if isinstance(value, float):
                 self._events.add_scalar(f"evaluation/{name}", value, step)
+        for kind in ("", "segm_"):
+            for name, (ap, ap50, _) in line.get(f"{kind}classes", {}).items():
+                if ap >= 0:
+                    self._events.add_scalar(f"{kind}AP_of_class/{printable(name)}", ap, step)
+                    self._events.add_scalar(f"{kind}AP50_of_class/{printable(name)}", ap50, step)
 
     def add_picture(self, name: str, image: np.ndarray, step: int) -> None:
         """Show an RGB image (H, W, 3) uint8 in TensorBoard."""
@@ -270,8 +275,8 @@ class TrainLog:
             "memory_mib": _peak_memory_mib(),
         }
 
-    def _show(self, last_step: StepLosses, mean_losses: list[float], speed: dict[str, float]) -> None:
-        """Write TensorBoard events and the progress line; rank 0 only."""
+    def _show(self, last_step: StepLosses, mean_losses: list[float], speed: dict[str, float]) -> str:
+        """Write TensorBoard events; return the text of the progress line; rank 0 only."""
         assert self._events is not None
         total = sum(mean_losses)
         for name, value in zip(self._losses.names, mean_losses, strict=True):
@@ -280,11 +285,10 @@ class TrainLog:
         for name, value in {"lr": last_step.lr, **speed}.items():
             self._events.add_scalar(f"run/{name}", value, last_step.step)
 
-        text = (
+        return (
             f"epoch {last_step.epoch} loss {total:.3f} lr {last_step.lr:.2g} "
             f"{speed['images_per_second']:.1f} img/s data {speed['data_wait']:.0%}"
         )
-        self._progress.set_description_str(text, refresh=False)
 
     def _restart_clock(self) -> None:
         self._start = time.perf_counter()

@@ -7,6 +7,7 @@ takes a `Config`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -29,8 +30,9 @@ if __name__ == "__main__":
 import torch
 
 from detector import FasterRCNN
+from detector.image import write_image
 from detector.precision import check_precision, product_settings
-from detector.text import lasting_output, show
+from detector.text import lasting_output, printable, show
 from detector.weights.checkpoint import read_checkpoint
 from detector.weights.load_detector import build_detector
 from train import report
@@ -38,6 +40,7 @@ from train.build import (
     build,
     build_graphs,
     check_weights_exist,
+    is_finished,
     open_split,
     prepare_initial_weights,
     resume,
@@ -59,14 +62,18 @@ from train.data.samplers import AspectRatioBatchSampler
 from train.distributed import World, join_processes, leave_processes, world_size_from_environment
 from train.errors import report_error
 from train.evaluation.evaluate import evaluate
+from train.evaluation.pictures import TRAINING_IMAGES
 from train.fine_tuning import adapt_to_weights
 from train.going_on import find_given, keep_recorded
 from train.log import TrainLog
 from train.loop import train_one_epoch
+from train.mosaic import draw_training_images
 from train.precision import choose_precision
 from train.run_folder import RunFolder, provenance
 from train.schedule import Schedule, choose_warmup, unreached_rates
 from train.signals import Interrupted, StopRequest
+
+DRAWN_TRAINING_IMAGES = 8
 
 
 @lasting_output()
@@ -83,7 +90,9 @@ def main() -> int:
         status = 0
     except (Exception, KeyboardInterrupt) as error:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise once more for a lost loader
-        status = report_error(error, world, config.out if config else None)
+        status = report_error(
+            error, world, config.out if config else None, eval_only=config is not None and config.eval_only
+        )
         for child in multiprocessing.active_children():
             child.kill()  # Python's cleanup would wait for a process that loads images and hangs
     if world is not None and world.size > 1:
@@ -176,6 +185,8 @@ def train(config: Config, world: World) -> None:
         state, network = build(config, world)
         resumption = resume(state, run_folder, config, world, train_set, len(sampler))
         notes += resumption.notes
+        if state.step == 0:
+            notes += report.graph_notes(config, world.device, world.size)
         if world.is_main:
             table = report.run_table(
                 config, world, state.model, resumption.weights, train_set, val_set, schedule, len(sampler), notes
@@ -198,10 +209,13 @@ def train(config: Config, world: World) -> None:
             run_folder.check_presence()
             return save_checkpoint(run_folder.checkpoints, to_checkpoint(state, metadata), config.checkpoint.keep)
 
+        if world.is_main and state.step == 0 and config.pictures:
+            _draw_training_images(train_set, sampler, run_folder, log)
+
         # The last epoch may have been saved, but not evaluated before an interruption.
-        if not resumption.is_epoch_repeated or _is_finished(state, config):
+        if not resumption.is_epoch_repeated:
             _evaluate_if_due(state, val_set, config, world, run_folder, log, stop, save)
-        while not _is_finished(state, config):
+        while not is_finished(state, config):
             first_step = state.step
             sampler.set_epoch(state.epoch, state.batch)
             for step in train_one_epoch(
@@ -227,7 +241,7 @@ def train(config: Config, world: World) -> None:
                     world.barrier()
                     position = f"after step {step}; its checkpoint is in {run_folder.checkpoints}"
                     raise Interrupted(stop_signal, position)
-                if _is_finished(state, config):
+                if is_finished(state, config):
                     break
             if state.step == first_step:
                 raise RuntimeError(f"epoch {state.epoch + 1}: no batch from number {state.batch} of {len(sampler)} on")
@@ -235,6 +249,20 @@ def train(config: Config, world: World) -> None:
 
     if world.is_main:
         show(report.summary(run_folder, time.monotonic() - start))
+
+
+def _draw_training_images(
+    train_set: CocoDetection, sampler: AspectRatioBatchSampler, run_folder: RunFolder, log: TrainLog
+) -> None:
+    """Draw the first images of a new run as the model will get them."""
+    first_batches = itertools.chain.from_iterable(sampler.epoch_batches(0))
+    keys = [(0, index) for index in itertools.islice(first_batches, DRAWN_TRAINING_IMAGES)]
+    picture = draw_training_images(train_set, keys)
+    if picture is None:
+        return
+    run_folder.pictures.mkdir(exist_ok=True)
+    write_image(run_folder.pictures / f"{TRAINING_IMAGES}.png", picture)
+    log.add_picture(TRAINING_IMAGES, picture, 0)
 
 
 def evaluate_only(config: Config, world: World) -> None:
@@ -249,7 +277,7 @@ def evaluate_only(config: Config, world: World) -> None:
     dataset = open_split(config, world, "val", class_names if checkpoint.classes else None)
     if len(dataset.classes) != model.config.num_classes:
         raise ValueError(
-            f"{path}: expected {len(dataset.classes)} classes, as in {dataset.annotation_file}, "
+            f"{path}: number of classes: expected {len(dataset.classes)}, as in {dataset.annotation_file}, "
             f"got {model.config.num_classes}"
         )
 
@@ -266,6 +294,7 @@ def evaluate_only(config: Config, world: World) -> None:
         config = replace(config, precision=precision)
         stack.enter_context(product_settings(precision))
         if world.is_main:
+            show(f"evaluating {printable(path)} on {printable(dataset.annotation_file)}")
             show(f"{report.describe_device(world)}, precision {report.describe_precision(precision)}")
             for note in [*notes, *precision_notes, *report.validation_notes(dataset)]:
                 show(f"note: {note}")
@@ -294,7 +323,8 @@ def _find_weights(config: Config, world: World, run_folder: RunFolder) -> Path:
     if isinstance(config.weights, Path):
         check_weights_exist(config.weights)
         return config.weights
-    path = world.broadcast(newest_checkpoint(run_folder.checkpoints, show) if world.is_main else None)
+    cure = "evaluate another file with --weights FILE and an --out of its own"
+    path = world.broadcast(newest_checkpoint(run_folder.checkpoints, show, cure) if world.is_main else None)
     if path is None:
         raise ValueError(
             f"--eval-only: expected --weights FILE, or a checkpoint in {run_folder.checkpoints}, got neither"
@@ -324,23 +354,17 @@ def _total_steps(state: TrainState, config: Config, batches_per_epoch: int) -> i
     return steps
 
 
-def _is_finished(state: TrainState, config: Config) -> bool:
-    if state.epoch >= config.epochs:
-        return True
-    return 0 < config.max_steps <= state.step
-
-
 def _is_checkpoint_due(state: TrainState, config: Config) -> bool:
     """Tell whether to save a checkpoint: at regular steps, and at the end of an epoch and of the run."""
     is_regular = config.checkpoint.every > 0 and state.step % config.checkpoint.every == 0
     is_end_of_epoch = state.batch == 0
-    return is_regular or is_end_of_epoch or _is_finished(state, config)
+    return is_regular or is_end_of_epoch or is_finished(state, config)
 
 
 def _is_evaluation_due(state: TrainState, config: Config, world: World, run_folder: RunFolder) -> bool:
     """Tell whether the model has to be evaluated here, and was not before an interruption."""
     is_end_of_epoch = state.batch == 0 and state.epoch > 0
-    is_due = (is_end_of_epoch and state.epoch % config.eval_every == 0) or _is_finished(state, config)
+    is_due = (is_end_of_epoch and state.epoch % config.eval_every == 0) or is_finished(state, config)
     was_evaluated = False
     if world.is_main:
         was_evaluated = any(line["step"] == state.step for line in run_folder.evaluations())

@@ -114,7 +114,7 @@ def rewind(path: Path, step: int) -> list[str]:
     last_of_step = {(line["step"], "loss" in line): line for line in kept if "step" in line}
     unique = [line for line in kept if "step" not in line or last_of_step[line["step"], "loss" in line] is line]
     if len(unique) < len(kept):
-        notes.append(f"{path}: {len(kept) - len(unique)} lines of steps that come twice: the later ones stay")
+        notes.append(f"{path}: lines of steps that come twice: {len(kept) - len(unique)}; the later ones stay")
 
     text = "".join(json.dumps(line) + "\n" for line in unique)
     if not text:
@@ -188,11 +188,16 @@ def _is_number(value: object) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-def _is_table(value: object) -> bool:
-    if not isinstance(value, dict):
-        return False
-    rows = list(value.values())
-    return all(isinstance(row, list) and len(row) == 3 and all(map(_is_number, row)) for row in rows)
+def _is_table_of(columns: int) -> Callable[[object], bool]:
+    """Return a function that recognizes a dict of lists of so many numbers."""
+
+    def is_table(value: object) -> bool:
+        if not isinstance(value, dict):
+            return False
+        rows = list(value.values())
+        return all(isinstance(row, list) and len(row) == columns and all(map(_is_number, row)) for row in rows)
+
+    return is_table
 
 
 # Keys whose values are no finite numbers -> what messages call the value, and how it is recognized.
@@ -201,8 +206,10 @@ KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "epoch": ("a whole number from 0", _is_count),
     "evaluator": ("a text", _is_text),
     "weights": ("a text", _is_text),
-    "classes": ("lists of three numbers by class", _is_table),
-    "segm_classes": ("lists of three numbers by class", _is_table),
+    "classes": ("lists of three numbers by class", _is_table_of(3)),
+    "segm_classes": ("lists of three numbers by class", _is_table_of(3)),
+    "classes_F1": ("lists of four numbers by class", _is_table_of(4)),
+    "segm_classes_F1": ("lists of four numbers by class", _is_table_of(4)),
 }
 
 

@@ -1,8 +1,13 @@
-"""Curves of one or several runs in one picture: `python train/plot.py RUN... [--out curves.png]`."""
+"""Curves of one or several runs in one picture: `python train/plot.py RUN... [--out curves.png]`.
+
+Runs that differ in nothing but their seed share a color: thin lines are theirs, the thick one is their mean.
+"""
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import math
 import sys
 import warnings
@@ -26,6 +31,7 @@ MAX_COLUMNS = 5  # of panels: a cascade with masks has 16 curves
 MAX_POINTS = 300  # of a curve; neighbors are averaged where there are more
 PANEL_SIZE = (4.0, 3.5)  # inches
 LABEL_LENGTH = 60  # letters
+NOT_COMPARED = {"seed", "out", "given", "starts"}  # in config.json; runs that differ in nothing else are one group
 
 
 @lasting_output()
@@ -46,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def draw(runs: Sequence[Path], out: Path) -> None:
     """Draw loss, its parts, learning rate, AP, AP50 and the AP of masks of the runs over their steps.
+
+    Runs of one configuration but for the seed have one color, and their mean is drawn over them.
 
     Args:
         runs: folders with a metrics.jsonl.
@@ -71,22 +79,67 @@ def draw(runs: Sequence[Path], out: Path) -> None:
     width, height = PANEL_SIZE
     mpl.use("Agg")
     figure, panels = pyplot.subplots(rows, columns, figsize=(columns * width, rows * height), layout="constrained")
+    groups = _group_by_model(list(lines_of_runs))
     for panel, key in zip(panels.flat, keys, strict=False):
-        for run, lines in lines_of_runs.items():
-            points = [(line["step"], line[key]) for line in lines if key in line and "step" in line]
-            steps, values = _average_neighbors(points)
-            panel.plot(steps, values, marker="o" if "AP" in key else None, label=_label(run))
+        marker = "o" if "AP" in key else None
+        for number, group in enumerate(groups):
+            color = f"C{number % 10}"
+            curves = [_points(lines_of_runs[run], key) for run in group]
+            if len(curves) > 1:
+                for curve in curves:
+                    panel.plot(*_average_neighbors(curve), color=color, linewidth=0.8, alpha=0.35)
+            panel.plot(*_average_neighbors(_mean(curves)), color=color, marker=marker, label=_group_label(group))
         panel.set(title=_label(key), xlabel="step")
         panel.grid(alpha=0.3)
     for panel in panels.flat[len(keys) :]:
         panel.set_visible(False)
 
     handles, labels = panels.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center")
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), columns), frameon=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # letters that the font does not have appear as boxes
         figure.savefig(out, dpi=120)
     pyplot.close(figure)
+
+
+def _group_by_model(runs: Sequence[Path]) -> list[list[Path]]:
+    """Return the runs in groups whose config.json differs in nothing but the seed; the first run comes first."""
+    groups: dict[str, list[Path]] = {}
+    for run in runs:
+        groups.setdefault(_configuration(run), []).append(run)
+    return list(groups.values())
+
+
+def _configuration(run: Path) -> str:
+    """Return what config.json says but for the seed; where it says nothing, the folder, which no other run has."""
+    try:
+        record = RunFolder(run).recorded()
+    except (OSError, ValueError):
+        record = None
+    if record is None:
+        return str(run)
+    return json.dumps({name: value for name, value in record.items() if name not in NOT_COMPARED}, sort_keys=True)
+
+
+def _group_label(group: Sequence[Path]) -> str:
+    """Return the name of a run, or what the names of several begin with."""
+    if len(group) == 1:
+        return _label(group[0])
+    same_letters = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*map(str, group), strict=False))
+    common = "".join(letters[0] for letters in same_letters).rstrip("-_./ ")
+    return _label(f"{common or group[0]}, mean of {len(group)} seeds")
+
+
+def _points(lines: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    """Return the steps and values of one curve of a run."""
+    return [(line["step"], line[key]) for line in lines if key in line and "step" in line]
+
+
+def _mean(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
+    """Return the mean of curves at the steps that all of them have."""
+    first, *others = [dict(curve) for curve in curves]
+    steps = [step for step in first if all(step in curve for curve in others)]
+    return [(step, sum(curve[step] for curve in (first, *others)) / len(curves)) for step in steps]
 
 
 def _label(name: str | Path) -> str:

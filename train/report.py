@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import shlex
+import shutil
+import sys
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from detector.precision import PrecisionName
-from detector.text import message_line, printable, short_list, short_name
+from detector.text import message_line, plural, printable, short_list, short_name
 from train.config import BASE_BATCH_SIZE, Config
 from train.data.coco_dataset import CocoDetection
 from train.distributed import World
 from train.evaluation.coco_metrics import DEFAULT_EVALUATOR, METRIC_NAMES
+from train.evaluation.score_curves import BestF1, format_best
+from train.metrics_file import read_lines
 from train.precision import DESCRIPTIONS
 from train.run_folder import RunFolder
 from train.schedule import Schedule
 
 WIDTH = 80  # columns
 LABEL_WIDTH = 14  # of the first column of the table
+
+ALL_CLASSES = "all classes"
+UNKNOWN_F1 = (-1.0, -1.0, -1.0, -1.0)
+F1_NOTE = """precision, recall, F1: at IoU 0.5, of the detections from that score on, where
+F1 is highest; of all classes, with one score for all of them"""
 
 
 def run_table(
@@ -52,17 +66,20 @@ def run_table(
         ("run", f"{config.out} (preset {config.preset}, seed {config.seed})"),
         ("training", _describe_split(train_set)),
         ("validation", _describe_split(val_set)),
-        ("evaluation", f"with {DEFAULT_EVALUATOR}"),
+        ("evaluation", _describe_evaluation(config)),
         ("classes", f"{len(train_set.classes)} in the data: {short_list(train_set.classes)}"),
         ("model", _describe_model(config)),
         ("weights", weights),
         ("parameters", _describe_parameters(model)),
-        ("device", describe_device(world) + (", steps from CUDA graphs" if config.graph else "")),
+        ("device", describe_device(world)),
         ("precision", describe_precision(config.precision or "float32")),
         ("batch", _describe_batch(config, world, schedule)),
         ("learning rate", _describe_learning_rate(schedule)),
         ("length", _describe_length(config, batches_per_epoch)),
     ]
+    options = _describe_options(config)
+    if options:
+        entries.append(("options", ", ".join(options)))
     entries += [("note", note) for note in [*training_notes(train_set), *validation_notes(val_set), *notes]]
     return "\n".join(_format_entry(label, text) for label, text in entries)
 
@@ -75,11 +92,12 @@ def summary(run_folder: RunFolder, seconds: float) -> str:
         lines += [evaluation_tables(evaluations[-1]), ""]
 
     evaluations_with_ap = [line for line in evaluations if "AP" in line]
-    if evaluations_with_ap:
+    best_checkpoint = run_folder.checkpoints / "best.pt"
+    if evaluations_with_ap and best_checkpoint.exists():
         best = max(evaluations_with_ap, key=lambda line: line["AP"])
         ap = format_metric(best["AP"])
         ap50 = format_metric(best["AP50"])
-        lines.append(f"best checkpoint  {printable(run_folder.checkpoints / 'best.pt')}")
+        lines.append(f"best checkpoint  {printable(best_checkpoint)}")
         lines.append(f"                 (epoch {best['epoch']}: AP {ap}, AP50 {ap50})")
 
     lines.append(f"this start took  {format_duration(seconds)}")
@@ -96,11 +114,16 @@ def evaluation_message(line: dict[str, Any]) -> str:
 
 
 def evaluation_tables(line: dict[str, Any]) -> str:
-    """Return an evaluation line of metrics.jsonl as two small tables: COCO's numbers, then the classes."""
+    """Return an evaluation line of metrics.jsonl as small tables: COCO's numbers, then the classes."""
     if "AP" not in line:
         return "no annotations to compare with: detections only"
     has_masks = "segm_AP" in line
-    return "\n".join([*_numbers_table(line, has_masks), "", *_class_table(line, has_masks)])
+    lines = [*_numbers_table(line, has_masks), ""]
+    if has_masks:
+        lines += [*_class_table(line, "", "class, boxes"), "", *_class_table(line, "segm_", "class, masks")]
+    else:
+        lines += _class_table(line, "", "class")
+    return "\n".join([*lines, "", F1_NOTE])
 
 
 def format_metric(value: float) -> str:
@@ -115,29 +138,45 @@ def format_duration(seconds: float) -> str:
 
 
 def output_files(run_folder: RunFolder) -> str:
-    """Return where the files of a run are."""
-    return "\n".join(
-        [
-            f"detections       {printable(run_folder.detections)}",
-            f"pictures         {printable(run_folder.pictures)}/",
-            f"curves           {printable(run_folder.metrics)}",
-            f"                 python train/plot.py {printable(run_folder.path)}",
-            f"                 tensorboard --logdir {printable(run_folder.path)}",
-        ]
-    )
+    """Return where the files of a run are, and the commands that show them; only what is there."""
+    out = str(run_folder.path)
+    lines = [f"detections       {printable(run_folder.detections)}"]
+    if any(run_folder.pictures.glob("*.png")):
+        lines.append(f"pictures         {printable(run_folder.pictures)}/")
+    if any("loss" in line for line in read_lines(run_folder.metrics)):
+        plot = _relative(Path(__file__).with_name("plot.py"))
+        lines.append(f"curves           {printable(run_folder.metrics)}")
+        lines.append(f"                 {_python_command(plot, out)}")
+    if any(run_folder.path.glob("events.out.tfevents.*")):
+        lines.append(f"                 {_python_command('-m', 'tensorboard.main', '--logdir', out)}")
+    return "\n".join(lines)
+
+
+def _python_command(*arguments: str) -> str:
+    """Return a command for the Python that runs here, which need not be the one that `python` starts in a shell."""
+    python = shutil.which("python")
+    is_same = python is not None and os.path.dirname(python) == os.path.dirname(sys.executable)
+    return printable(shlex.join(["python" if is_same else _relative(Path(sys.executable)), *arguments]))
+
+
+def _relative(path: Path) -> str:
+    """Return a path from the working folder on, if it is inside."""
+    with contextlib.suppress(OSError, ValueError):  # the working folder was deleted; the path is not inside
+        path = path.relative_to(Path.cwd())
+    return str(path)
 
 
 def _describe_split(dataset: CocoDetection) -> str:
     """Return how many images and boxes are used, of how many in the file, and why the others are not."""
-    images = f"{len(dataset)} images"
+    images = plural(len(dataset), "image")
     left_out = str(dataset.image_counts)
     if left_out:
         images += f" (of {dataset.image_counts.total} in the file: {left_out})"
 
-    boxes = f"{len(dataset.boxes)} boxes"
+    boxes = plural(len(dataset.boxes), "box", "boxes")
     left_out = str(dataset.counts)
     if left_out:
-        boxes += f" (of {dataset.counts.total} annotations: {left_out})"
+        boxes += f" (of {plural(dataset.counts.total, 'annotation')}: {left_out})"
     return f"{images}, {boxes}, {dataset.annotation_file}"
 
 
@@ -168,7 +207,8 @@ def validation_notes(dataset: CocoDetection) -> list[str]:
 def _split_notes(dataset: CocoDetection, split: str) -> list[str]:
     notes = []
     if dataset.boxes_without_area:
-        notes.append(f"{dataset.boxes_without_area} {split} annotations without area: width x height of their box")
+        annotations = plural(dataset.boxes_without_area, f"{split} annotation")
+        notes.append(f"{annotations} without area: width x height of their box")
     return notes + [f"{split} data: {mistake}" for mistake in dataset.mistakes]
 
 
@@ -215,11 +255,54 @@ def describe_precision(precision: PrecisionName) -> str:
     return f"{precision}: {DESCRIPTIONS[precision]}"
 
 
+def _describe_evaluation(config: Config) -> str:
+    when = "after every epoch"
+    if config.eval_every > 1:
+        when = f"after every {config.eval_every} epochs and the last"
+    return f"with {DEFAULT_EVALUATOR}, {when}"
+
+
+def _describe_options(config: Config) -> list[str]:
+    """Return what is on that may be off, and is in no other line of the table."""
+    data = config.data
+    optim = config.optim
+    options = []
+    if data.flip:
+        options.append(f"mirrored images ({data.flip:g} of them)")
+    if data.short_sides:
+        options.append(f"multi-scale (short side {', '.join(map(str, data.short_sides))})")
+    half_size_epochs = round(data.half_size * config.epochs)
+    if half_size_epochs:
+        options.append(f"half size of the images in the first {plural(half_size_epochs, 'epoch')}")
+    if optim.offset_lr != 1:
+        options.append(f"{optim.offset_lr:g} of the learning rate for offsets")
+    if optim.weight_decay:
+        options.append(f"weight decay {optim.weight_decay:g}")
+    if optim.clip_grad:
+        options.append(f"gradients clipped to norm {optim.clip_grad:g}")
+    if optim.ema:
+        options.append(f"EMA of the weights (decay {optim.ema:g}), which is evaluated")
+    if config.compile:
+        options.append("torch.compile")
+    if config.graph:
+        options.append("CUDA graphs")
+    if config.deterministic:
+        options.append("deterministic algorithms")
+    return options
+
+
+def graph_notes(config: Config, device: torch.device, processes: int) -> list[str]:
+    """Return a note about `--graph` where a new run could have it."""
+    needs_host = config.precision == "fp16" or (config.model.norm == "syncbn" and processes > 1)
+    if device.type != "cuda" or config.graph or config.compile or needs_host:
+        return []
+    return ["without --graph a fast GPU waits for its host: on an H200 steps took more than twice as long"]
+
+
 def _describe_batch(config: Config, world: World, schedule: Schedule) -> str:
-    processes = "process" if world.size == 1 else "processes"
     return (
-        f"{schedule.images_per_step} = {config.data.batch_size} images x {world.size} {processes} "
-        f"x {config.optim.accumulate} accumulated"
+        f"{schedule.images_per_step} = {plural(config.data.batch_size, 'image')} x "
+        f"{plural(world.size, 'process', 'processes')} x {config.optim.accumulate} accumulated"
     )
 
 
@@ -232,14 +315,15 @@ def _describe_learning_rate(schedule: Schedule) -> str:
         fall = f"x{optim.gamma:g} after epoch {', '.join(map(str, optim.milestones))}"
     return (
         f"{schedule.peak_lr:g} = {optim.lr:g} x {schedule.images_per_step} / {BASE_BATCH_SIZE} (linear in the batch), "
-        f"{optim.name}, warm-up {optim.warmup} steps, {fall}"
+        f"{optim.name}, warm-up {plural(optim.warmup, 'step')}, {fall}"
     )
 
 
 def _describe_length(config: Config, batches_per_epoch: int) -> str:
     steps = math.ceil(batches_per_epoch / config.optim.accumulate)
-    limit = f", at most {config.max_steps} steps" if config.max_steps else ""
-    return f"{config.epochs} epochs of {steps} steps{limit}; the progress line tells the time left"
+    limit = f", at most {plural(config.max_steps, 'step')}" if config.max_steps else ""
+    epochs = f"{plural(config.epochs, 'epoch')} of {plural(steps, 'step')}"
+    return f"{epochs}{limit}; the progress line tells the time left"
 
 
 def _numbers_table(line: dict[str, Any], has_masks: bool) -> list[str]:
@@ -251,20 +335,33 @@ def _numbers_table(line: dict[str, Any], has_masks: bool) -> list[str]:
     return [f"       {header}", f"boxes  {boxes}", f"masks  {masks}"]
 
 
-def _class_table(line: dict[str, Any], has_masks: bool) -> list[str]:
-    width = max(len(short_name(name)) for name in ["class", *line["classes"]])
-    header = f"{'class':<{width}}      AP    AP50   boxes"
-    if has_masks:
-        header += "  masks AP    AP50"
+def _class_table(line: dict[str, Any], prefix: str, title: str) -> list[str]:
+    """Return a line for each class, and one for all of them.
 
-    lines = [header]
-    for name, (ap, ap50, box_count) in line["classes"].items():
-        text = f"{short_name(name):<{width}}  {format_metric(ap):>6}  {format_metric(ap50):>6}  {box_count:6d}"
-        if has_masks:
-            mask_ap, mask_ap50, _ = line["segm_classes"][name]
-            text += f"  {format_metric(mask_ap):>8}  {format_metric(mask_ap50):>6}"
-        lines.append(text)
+    Args:
+        line: of metrics.jsonl.
+        prefix: of the names of its numbers.
+        title: of the first column.
+    """
+    classes = line[f"{prefix}classes"]
+    best_f1 = line.get(f"{prefix}classes_F1", {})  # lines of earlier versions have none
+    width = max(len(short_name(name)) for name in [title, ALL_CLASSES, *classes])
+    lines = [f"{title:<{width}}      AP    AP50  precision  recall    F1 at score   boxes"]
+    for name, (ap, ap50, boxes) in classes.items():
+        lines.append(_class_row(f"{short_name(name):<{width}}", ap, ap50, best_f1.get(name, UNKNOWN_F1), boxes))
+
+    boxes = sum(boxes for _, _, boxes in classes.values())
+    together = [line.get(prefix + name, -1.0) for name in ("precision", "recall", "F1", "score_threshold")]
+    lines.append(_class_row(f"{ALL_CLASSES:<{width}}", line[f"{prefix}AP"], line[f"{prefix}AP50"], together, boxes))
     return lines
+
+
+def _class_row(name: str, ap: float, ap50: float, best_f1: Sequence[float], boxes: int) -> str:
+    best = BestF1(*best_f1)
+    return (
+        f"{name}  {format_metric(ap):>6}  {format_metric(ap50):>6}  {format_metric(best.precision):>9}  "
+        f"{format_metric(best.recall):>6}  {format_best(best):>13}  {boxes:6d}"
+    )
 
 
 def _format_entry(label: str, text: str) -> str:

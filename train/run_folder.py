@@ -137,7 +137,7 @@ class RunFolder:
                 notes.append(f"{self.path} is on a file system without locks: let no other run use it")
             count = sum(remove_leftovers(folder) for folder in (self.path, self.checkpoints, self.pictures))
             if count:
-                notes.append(f"{count} files removed that a killed run had begun to write")
+                notes.append(f"files removed that a killed run had begun to write: {count}")
             yield notes
 
     def _create(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn, optim
 
+from detector.text import plural
 from train.config import BASE_BATCH_SIZE, Config, OptimConfig
 
 OFFSET_LAYERS = ("conv_offset", "offset_fc", "mask_fc")  # parts of the names of layers that predict offsets and masks
@@ -74,7 +75,7 @@ def choose_warmup(config: Config, steps_per_epoch: int, recorded: int | None) ->
     longest = steps // 10
     if asked <= longest:
         return asked, []
-    return longest, [f"warm-up shortened from {asked} to {longest} steps, a tenth of the {steps} of the run"]
+    return longest, [f"warm-up shortened from {asked} to {longest} (steps), a tenth of the {steps} of the run"]
 
 
 def unreached_rates(schedule: Schedule, steps_per_epoch: int, max_steps: int) -> list[str]:
@@ -87,11 +88,11 @@ def unreached_rates(schedule: Schedule, steps_per_epoch: int, max_steps: int) ->
     """
     optim = schedule.config
     steps = schedule.epochs * steps_per_epoch
-    end = f"the run has {schedule.epochs} x {steps_per_epoch} steps"
+    end = f"the run has {schedule.epochs} x {plural(steps_per_epoch, 'step')}"
     is_stopped = 0 < max_steps < steps
     if is_stopped:
         steps = max_steps
-        end = f"--max-steps ends the run after {steps} steps"
+        end = f"--max-steps ends the run after {plural(steps, 'step')}"
 
     lines = []
     rising_steps = range(min(steps, optim.warmup + 1))  # a warm-up of one step has the peak in the step after it
@@ -100,7 +101,7 @@ def unreached_rates(schedule: Schedule, steps_per_epoch: int, max_steps: int) ->
         reason = end if steps < optim.warmup else "its falls begin before"
         lines.append(
             f"the learning rate never reaches its peak {schedule.peak_lr:g}, {highest:.4g} at most: "
-            f"the warm-up takes {optim.warmup} steps, and {reason}"
+            f"the warm-up takes {plural(optim.warmup, 'step')}, and {reason}"
         )
 
     last_epoch = (steps - 1) / steps_per_epoch

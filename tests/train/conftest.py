@@ -97,7 +97,7 @@ def start(monkeypatch, capsys):
 
 def tiny(*arguments: object) -> list[str]:
     """Return the arguments of a tiny training run."""
-    return ["--preset", "tiny", "--device", "cpu", "--pictures", "1", *map(str, arguments)]
+    return ["--preset", "tiny", "--device", "cpu", "--pictures", "0", *map(str, arguments)]
 
 
 def environment(**more: str) -> dict[str, str]:

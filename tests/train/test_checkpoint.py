@@ -120,7 +120,7 @@ def test_damaged_newest_falls_back(tmp_path, how):
     assert "step-00000002" in text
     assert "damaged" in text
     damage(list_checkpoints(tmp_path)[1], how)
-    with pytest.raises(ValueError, match="expected an undamaged checkpoint, got 2 damaged ones"):
+    with pytest.raises(ValueError, match="expected an undamaged checkpoint, got damaged ones only, 2;"):
         newest_checkpoint(tmp_path, said.append)
 
 

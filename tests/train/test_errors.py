@@ -35,6 +35,11 @@ def test_what_users_can_mend_is_one_line(error, text):
     assert "\n" not in line
 
 
+def test_an_evaluation_is_told_only_what_helps_it():
+    line = explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), eval_only=True)
+    assert line == "CUDA out of memory. Try --precision bf16"
+
+
 def test_a_fault_of_the_program_shows_its_trace(capsys):
     assert explain(TypeError("x")) is None
     with pytest.raises(TypeError) as caught:

@@ -107,7 +107,7 @@ def test_leftovers_are_removed_once_the_lock_is_held(tmp_path):
     with locked(tmp_path), pytest.raises(ValueError, match="no other run uses"):
         lock(tmp_path)
     assert (tmp_path / ".partial-4711").exists()
-    assert lock(tmp_path) == ["9 files removed that a killed run had begun to write"]
+    assert lock(tmp_path) == ["files removed that a killed run had begun to write: 9"]
     assert list(run.checkpoints.iterdir()) == [kept]
 
 

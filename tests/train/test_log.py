@@ -124,7 +124,25 @@ def test_suspicious_box_of_a_bad_loss_is_named(make_log, box):
         log.end_step(1, 1, 0.01)
 
 
-def test_progress_line_fits_a_terminal(make_log, capsys):
+def test_classes_with_ground_truth_are_in_tensorboard(make_log, monkeypatch):
+    log = make_log()
+    written = {}
+    monkeypatch.setattr(log._events, "add_scalar", lambda name, value, step: written.update({name: (value, step)}))
+    classes = {"a/b": [0.5, 0.75, 3], "two\nlines": [0.0, 0.0, 1], "absent": [-1.0, -1.0, 0]}
+    log.add_evaluation(7, {"step": 7, "AP": 0.25, "classes": classes, "segm_classes": {"a/b": [0.1, 0.2, 3]}})
+    assert written == {
+        "evaluation/AP": (0.25, 7),
+        "AP_of_class/a/b": (0.5, 7),
+        "AP50_of_class/a/b": (0.75, 7),
+        r"AP_of_class/two\nlines": (0.0, 7),
+        r"AP50_of_class/two\nlines": (0.0, 7),
+        "segm_AP_of_class/a/b": (0.1, 7),
+        "segm_AP50_of_class/a/b": (0.2, 7),
+    }
+
+
+def test_progress_line_fits_a_terminal(make_log, capsys, monkeypatch):
+    monkeypatch.setattr("train.progress._is_terminal", lambda: True)
     log = make_log()
     take_step(log, 1, loss_cls=123.4, loss_mask=1e-7)
     log.close()

@@ -64,13 +64,22 @@ def test_leaves_what_people_and_programs_need(start, coco, tmp_path, settings_of
     assert process_settings() == before
     assert "epoch 1: AP" in stderr
     assert all(len(line) <= 80 or str(tmp_path) in line for line in stdout.splitlines())
+    printed = stdout
     stdout = " ".join(stdout.split())
+    assert "deterministic algorithms" in stdout
     for text in ("DCNv2 in c3, c4, c5", "linear in the batch", "best checkpoint", "AR100", "red", "blue"):
         assert text in stdout
     names = {path.name for path in out.iterdir()}
     assert {"config.json", "metrics.jsonl", "checkpoints", "detections.json", "pictures"} <= names
     assert any(name.startswith("events.out") for name in names)
-    assert len(list((out / "pictures").iterdir())) == 2
+    pictures = ["000500.png", "000502.png", "precision-recall.png", "training-images.png"]
+    assert sorted(path.name for path in (out / "pictures").iterdir()) == pictures
+    assert not any(control in stdout + stderr for control in "\r\x1b\b")
+    commands = [line.split() for line in printed.splitlines() if line.startswith(" " * 17) and str(out) in line]
+    assert [command[-1] for command in commands] == [str(out)] * 2
+    assert all(Path(command[0]).name.startswith("python") for command in commands)
+    assert commands[0][1].endswith("train/plot.py")
+    assert Path(commands[0][1]).is_file()
     *steps, evaluation = lines(out)
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     assert {"epoch", "lr", "loss", "seconds", "images_per_second", "loss_rpn_cls", "loss_bbox"} <= set(steps[0])
@@ -84,11 +93,12 @@ def test_leaves_what_people_and_programs_need(start, coco, tmp_path, settings_of
     record = json.loads((out / "config.json").read_text())
     assert record["model"]["num_classes"] == 2
 
-    status, stdout, _ = start(
-        "--data.root", coco, "--out", out, "--deterministic"
-    )  # there is nothing left to do but tell
+    (out / "pictures" / "training-images.png").unlink()
+    status, stdout, stderr = start("--data.root", coco, "--out", out, "--deterministic")
     assert status == 0
-    assert "going on after step 4" in stdout
+    assert stderr == ""
+    assert "finished after step 4, epoch 1: nothing is left to train" in stdout  # only to tell
+    assert not (out / "pictures" / "training-images.png").exists()  # of a run that begins
     assert "AR100" in stdout
     assert len(lines(out)) == 5
 
@@ -99,13 +109,22 @@ def test_leaves_what_people_and_programs_need(start, coco, tmp_path, settings_of
     assert process_settings() == before
     again = lines(out)[-1]
     assert [again[name] for name in ("AP", "AR100")] == [evaluation[name] for name in ("AP", "AR100")]
+    assert again["classes_F1"] == evaluation["classes_F1"]
+
+    best = out / "checkpoints" / "best.pt"
+    common = ("--data.root", coco, "--pictures", 0, "--eval-only", "--weights", best, "--out", tmp_path / "evaluated")
+    status, stdout, _ = start(*common)
+    assert status == 0
+    assert "detections.json" in stdout
+    assert not any(text in stdout for text in ("plot.py", "tensorboard", "pictures/"))  # there is nothing to show
 
 
 def test_interrupted_run_equals_a_whole_one(start, coco, tmp_path):
     common = ("--data.root", coco, "--epochs", 2, "--optim.ema", 0.9, "--data.workers", 1, "--optim.accumulate", 2)
     common += ("--pictures", 0, "--checkpoint.every", 1)
     assert start(*common, "--out", tmp_path / "whole", "--max-steps", 3)[0] == 0
-    assert start(*common, "--out", tmp_path / "parts", "--max-steps", 1)[0] == 0
+    assert start(*common, "--out", tmp_path / "parts", "--max-steps", 1, "--pictures", 1)[0] == 0
+    assert (tmp_path / "parts" / "pictures" / "training-images.png").exists()  # takes no random number
     newest = list_checkpoints(tmp_path / "parts" / "checkpoints")[0]
     status, stdout, _ = start(*common, "--out", tmp_path / "parts", "--max-steps", 3)
     assert status == 0

@@ -36,6 +36,7 @@ DAMAGED_LINES = {
     "AP is nan": b'{"step": 2, "AP": NaN}',
     "classes are a list": b'{"step": 2, "AP": 0.9, "classes": [1]}',
     "classes are short": b'{"step": 2, "AP": 0.9, "classes": {"cat": [1]}}',
+    "thresholds are short": b'{"step": 2, "AP": 0.9, "classes_F1": {"cat": [1, 1, 1]}}',
     "evaluator is a number": b'{"step": 2, "AP": 0.9, "evaluator": 1}',
     "nested": b'{"step": 2, "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "two objects": STEPS[0] + b" {}",
@@ -115,7 +116,7 @@ def test_of_a_step_that_comes_twice_the_later_line_stays(tmp_path):
     weights = {"weights": "x.pt", "AP": 0.1}
     written = [{"step": 1, "loss": 3.0}, {"step": 1, "AP": 0.2}, {"step": 1, "loss": 1.0}, weights]
     append_lines(path, [*written, {"step": 1, "AP": 0.3}, weights])
-    assert rewind(path, 1) == [f"{path}: 2 lines of steps that come twice: the later ones stay"]
+    assert rewind(path, 1) == [f"{path}: lines of steps that come twice: 2; the later ones stay"]
     assert read_lines(path) == [written[2], weights, {"step": 1, "AP": 0.3}, weights]
 
 

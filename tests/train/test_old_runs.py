@@ -87,7 +87,7 @@ def test_old_run_keeps_its_long_warm_up(start, coco, tmp_path):
     status, stdout, _ = start(*common, "--max-steps", 1, "--amp", "none")
     assert status == 0
     table = " ".join(stdout.split())
-    assert "note warm-up shortened from 6 to 0 steps" in table
+    assert "note warm-up shortened from 6 to 0 (steps)" in table
     assert "sgd, warm-up 0 steps" in table
     make_old(out)
 

@@ -1,10 +1,12 @@
 import io
+import json
+from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 
 from detector.image import read_image
-from train.plot import _label, main
+from train.plot import _group_by_model, _group_label, _label, _mean, main
 from train.run_folder import RunFolder
 
 
@@ -24,6 +26,36 @@ def test_draws_several_runs(tmp_path, capsys):
     picture = read_image(tmp_path / "c.png")
     assert picture.shape[0] > 500
     assert len({tuple(color) for color in picture.reshape(-1, 3)[::7].tolist()}) > 20
+
+
+def configure(run, **values):
+    """Write the config.json of a run."""
+    start = {"world_size": 1}
+    RunFolder(run)._config.write_text(json.dumps({"out": str(run), "starts": [start], **values}))
+
+
+def test_runs_that_differ_in_the_seed_are_one_group(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = {"dcn-0": ("v2", 0), "plain-0": (None, 0), "dcn-1": ("v2", 1), "plain-1": (None, 1)}
+    runs = []
+    for name, (dcn, seed) in values.items():
+        runs.append(make_run(Path(name), 4))
+        configure(runs[-1], seed=seed, model={"dcn": dcn})
+    unknown = make_run(Path("unknown"), 4)
+    damaged = make_run(Path("damaged"), 4)
+    RunFolder(damaged)._config.write_text("{")
+
+    dcn_0, plain_0, dcn_1, plain_1 = runs
+    groups = _group_by_model([*runs, unknown, damaged])
+    assert groups == [[dcn_0, dcn_1], [plain_0, plain_1], [unknown], [damaged]]
+    labels = [_group_label(group) for group in groups]
+    assert labels == ["dcn, mean of 2 seeds", "plain, mean of 2 seeds", "unknown", "damaged"]
+    assert main([*map(str, runs), "--out", "c.png"]) == 0
+
+
+def test_the_mean_of_runs_is_over_the_steps_that_all_have():
+    assert _mean([[(1, 2.0), (2, 4.0), (3, 0.0)], [(2, 8.0), (1, 0.0)]]) == [(1, 1.0), (2, 6.0)]
+    assert _mean([[(5, 0.25)]]) == [(5, 0.25)]
 
 
 @pytest.mark.parametrize("out", ["c.png", "c.nonsense"])

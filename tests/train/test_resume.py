@@ -17,7 +17,7 @@ from train.run_folder import RunFolder
 from train.schedule import make_optimizer
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
-CONFIG = replace(PRESETS["tiny"], device="cpu")
+CONFIG = replace(PRESETS["tiny"], device="cpu", epochs=3)
 
 
 def make_state():
@@ -114,6 +114,23 @@ def test_position_fits_the_data(tmp_path, fresh, has_digest, epoch, batch, now, 
     assert note in resumption.notes[-1]
     if has_digest and now is not TEN:
         assert any(f"step 8: 10 images before, {len(now)} now" in text for text in resumption.notes)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "batch", "max_steps", "number"),
+    [(3, 0, 0, 3), (4, 1, 0, 5), (1, 3, 8, 2), (1, 3, 5, 2)],
+    ids=["all epochs", "more epochs", "all steps", "more steps"],
+)
+@pytest.mark.parametrize("now", [TEN, TEN[:2]], ids=["same images", "other images"])
+def test_a_finished_run_does_not_go_on(tmp_path, fresh, epoch, batch, max_steps, number, now):
+    run = RunFolder(tmp_path)
+    write(run, fresh, Images(TEN), epoch=epoch, batch=batch, step=8)
+    state = make_state()
+    config = replace(CONFIG, max_steps=max_steps, data=replace(CONFIG.data, batch_size=1))
+    resumption = resume(state, run, config, WORLD, Images(now), len(now))
+    assert resumption.notes == [f"finished after step 8, epoch {number}: nothing is left to train"]
+    assert not resumption.is_epoch_repeated
+    assert (state.epoch, state.batch, state.step) == (epoch, batch, 8)
 
 
 @pytest.mark.parametrize("now", [TEN[::-1], [*TEN[1:], 77], [*TEN, 10]])

@@ -63,7 +63,7 @@ def test_warm_up_takes_a_tenth_of_the_run_at_most(warmup, epochs, steps_per_epoc
         got, notes = choose_warmup(config, steps_per_epoch, None)
         assert got == expected
         assert len(notes) == int(expected < warmup)
-        assert all(f"shortened from {warmup} to {expected} steps" in note for note in notes)
+        assert all(f"shortened from {warmup} to {expected} (steps)" in note for note in notes)
 
 
 @pytest.mark.parametrize("recorded", [500, 30, 0])

@@ -84,7 +84,7 @@ class AnnotationCounts:
         used: boxes that the loss sees.
         unlisted_image: of an image that is not listed.
         other_category: of a category that is not used.
-        unused_image: of an image that is not used.
+        unused_image: of an image that is not used, but for those beyond --data.limit, whose annotations count nowhere.
         ignored: marked `ignore`.
         negative_side: with a width or height below 0.
         no_area: with an `area` that is not above 0.
@@ -108,12 +108,12 @@ class AnnotationCounts:
 
     @property
     def total(self) -> int:
-        """Annotations of the file."""
+        """Annotations of the file, without those of images beyond --data.limit."""
         return sum(vars(self).values())
 
     def __str__(self) -> str:
         reasons = {
-            "crowds": self.crowd,
+            "crowd" if self.crowd == 1 else "crowds": self.crowd,
             "thinner than a pixel": self.thin,
             "with a negative side": self.negative_side,
             "whose area is 0 or less": self.no_area,
@@ -236,8 +236,8 @@ def read_annotations(entries: list[Entry], images: ImageColumns, category_ids: n
 
 def choose_images(
     images: ImageColumns, annotations: AnnotationColumns, *, training: bool, limit: int
-) -> tuple[np.ndarray, ImageCounts]:
-    """Return the indices (n,) int64 of the images that are used, and how many are not for which reason.
+) -> tuple[np.ndarray, np.ndarray, ImageCounts]:
+    """Return the indices (n,) int64 of the images that are used, which (N,) bool the limit leaves out, and counts.
 
     Args:
         images: of the file.
@@ -258,17 +258,19 @@ def choose_images(
     }
     if not training:
         reasons = {reason: np.zeros(count, bool) for reason in reasons}
-    is_used, left_out = _apply_reasons(reasons, count)
+    is_used, left_out = _apply_reasons(reasons, np.ones(count, bool))
 
     indices = np.flatnonzero(is_used)
     chosen = indices[: limit or None]
-    return chosen, ImageCounts(used=len(chosen), beyond_limit=len(indices) - len(chosen), **left_out)
+    is_beyond_limit = np.zeros(count, bool)
+    is_beyond_limit[indices[len(chosen) :]] = True
+    return chosen, is_beyond_limit, ImageCounts(used=len(chosen), beyond_limit=int(is_beyond_limit.sum()), **left_out)
 
 
 def choose_annotations(
-    annotations: AnnotationColumns, images: ImageColumns, image_indices: np.ndarray
+    annotations: AnnotationColumns, images: ImageColumns, image_indices: np.ndarray, is_counted: np.ndarray
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Return which annotations (M,) bool the loss sees, and how many it does not see for which reason.
+    """Return which annotations (M,) bool the loss sees, and how many of the others are not seen for which reason.
 
     The reasons are named as in `AnnotationCounts`.
 
@@ -276,6 +278,7 @@ def choose_annotations(
         annotations: of the file.
         images: of the file.
         image_indices: (n,) int64, the images that are used.
+        is_counted: (M,) bool, which annotations the counts speak of: those that --data.limit leaves.
     """
     widths = annotations.boxes[:, 2]
     heights = annotations.boxes[:, 3]
@@ -290,7 +293,7 @@ def choose_annotations(
         "outside": ~is_inside_image(annotations, images),
         "crowd": annotations.is_crowd,
     }
-    return _apply_reasons(reasons, len(annotations.boxes))
+    return _apply_reasons(reasons, is_counted)
 
 
 def find_compared(annotations: AnnotationColumns, images: ImageColumns, image_indices: np.ndarray) -> np.ndarray:
@@ -298,6 +301,15 @@ def find_compared(annotations: AnnotationColumns, images: ImageColumns, image_in
     of_used_image = _is_of_used_image(annotations, images, image_indices)
     is_compared: np.ndarray = of_used_image & annotations.category_used & ~_has_negative_side(annotations)
     return is_compared
+
+
+def is_within_limit(annotations: AnnotationColumns, is_beyond_limit: np.ndarray) -> np.ndarray:
+    """Return which annotations (M,) bool are not of the images (N,) bool that the limit leaves out."""
+    is_beyond = np.append(is_beyond_limit, False)[
+        annotations.image_indices
+    ]  # a file without images has the index 0, too
+    is_within: np.ndarray = ~(annotations.image_listed & is_beyond)
+    return is_within
 
 
 def count_by_class(annotations: AnnotationColumns, count: int) -> np.ndarray:
@@ -313,9 +325,9 @@ def to_corners(boxes: np.ndarray) -> np.ndarray:
     return corners.astype(np.float32)
 
 
-def _apply_reasons(reasons: dict[str, np.ndarray], count: int) -> tuple[np.ndarray, dict[str, int]]:
-    """Return what no reason drops (count,) bool, and how much each one drops that none before it has dropped."""
-    kept = np.ones(count, bool)
+def _apply_reasons(reasons: dict[str, np.ndarray], kept: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+    """Return what no reason drops of `kept` (N,) bool, and how much each one drops that none before it has dropped."""
+    kept = kept.copy()
     dropped = {}
     for reason, applies in reasons.items():
         dropped[reason] = int((kept & applies).sum())

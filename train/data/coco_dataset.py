@@ -22,6 +22,7 @@ from train.data.annotations import (
     choose_images,
     count_by_class,
     find_compared,
+    is_within_limit,
     read_annotations,
     read_images,
     select_categories,
@@ -62,10 +63,10 @@ class CocoDetection:
         labels: (M,) int64 of `boxes`.
         box_starts: (N + 1,) int64; image i has the boxes box_starts[i]:box_starts[i + 1].
         segmentations: of `boxes`; None without masks.
-        counts: how many annotations of the file are used, and how many are not for which reason.
-        image_counts: the same of its images.
+        counts: how many annotations of the images within `limit` are used, and how many are not for which reason.
+        image_counts: the same of the images of the file.
         annotations_per_class: (classes,) int64, annotations of the file by label, used or not.
-        boxes_without_area: annotations of the file whose area is that of their box, as they have none.
+        boxes_without_area: annotations of the images within `limit` whose area is that of their box, as they have none.
         mistakes: sentences about what looks wrong in the file as a whole, and about polygons that are left out.
         other_sizes: what is wrong if many image files have another size than the file lists; empty otherwise.
         has_annotations: whether the file has a list of annotations.
@@ -172,12 +173,15 @@ class CocoDetection:
             self.classes, self.category_ids = select_categories(content.get("categories", []), classes)
             images = read_images(content["images"])
             annotations = read_annotations(entries, images, self.category_ids)
-            indices, self.image_counts = choose_images(images, annotations, training=self.training, limit=limit)
+            indices, is_beyond_limit, self.image_counts = choose_images(
+                images, annotations, training=self.training, limit=limit
+            )
+            is_counted = is_within_limit(annotations, is_beyond_limit)
             images, note, self.other_sizes = correct_sizes(images, annotations, indices, self.image_folder)
             self._set_images(images, indices)
-            mask_notes = self._set_boxes(entries, annotations, images, indices, masks)
+            mask_notes = self._set_boxes(entries, annotations, images, indices, is_counted, masks)
             self.annotations_per_class = count_by_class(annotations, len(self.classes))
-            self.boxes_without_area = int((~annotations.has_area).sum())
+            self.boxes_without_area = int((is_counted & ~annotations.has_area).sum())
             self.mistakes = find_mistakes(annotations, images) + mask_notes
             if note:
                 self.mistakes.append(note)
@@ -196,13 +200,14 @@ class CocoDetection:
         annotations: AnnotationColumns,
         images: ImageColumns,
         image_indices: np.ndarray,
+        is_counted: np.ndarray,
         masks: bool,
     ) -> list[str]:
         """Keep the annotations that are used, sorted by image, and count the others.
 
         Returns sentences about polygons that are not drawn as they stand in the file.
         """
-        used, dropped = choose_annotations(annotations, images, image_indices)
+        used, dropped = choose_annotations(annotations, images, image_indices, is_counted)
         # Evaluation compares with all annotations of an image, training uses only some of them.
         compared = np.zeros(len(entries), bool) if self.training else find_compared(annotations, images, image_indices)
         no_polygon = np.zeros(len(entries), bool)

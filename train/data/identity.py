@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from detector.text import plural
 from train.data.coco_dataset import CocoDetection
 
 _TYPES = {"images": int, "order": str, "members": str}
@@ -35,9 +36,9 @@ def is_identity(value: object) -> bool:
 def describe_change(before: dict[str, Any], now: dict[str, Any]) -> str:
     """Return how one set of images differs from another, "" if they are the same in the same order."""
     if before["images"] != now["images"]:
-        return f"{before['images']} images before, {now['images']} now"
+        return f"{plural(before['images'], 'image')} before, {now['images']} now"
     if before["members"] != now["members"]:
-        return f"{now['images']} images as before, but others"
+        return f"{plural(now['images'], 'image')} as before, but others"
     if before["order"] != now["order"]:
         return f"the same {now['images']} images in another order"
     return ""

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from detector.image import read_image_size
+from detector.text import plural
 from train.data.annotations import AnnotationColumns, ImageColumns, fits_image, is_inside_image
 from train.data.samplers import spread_evenly
 
@@ -124,11 +125,12 @@ def _describe_exchanged(
 ) -> str:
     """Return a note about the images whose height and width are exchanged, and about boxes that contradict."""
     note = (
-        f"width and height of {is_exchanged.sum()} of {count} images are listed the wrong way round, as if the "
-        "rotation in EXIF data were ignored: boxes are taken as the image is seen"
+        f"width and height of {is_exchanged.sum()} of {plural(count, 'image')} are listed the wrong way round, as if "
+        "the rotation in EXIF data were ignored: boxes are taken as the image is seen"
     )
     of_exchanged = annotations.take(np.flatnonzero(annotations.image_listed & is_exchanged[annotations.image_indices]))
     contradicting = int((fits_image(of_exchanged, images) & ~fits_image(of_exchanged, corrected)).sum())
     if contradicting:
-        note += f"; {contradicting} of their boxes fit only the image that is not rotated: look at the pictures"
+        fit = "fits" if contradicting == 1 else "fit"
+        note += f"; {contradicting} of their boxes {fit} only the image that is not rotated: look at the pictures"
     return note

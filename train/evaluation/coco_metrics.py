@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from detector.ops.rle import fill_all, rle_size, rle_to_runs
 from detector.results import CocoRow
 from detector.text import shown
 from train.data.coco_dataset import CocoDetection
+from train.evaluation.score_curves import COUNTED_DETECTIONS, ScoreCurves, score_curves
 
 try:
     import faster_coco_eval
@@ -24,7 +26,7 @@ except ModuleNotFoundError as error:
     faster_coco_eval = None
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")  # the first of pycocotools' twelve numbers
-DETECTION_LIMITS = [100, 300, 1000]  # per image; AP and AR100 use the first, AP50 to APl the last
+DETECTION_LIMITS = [COUNTED_DETECTIONS, 300, 1000]  # per image; AP and AR100 use the first, AP50 to APl the last
 ROWS_AT_ONCE = 1000  # whose masks are checked together
 _COMPARED_FIELD = {"bbox": "bbox", "segm": "segmentation"}
 
@@ -37,7 +39,9 @@ if faster_coco_eval is not None:
     DEFAULT_EVALUATOR = "faster-coco-eval"
 
 
-def coco_metrics(rows: Sequence[CocoRow], dataset: CocoDetection, evaluator: str = DEFAULT_EVALUATOR) -> dict[str, Any]:
+def coco_metrics(
+    rows: Sequence[CocoRow], dataset: CocoDetection, evaluator: str = DEFAULT_EVALUATOR
+) -> tuple[dict[str, Any], dict[str, ScoreCurves]]:
     """Compare detections with the ground truth of a data set.
 
     Args:
@@ -46,26 +50,32 @@ def coco_metrics(rows: Sequence[CocoRow], dataset: CocoDetection, evaluator: str
         evaluator: a key of `EVALUATORS`.
 
     Returns:
-        COCO's numbers by `METRIC_NAMES`, and `classes`: name -> (AP, AP50, ground-truth boxes); -1 where there is no
-        ground truth to count. The same for masks, where the data set has them, as `segm_AP`, ..., `segm_classes`; then
-        the name of the evaluator as `evaluator`. An empty dict if the file has no annotations.
+        The numbers. COCO's by `METRIC_NAMES`, and `classes`: name -> (AP, AP50, ground-truth boxes). At the score
+        threshold with the highest F1, see `train.evaluation.score_curves`: `precision`, `recall`, `F1` and that
+        `score_threshold` of all classes together, and `classes_F1`: name -> (precision, recall, F1, score threshold).
+        -1 stands where there is no ground truth to count, or no threshold. The same for masks, where the data set has
+        them, as `segm_AP`, ..., `segm_classes_F1`; then the name of the evaluator as `evaluator`.
+
+        The curves behind these thresholds, by what was compared: "boxes" and "masks".
+
+        Both are empty if the file has no annotations.
     """
     if not dataset.has_annotations:
-        return {}
+        return {}, {}
 
     metrics: dict[str, Any] = {}
-    evaluation = run_coco_eval(rows, dataset, "bbox", evaluator)
-    metrics |= dict(zip(METRIC_NAMES, evaluation.stats.tolist(), strict=False))
-    metrics["classes"] = class_metrics(evaluation, dataset)
-
-    if dataset.segmentations is not None:
-        evaluation = run_coco_eval(rows, dataset, "segm", evaluator)
-        for name, value in zip(METRIC_NAMES, evaluation.stats.tolist(), strict=False):
-            metrics[f"segm_{name}"] = value
-        metrics["segm_classes"] = class_metrics(evaluation, dataset)
-
+    curves: dict[str, ScoreCurves] = {}
+    for kind, iou_type, prefix in (("boxes", "bbox", ""), ("masks", "segm", "segm_")):
+        if iou_type == "segm" and dataset.segmentations is None:
+            continue
+        evaluation = run_coco_eval(rows, dataset, iou_type, evaluator)
+        curves[kind] = _find_score_curves(evaluation, dataset)
+        numbers = dict(zip(METRIC_NAMES, evaluation.stats.tolist(), strict=False))
+        numbers["classes"] = class_metrics(evaluation, dataset)
+        numbers |= threshold_metrics(curves[kind])
+        metrics |= {prefix + name: value for name, value in numbers.items()}
     metrics["evaluator"] = evaluator
-    return metrics
+    return metrics, curves
 
 
 def run_coco_eval(
@@ -129,9 +139,40 @@ def class_metrics(evaluation: Any, dataset: CocoDetection) -> dict[str, tuple[fl
     return table
 
 
+def threshold_metrics(curves: ScoreCurves) -> dict[str, Any]:
+    """Return `precision`, `recall`, `F1`, `score_threshold` and `classes_F1` as `coco_metrics` does."""
+    best = curves.together.best
+    return {
+        "precision": best.precision,
+        "recall": best.recall,
+        "F1": best.f1,
+        "score_threshold": best.score,
+        "classes_F1": {name: astuple(curve.best) for name, curve in curves.of_classes.items()},
+    }
+
+
 def numbers_from_one(ids: np.ndarray) -> np.ndarray:
     """Return (N,) int64, the place of each of the ids (N,) in ascending order, from 1."""
     return np.searchsorted(np.unique(ids), ids) + 1
+
+
+def _find_score_curves(evaluation: Any, dataset: CocoDetection) -> ScoreCurves:
+    """Return the curves of a finished COCOeval.
+
+    faster-coco-eval keeps its matches to itself, so pycocotools makes them again, for one IoU and all areas.
+    """
+    if not isinstance(evaluation, COCOeval):
+        matched = COCOeval(evaluation.cocoGt, evaluation.cocoDt, evaluation.params.iouType)
+        matched.params.catIds = evaluation.params.catIds
+        matched.params.imgIds = evaluation.params.imgIds
+        matched.params.maxDets = [COUNTED_DETECTIONS]
+        matched.params.iouThrs = evaluation.params.iouThrs[:1]
+        matched.params.areaRng = evaluation.params.areaRng[:1]
+        with contextlib.redirect_stdout(io.StringIO()):
+            matched.evaluate()
+        evaluation = matched
+    columns = (numbers_from_one(dataset.category_ids) - 1).tolist()
+    return score_curves(evaluation, dict(zip(dataset.classes, columns, strict=True)))
 
 
 def _ground_truth(dataset: CocoDetection, iou_type: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 
 from detector import FasterRCNN
 from detector.files import write_json
+from detector.image import write_image
 from detector.inference import Inference, for_inference
 from detector.precision import PrecisionName, autocast
 from detector.results import CocoRow, coco_rows, encode_masks, undo_resize
@@ -26,7 +27,8 @@ from train.data.loader import evaluation_loader
 from train.data.prefetch import prefetch_to_device
 from train.distributed import World
 from train.evaluation.coco_metrics import coco_metrics
-from train.evaluation.pictures import draw_pictures
+from train.evaluation.curve_picture import draw_score_curves
+from train.evaluation.pictures import CURVES, draw_pictures
 from train.progress import evaluation_progress, print_above_progress
 from train.run_folder import RunFolder
 
@@ -49,7 +51,7 @@ def evaluate(
     show_picture: Callable[[str, np.ndarray], None] = _ignore_picture,
     check_stop: Callable[[], None] = _never_stop,
 ) -> dict[str, Any] | None:
-    """Evaluate a model; write detections.json and pictures.
+    """Evaluate a model; write detections.json and pictures, of the score curves too.
 
     No image is evaluated twice, so the numbers are the same for any number of processes.
 
@@ -71,7 +73,7 @@ def evaluate(
     start = time.perf_counter()
     pin_memory = world.device.type == "cuda"
     loader = evaluation_loader(dataset, config.data.workers, pin_memory, world.rank, world.size, config.timeout)
-    batches = evaluation_progress(loader, enabled=world.is_main)
+    batches = evaluation_progress(loader, len(loader), enabled=world.is_main)
     precision = config.precision or "float32"
     fast_model = for_inference(model)
     rows, unreadable = detect(fast_model, batches, dataset.category_ids, precision=precision, check_stop=check_stop)
@@ -87,7 +89,11 @@ def evaluate(
         show_picture(path.stem, picture)
     write_json(run_folder.detections, rows, durable=True)
 
-    metrics = coco_metrics(rows, dataset)
+    metrics, curves = coco_metrics(rows, dataset)
+    if curves and config.pictures:
+        picture = draw_score_curves(curves)
+        write_image(run_folder.pictures / f"{CURVES}.png", picture)
+        show_picture(CURVES, picture)
     return {**metrics, "evaluation_seconds": time.perf_counter() - start}
 
 

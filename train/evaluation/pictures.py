@@ -20,6 +20,10 @@ from train.data.samplers import spread_evenly
 
 MAX_STEM_BYTES = 240  # of the name of a picture; file systems have room for 255
 MIN_SCORE = 0.3  # detections below it are not drawn
+CURVES = "precision-recall"
+TRAINING_IMAGES = "training-images"
+RESERVED_STEMS = (CURVES, TRAINING_IMAGES)
+"""Names of other pictures in the folder, without their suffix."""
 
 
 def draw_pictures(
@@ -35,7 +39,8 @@ def draw_pictures(
     """
     folder.mkdir(parents=True, exist_ok=True)
     indices = spread_evenly(len(dataset), count).tolist()
-    stems = unique_stems([_stem(str(dataset.file_names[index])) for index in indices])
+    image_stems = [_stem(str(dataset.file_names[index])) for index in indices]
+    stems = unique_stems([*RESERVED_STEMS, *image_stems])[len(RESERVED_STEMS) :]
     for index, stem in zip(indices, stems, strict=True):
         try:
             image = read_image(dataset.image_path(index), dataset.max_pixels)

@@ -16,8 +16,8 @@ from typing import Any
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
+from train.progress import CountProgress
 from train.synthetic.annotate import annotate
 from train.synthetic.scene import photograph
 from train.synthetic.shapes import CLASSES
@@ -41,7 +41,7 @@ def ensure_generated(
         train_images: pictures in the training split, 1 or more.
         val_images: pictures in the validation split, 1 or more.
         seed: picture number i is drawn from the pair (seed, i), so it does not depend on the number of pictures.
-        progress: show a bar.
+        progress: show how far it is.
 
     Returns:
         `root`, with annotations/instances_{train,val}2017.json, train2017/ and val2017/.
@@ -108,9 +108,8 @@ def _lock(path: Path) -> Iterator[None]:
 def _build(folder: Path, counts: dict[str, int], seed: int, progress: bool) -> None:
     """Write the pictures and the annotations of both splits under `folder`."""
     (folder / "annotations").mkdir(parents=True)
-    total = sum(counts.values())
     with (
-        tqdm(total=total, desc="generating pictures", unit="img", disable=not progress) as bar,
+        CountProgress("generating pictures", sum(counts.values()), enabled=progress, announced=True) as bar,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         for split, count in counts.items():

@@ -34,6 +34,24 @@ def test_counts_every_annotation(tmp_path):
     assert "thinner than a pixel" in str(dataset.counts)
 
 
+def test_a_limit_counts_its_images_only(coco):
+    def damage(content):
+        for annotation in content["annotations"]:
+            del annotation["area"]
+        content["annotations"][0]["iscrowd"] = 1
+        content["annotations"].append({**content["annotations"][0], "image_id": 999})
+
+    edit(coco, damage)
+    whole = open_coco(coco)
+    assert (whole.counts.total, whole.boxes_without_area) == (13, 13)
+    dataset = open_coco(coco, limit=2)
+    assert dataset.image_counts.beyond_limit == 6
+    assert (dataset.counts.used, len(dataset.boxes)) == (2, 2)
+    assert str(dataset.counts) == "1 crowd, 1 of images that are not listed"
+    assert (dataset.counts.total, dataset.boxes_without_area) == (4, 4)
+    assert open_coco(coco, limit=8).counts == whole.counts
+
+
 def test_annotations_of_a_missing_image_are_counted(coco):
     edit(coco, lambda content: content["images"].pop(0))
     dataset = open_coco(coco)

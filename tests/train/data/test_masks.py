@@ -16,9 +16,14 @@ from detector.predict import main as predict
 from detector.results import coco_rows
 from tests.train.conftest import free_port, lines, rank_variables
 from tests.train.data.datasets import edit, open_coco
-from tests.train.evaluation.test_coco_metrics import crowded, crowded_in_all_sizes, needs_both_evaluators
+from tests.train.evaluation.test_coco_metrics import (
+    coco_metrics,
+    crowded,
+    crowded_in_all_sizes,
+    needs_both_evaluators,
+)
 from train.data.collate import LoadedBatch
-from train.evaluation.coco_metrics import EVALUATORS, METRIC_NAMES, coco_metrics, run_coco_eval
+from train.evaluation.coco_metrics import EVALUATORS, METRIC_NAMES, run_coco_eval
 from train.evaluation.evaluate import detect
 from train.evaluation.pictures import draw_pictures
 from train.plot import main as plot
@@ -183,7 +188,7 @@ def test_run_from_start_to_end(start, coco, tmp_path, capsys):
     status, stdout, stderr = start(*common)  # goes on
     assert status == 0
     assert "Mask R-CNN R18-FPN" in stdout
-    assert "masks AP" in stdout
+    assert "\nclass, masks " in stdout
     assert "masks AP" in stderr
     assert all(len(line) <= 80 or str(tmp_path) in line for line in stdout.splitlines())
     losses = [line["loss_mask"] for line in lines(out) if "loss" in line]
@@ -191,7 +196,8 @@ def test_run_from_start_to_end(start, coco, tmp_path, capsys):
     assert 0 < losses[0] < 10
     evaluation = lines(out)[-1]
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
-    assert {f"segm_{name}" for name in names} | set(names) | {"classes", "segm_classes"} <= set(evaluation)
+    tables = {"classes", "segm_classes", "classes_F1", "segm_classes_F1"}
+    assert {f"segm_{name}" for name in names} | set(names) | tables <= set(evaluation)
     for row in json.loads((out / "detections.json").read_text()):
         assert decode_mask(row["segmentation"]).shape == (96, 128)
     model, _ = detector.load(out / "checkpoints" / "best.pt", "cpu")

@@ -16,10 +16,15 @@ from train.evaluation.coco_metrics import (
     DETECTION_LIMITS,
     EVALUATORS,
     METRIC_NAMES,
-    coco_metrics,
     numbers_from_one,
     run_coco_eval,
 )
+
+
+def coco_metrics(*arguments):
+    """Return the numbers of a comparison without its curves."""
+    return train.evaluation.coco_metrics.coco_metrics(*arguments)[0]
+
 
 needs_both_evaluators = pytest.mark.skipif(len(EVALUATORS) < 2, reason="the extra fast-eval is not installed")
 
@@ -279,9 +284,12 @@ def test_evaluators_agree(coco, change):
         np.testing.assert_array_equal(fast.eval[field], slow.eval[field])
     np.testing.assert_allclose(fast.eval["precision"], slow.eval["precision"], rtol=0, atol=1e-15)
 
-    classes = coco_metrics(rows, dataset, "pycocotools")["classes"]
-    for name, numbers in coco_metrics(rows, dataset, "faster-coco-eval")["classes"].items():
-        assert numbers == pytest.approx(classes[name], rel=0, abs=1e-15)
+    expected = coco_metrics(rows, dataset, "pycocotools")
+    found = coco_metrics(rows, dataset, "faster-coco-eval")
+    for name, numbers in found["classes"].items():
+        assert numbers == pytest.approx(expected["classes"][name], rel=0, abs=1e-15)
+    for name in ("precision", "recall", "F1", "score_threshold", "classes_F1"):
+        assert found[name] == expected[name]
 
 
 @needs_both_evaluators
@@ -320,7 +328,7 @@ def load_without(monkeypatch, missing):
 def test_pycocotools_counts_elsewhere(coco, monkeypatch):
     names = load_without(monkeypatch, "faster_coco_eval")
     assert list(names["EVALUATORS"]) == ["pycocotools"]
-    assert names["coco_metrics"]([], open_coco(coco, "val2017"))["evaluator"] == "pycocotools"
+    assert names["coco_metrics"]([], open_coco(coco, "val2017"))[0]["evaluator"] == "pycocotools"
 
 
 @needs_both_evaluators

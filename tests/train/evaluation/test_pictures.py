@@ -53,6 +53,15 @@ def test_pictures_have_names_of_their_own(stems, names):
     assert unique_stems(stems) == names
 
 
+def test_other_pictures_of_the_folder_are_kept(coco, tmp_path):
+    dataset = open_coco(coco, limit=1)
+    path = dataset.image_path(0)
+    dataset.file_names = np.array(["Training-Images.jpg"])
+    dataset.image_path(0).write_bytes(path.read_bytes())
+    ((picture_path, _),) = draw_pictures(dataset, [], tmp_path, 1)
+    assert picture_path.name == "Training-Images-2.png"
+
+
 def test_pictures_of_equal_names_are_all_kept(coco, tmp_path):
     dataset = open_coco(coco, limit=3)
     paths = [dataset.image_path(index) for index in range(3)]
