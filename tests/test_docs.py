@@ -232,6 +232,21 @@ def test_files_and_names_exist():
     assert missing == []
 
 
+def test_the_list_of_files_is_that_of_the_repository():
+    listed = re.findall(r"^    (?:  )?[a-z_]+(?:/|\.py).*", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+    assert len(listed) > 40
+    folder = ROOT
+    missing = []
+    for line in listed:
+        names = line[:24] if line.count(".py") < 2 else line  # a short line names several files
+        paths = re.findall(r"[a-z_]+(?:/|\.py)", names)
+        if not line.startswith("      "):
+            folder = ROOT / paths[0]
+            paths = [""]
+        missing += [f"{folder.name}/{path}" for path in paths if not (folder / path).exists()]
+    assert missing == []
+
+
 def fields_of(file: str, class_name: str) -> set[str]:
     """Return the fields of a dataclass."""
     for node in ast.parse((ROOT / file).read_text()).body:

@@ -1,13 +1,13 @@
 """The code of docs/migration.md runs as it stands there, on stand-ins for the libraries that it names."""
 
-import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from detector import FasterRCNN, FasterRCNNConfig
+from tests.doc_blocks import ROOT, blocks
 from tests.triton_dcn.compat_stubs import (
     WithPredictedOffsets,
     assert_same,
@@ -18,21 +18,10 @@ from tests.triton_dcn.compat_stubs import (
 )
 from triton_dcn import DeformConv2dPack, ModulatedDeformConv2dPack
 
-PAGE = Path(__file__).parents[1] / "docs" / "migration.md"
-
-
-def recipes() -> dict[str, list[str]]:
-    """Return the pieces of code of the page by the section that they are in."""
-    code = {}
-    for section in PAGE.read_text().split("\n## ")[1:]:
-        heading, text = section.split("\n", 1)
-        indented = re.findall(r"^    .*\n(?:^    .*\n|^\n(?=    ))*", text, flags=re.MULTILINE)
-        if indented:
-            code[heading] = [re.sub(r"^    ", "", block, flags=re.MULTILINE) for block in indented]
-    return code
-
-
-RECIPES = recipes()
+PAGE = ROOT / "docs" / "migration.md"
+RECIPES: dict[str, list[str]] = {}  # the pieces of code of the page by the section that they are in
+for block in blocks(PAGE):
+    RECIPES.setdefault(block.heading, []).append(block.text)
 
 
 def execute(code, names):
@@ -41,10 +30,10 @@ def execute(code, names):
 
 
 def test_every_section_with_code_is_run_here():
-    elsewhere = {"MMDetection"}  # loads a checkpoint, as tests/detector/weights does
-    assert set(RECIPES) - elsewhere == {
+    assert set(RECIPES) == {
         "torchvision",
         "mmcv",
+        "MMDetection",
         "Detectron2 and DB",
         "CenterNet, FairMOT, YOLACT++",
         "A convolution of my network becomes deformable",
@@ -93,6 +82,19 @@ def test_mmcv(monkeypatch):
     assert [type(layer) for layer in model] == [ModulatedDeformConv2dPack, DeformConv2dPack]
     assert_same(run(model, x), expected)
     assert len(ops.calls) == calls
+
+
+def test_mmdetection(tmp_path, monkeypatch):
+    (code,) = RECIPES["MMDetection"]
+    (file_name,) = [word for word in code.split('"') if word.endswith(".pth")]
+    config = FasterRCNNConfig(depth=18, num_classes=2, norm="gn", base_channels=16, fpn_channels=32, fc_channels=16)
+    weights = FasterRCNN(config).state_dict()
+    torch.save({"model": weights, "config": {"model": vars(config)}, "classes": ["disc", "ring"]}, tmp_path / file_name)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    execute(code, names)
+    assert names["names"] == ["disc", "ring"]
+    assert names["model"].config == config
 
 
 # the interface of Detectron2's layers, which a GPU is needed for

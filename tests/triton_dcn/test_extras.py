@@ -8,7 +8,7 @@ import pytest
 
 from triton_dcn.extras import DETECTOR_PACKAGES, TRAIN_PACKAGES, require_extra
 
-PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+ROOT = Path(__file__).parents[2]
 
 
 def hide(monkeypatch, *modules):
@@ -35,13 +35,34 @@ def test_training_names_its_own_extra(monkeypatch):
         require_extra("train")
 
 
-def test_the_extras_install_what_is_looked_for():
+@pytest.fixture(scope="module")
+def extras():
+    """Extra -> requirements, as pyproject.toml has them."""
     tomllib = pytest.importorskip("tomllib", reason="part of Python from 3.11 on")
-    extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
+
+def test_the_extras_install_what_is_looked_for(extras):
     def packages(extra):
         return {re.split(r"[<>=; ]", requirement)[0] for requirement in extras[extra]}
 
     assert packages("detector") == set(DETECTOR_PACKAGES.values())
     assert "triton-dcn[detector]" in packages("train")
     assert packages("train") >= set(TRAIN_PACKAGES.values()) - set(DETECTOR_PACKAGES.values())
+
+
+def test_extras_that_are_named_exist(extras):
+    """In documentation, messages, examples and workflows, and README.md says what each is for."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.py"), ROOT / "Makefile"]
+    sources = [
+        path for package in ("triton_dcn", "detector", "train", "bench") for path in ROOT.glob(f"{package}/**/*.py")
+    ]
+    named = set()
+    for path in [*pages, *sources, *ROOT.glob(".github/**/*.yml")]:
+        for names in re.findall(r"(?:triton-dcn|[\"']\.)\[([a-z,-]+)\]", path.read_text()):
+            named |= set(names.split(","))
+    assert named >= {"detector", "train", "export", "triton", "dev"}
+    assert named <= set(extras)
+
+    table = (ROOT / "README.md").read_text().split("| extra |")[1].split("\n\n")[0]
+    assert re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE) == list(extras)
