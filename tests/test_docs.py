@@ -233,7 +233,8 @@ def test_files_and_names_exist():
 
 
 def test_the_list_of_files_is_that_of_the_repository():
-    listed = re.findall(r"^    (?:  )?[a-z_]+(?:/|\.py).*", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    listed = [line for line in re.findall(r"(?m)^    (?:  )?[a-z_]+(?:/|\.py).*", text) if "->" not in line]
     assert len(listed) > 40
     folder = ROOT
     missing = []
