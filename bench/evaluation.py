@@ -1,4 +1,4 @@
-"""Time an evaluation: seconds of `run_coco_eval` with pycocotools and with faster-coco-eval, by method.
+"""Time an evaluation: seconds of `run_coco_eval` with pycocotools and with faster-coco-eval, by method, and of curves.
 
     python -m bench.evaluation [--images 5000] [--boxes 36781] [--detections 100]
 
@@ -25,7 +25,7 @@ from bench.data import make_coco
 from detector.results import coco_rows
 from train.data.coco_dataset import CocoDetection
 from train.data.transforms import Transform
-from train.evaluation.coco_metrics import EVALUATORS, run_coco_eval
+from train.evaluation.coco_metrics import EVALUATORS, find_score_curves, run_coco_eval
 
 TIMED_METHODS = ("createIndex", "loadRes", "evaluate", "accumulate")
 """Methods of the evaluators; loadRes calls createIndex, whose time counts for both."""
@@ -62,7 +62,7 @@ def timed(method: Callable[..., Any], name: str, seconds: Counter[str]) -> Calla
 
 
 def time_evaluator(name: str, rows: list[dict[str, Any]], dataset: CocoDetection) -> tuple[np.ndarray, Counter[str]]:
-    """Return COCO's twelve numbers, and the seconds of each method and in all."""
+    """Return COCO's twelve numbers, and the seconds of each method, of all, and of the score curves after them."""
     seconds: Counter[str] = Counter()
     with ExitStack() as stack:
         for evaluator_class in EVALUATORS[name]:
@@ -73,6 +73,9 @@ def time_evaluator(name: str, rows: list[dict[str, Any]], dataset: CocoDetection
         start = time.process_time()
         evaluation = run_coco_eval(rows, dataset, evaluator=name)
         seconds["all"] = time.process_time() - start
+    start = time.process_time()
+    find_score_curves(evaluation, dataset)
+    seconds["curves"] = time.process_time() - start
     return evaluation.stats, seconds
 
 
@@ -91,7 +94,7 @@ def main() -> None:
         rows = make_detections(dataset, options.detections)
         print(f"{len(dataset)} images, {len(dataset.boxes)} boxes, {len(rows)} detections")
 
-        columns = ("all", *TIMED_METHODS)
+        columns = ("all", *TIMED_METHODS, "curves")
         print(f"{'seconds':<16} {'  '.join(f'{column:>11}' for column in columns)}")
         numbers = []
         for name in EVALUATORS:

@@ -69,7 +69,7 @@ def coco_metrics(
         if iou_type == "segm" and dataset.segmentations is None:
             continue
         evaluation = run_coco_eval(rows, dataset, iou_type, evaluator)
-        curves[kind] = _find_score_curves(evaluation, dataset)
+        curves[kind] = find_score_curves(evaluation, dataset)
         numbers = dict(zip(METRIC_NAMES, evaluation.stats.tolist(), strict=False))
         numbers["classes"] = class_metrics(evaluation, dataset)
         numbers |= threshold_metrics(curves[kind])
@@ -156,7 +156,7 @@ def numbers_from_one(ids: np.ndarray) -> np.ndarray:
     return np.searchsorted(np.unique(ids), ids) + 1
 
 
-def _find_score_curves(evaluation: Any, dataset: CocoDetection) -> ScoreCurves:
+def find_score_curves(evaluation: Any, dataset: CocoDetection) -> ScoreCurves:
     """Return the curves of a finished COCOeval.
 
     faster-coco-eval keeps its matches to itself, so pycocotools makes them again, for one IoU and all areas.
