@@ -17,6 +17,17 @@ def not_negative(text: str) -> int:
     return _at_least(0, text)
 
 
+def probability(text: str) -> float:
+    """Return a number from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"expected 0 to 1, got {text!r}")
+    return number
+
+
 def _at_least(least: int, text: str) -> int:
     try:
         number = int(text)

@@ -301,7 +301,7 @@ def compare(loaders: dict[str, Callable[[int], DataLoader]], workers: int, round
     ours, plain = medians.values()
     rate_ratio = ours.rate / plain.rate
     time_ratio = ours.loading_ms / plain.loading_ms
-    print(f"workers {workers}: ours to plain: {rate_ratio:.2f} images/s, {time_ratio:.2f} processor time")
+    print(f"workers {workers}: ours over plain: {rate_ratio:.2f} times the images/s, {time_ratio:.2f} times the time")
     return ours
 
 
@@ -341,7 +341,7 @@ def check_enough(images: int) -> None:
     """End the program if a pass over so many images has less than `MIN_BATCHES`."""
     least = MIN_BATCHES * BATCH_SIZE
     if images < least:
-        sys.exit(f"bench: --images: expected at least {least} with boxes, got {images}")
+        sys.exit(f"bench: --images: expected at least {least} images with boxes, got {images}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.arguments import positive
+from bench.arguments import positive, probability
 from detector.image import write_image
 from detector.picture import WHITE
 from train.build import GENERATED_DATA
@@ -40,9 +40,8 @@ def draw(run: Path, data: Path, count: int, score: float) -> np.ndarray:
     rows = json.loads(RunFolder(run).detections.read_text())
     annotations = data / "annotations" / "instances_val2017.json"
     dataset = CocoDetection(annotations, data / "val2017", Transform((1333, 800)), training=False, limit=count)
-    rows = [row for row in rows if row["score"] >= score]
     with tempfile.TemporaryDirectory() as folder:
-        pictures = [picture for _, picture in draw_pictures(dataset, rows, Path(folder), count)]
+        pictures = [picture for _, picture in draw_pictures(dataset, rows, Path(folder), count, score)]
     width = max(picture.shape[1] for picture in pictures)
     same_width = [np.full((len(picture), width, 3), WHITE, np.uint8) for picture in pictures]
     for page, picture in zip(same_width, pictures, strict=True):
@@ -57,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="picture to write")
     parser.add_argument("--data", type=Path, default=GENERATED_DATA, help="in COCO layout; default: the generated set")
     parser.add_argument("--count", type=positive, default=1, help="images")
-    parser.add_argument("--score", type=float, default=0.5, help="leave out detections below it")
+    parser.add_argument("--score", type=probability, default=0.5, help="leave out detections below it")
     options = parser.parse_args(arguments)
     try:
         write_image(options.out, draw(options.run, options.data, options.count, options.score))

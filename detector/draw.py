@@ -136,6 +136,7 @@ def draw_comparison(
     min_side: int = MIN_SIDE,
     masks: Iterable[np.ndarray] = (),
     true_masks: Iterable[np.ndarray] = (),
+    min_score: float | None = None,
 ) -> np.ndarray:
     """Draw detections beside the ground truth, with a title over either half and a legend of the classes below.
 
@@ -147,6 +148,7 @@ def draw_comparison(
         min_side: small images are enlarged until their long side has so many pixels, for the text to be readable.
         masks: (H, W) bool or uint8, one for each detection, or nothing.
         true_masks: the same for `target`.
+        min_score: from which `detections` were chosen, for their title.
 
     Returns:
         A picture (H', W', 3) uint8, RGB.
@@ -161,7 +163,8 @@ def draw_comparison(
         class_names,
         masks=_resize_masks(true_masks, height, width),
     )
-    titles = f"detected ({len(detections.labels)})", f"ground truth ({len(target.labels)})"
+    chosen = "" if min_score is None else f", score {min_score:.2f} or more"
+    titles = f"detected{chosen} ({len(detections.labels)})", f"ground truth ({len(target.labels)})"
     picture = side_by_side([left, right], titles)
 
     all_labels = torch.cat([detections.labels.cpu(), target.labels.cpu()])
@@ -214,10 +217,7 @@ def _draw_label(
     height = text_height + depth + padding
 
     candidates = _label_candidates(box, width, height, picture.shape[1], picture.shape[0])
-    covered = []
-    for candidate in candidates:
-        covered.append(sum(_common_area(candidate, label) for label in occupied))
-    x1, y1, x2, y2 = candidates[covered.index(min(covered))]
+    x1, y1, x2, y2 = candidates[int(_covered_areas(candidates, occupied).argmin())]
 
     cv2.rectangle(picture, (x1, y1), (x2 - 1, y2 - 1), color, -1)
     brightness = np.dot(color, LUMA)
@@ -245,7 +245,11 @@ def _label_candidates(
     return candidates
 
 
-def _common_area(a: Rectangle, b: Rectangle) -> int:
-    width = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
-    height = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
-    return width * height
+def _covered_areas(candidates: Sequence[Rectangle], occupied: Sequence[Rectangle]) -> np.ndarray:
+    """Return how many pixels of each candidate (n,) all the other rectangles cover, each for itself."""
+    one = np.array(candidates)[:, None]
+    other = np.array(occupied, int).reshape(1, -1, 4)
+    widths = np.minimum(one[..., 2], other[..., 2]) - np.maximum(one[..., 0], other[..., 0])
+    heights = np.minimum(one[..., 3], other[..., 3]) - np.maximum(one[..., 1], other[..., 1])
+    areas: np.ndarray = (widths.clip(0) * heights.clip(0)).sum(1)
+    return areas

@@ -93,7 +93,7 @@ class ExportOptions:
     weights: Path
     """Checkpoint of the detector."""
     out: Path
-    """File to write."""
+    """File to write, `.onnx`; one that exists is replaced."""
     size: tuple[int, int] | None = None
     """Height and width of the input, multiples of 32; left open if not given."""
     batch_size: Annotated[int | None, tyro.conf.arg(aliases=["--batch"])] = None
@@ -298,6 +298,8 @@ def export_file(options: ExportOptions) -> str:
     if not options.out.parent.is_dir():
         raise ValueError(f"--out: no folder {options.out.parent}")
     check_is_no_input(options.out, {"--weights": options.weights, "--image": options.image})
+    if options.out.suffix != ".onnx":
+        raise ValueError(f"--out: expected a name ending in .onnx, got {options.out}")
     picture = None if options.image is None else read_image(options.image)  # before what takes a minute
     model, classes = load(options.weights, "cpu")
     export_onnx(

@@ -17,8 +17,9 @@ HAS_ALL_LETTERS = int(cv2.__version__.split(".")[0]) >= 5  # the fonts of OpenCV
 
 
 def font_scale(image: np.ndarray) -> float:
-    """Return the size of text, in OpenCV's unit, that suits a picture."""
-    return float(np.clip(max(image.shape[:2]) / 1100, 0.35, 1.5))
+    """Return the size of text, in OpenCV's unit, that suits a picture, its short side too."""
+    height, width = image.shape[:2]
+    return float(np.clip(min(max(height, width) / 1100, min(height, width) / 500), 0.35, 1.5))
 
 
 def line_thickness(scale: float) -> int:

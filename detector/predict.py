@@ -131,9 +131,11 @@ def _nothing_message(pattern: str) -> str:
     path = Path(pattern)
     if not path.is_dir():
         return f"no file {pattern}"
-    has_videos = any(file.suffix.lower() in VIDEO_SUFFIXES for file in path.iterdir())
-    if has_videos:
+    files = list(path.iterdir())
+    if any(file.suffix.lower() in VIDEO_SUFFIXES for file in files):
         return f"no images in folder {pattern}; the frames of its videos are not read"
+    if any(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
+        return f"no images in folder {pattern} but pictures of predictions, which count only where named one by one"
     return f"no images in folder {pattern}"
 
 

@@ -96,7 +96,8 @@ class ImageDetections(Detections):
             ValueError: there is no such format, or `path` is the image; otherwise as `draw`.
         """
         path = Path(path)
-        if isinstance(self.image, str | os.PathLike) and path.exists() and path.samefile(self.image):
+        source = self.image if isinstance(self.image, str | os.PathLike) else getattr(self.image, "filename", None)
+        if source and path.exists() and os.path.exists(source) and path.samefile(source):
             raise ValueError(f"path: expected another file than the image, got {path}")
         write_image(path, self.draw(min_side))
 

@@ -215,7 +215,7 @@ class Batch:
 AnyDetections = TypeVar("AnyDetections", bound="Detections")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Detections:
     """The objects detected in one image, highest score first.
 
@@ -249,14 +249,15 @@ class Detections:
         Raises:
             IndexError: there are fewer objects.
         """
-        if not isinstance(index, slice):
-            index = torch.atleast_1d(torch.as_tensor(index))
+        chosen = index if isinstance(index, slice) else torch.atleast_1d(torch.as_tensor(index))
+        if isinstance(chosen, Tensor) and not chosen.numel() and chosen.dtype != torch.bool:
+            chosen = chosen.long()  # an empty list has no type of its own
         return replace(
             self,
-            boxes=self.boxes[index],
-            scores=self.scores[index],
-            labels=self.labels[index],
-            masks=None if self.masks is None else self.masks[index],
+            boxes=self.boxes[chosen],
+            scores=self.scores[chosen],
+            labels=self.labels[chosen],
+            masks=None if self.masks is None else self.masks[chosen],
         )
 
 

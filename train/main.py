@@ -322,6 +322,7 @@ def _find_weights(config: Config, world: World, run_folder: RunFolder) -> Path:
     """Return the checkpoint that `evaluate_only` evaluates."""
     if isinstance(config.weights, Path):
         check_weights_exist(config.weights)
+        run_folder.check_no_other_run(config.weights)
         return config.weights
     cure = "evaluate another file with --weights FILE and an --out of its own"
     path = world.broadcast(newest_checkpoint(run_folder.checkpoints, show, cure) if world.is_main else None)

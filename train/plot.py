@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ MAX_COLUMNS = 5  # of panels: a cascade with masks has 16 curves
 MAX_POINTS = 300  # of a curve; neighbors are averaged where there are more
 PANEL_SIZE = (4.0, 3.5)  # inches
 LABEL_LENGTH = 60  # letters
-NOT_COMPARED = {"seed", "out", "given", "starts"}  # in config.json; runs that differ in nothing else are one group
+NOT_COMPARED = {"seed", "out", "given", "starts"}  # in config.json, where each run has its own
 
 
 @lasting_output()
@@ -103,22 +104,32 @@ def draw(runs: Sequence[Path], out: Path) -> None:
 
 
 def _group_by_model(runs: Sequence[Path]) -> list[list[Path]]:
-    """Return the runs in groups whose config.json differs in nothing but the seed; the first run comes first."""
-    groups: dict[str, list[Path]] = {}
+    """Return the runs in groups that differ in nothing but the seed, and in that; the first run comes first."""
+    groups: dict[tuple[str, int], list[Path]] = {}
+    seen: Counter[tuple[str, Any]] = Counter()
     for run in runs:
-        groups.setdefault(_configuration(run), []).append(run)
+        configuration, seed = _configuration(run)
+        number = seen[configuration, seed]  # the second run with a seed begins another group
+        seen[configuration, seed] += 1
+        groups.setdefault((configuration, number), []).append(run)
     return list(groups.values())
 
 
-def _configuration(run: Path) -> str:
-    """Return what config.json says but for the seed; where it says nothing, the folder, which no other run has."""
+def _configuration(run: Path) -> tuple[str, Any]:
+    """Return what a run was made from but its seed, commit and number of processes included, and the seed.
+
+    Where config.json says nothing, the folder, which no other run has, stands for it.
+    """
     try:
         record = RunFolder(run).recorded()
     except (OSError, ValueError):
         record = None
     if record is None:
-        return str(run)
-    return json.dumps({name: value for name, value in record.items() if name not in NOT_COMPARED}, sort_keys=True)
+        return str(run), None
+    compared = {name: value for name, value in record.items() if name not in NOT_COMPARED}
+    starts: list[dict[str, Any]] = record.get("starts") or [{}]
+    compared["start"] = [starts[0].get("commit"), starts[0].get("world_size")]
+    return json.dumps(compared, sort_keys=True), record.get("seed")
 
 
 def _group_label(group: Sequence[Path]) -> str:
@@ -127,7 +138,7 @@ def _group_label(group: Sequence[Path]) -> str:
         return _label(group[0])
     same_letters = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*map(str, group), strict=False))
     common = "".join(letters[0] for letters in same_letters).rstrip("-_./ ")
-    return _label(f"{common or group[0]}, mean of {len(group)} seeds")
+    return _label(f"{common or ', '.join(map(str, group))}, mean of {len(group)} seeds")
 
 
 def _points(lines: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]:

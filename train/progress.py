@@ -6,6 +6,7 @@ without control characters.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -181,4 +182,8 @@ def print_above_progress(text: str) -> None:
 
 
 def _is_terminal() -> bool:
-    return sys.stderr.isatty()
+    """Tell whether a line can renew itself: on a terminal, unless that has no size, as some of containers."""
+    try:
+        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except OSError:
+        return False

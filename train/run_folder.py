@@ -233,6 +233,13 @@ class RunFolder:
             if os.path.lexists(folder) and not folder.is_dir():
                 raise ValueError(f"{folder}: expected a folder, got something else under its name; move it away")
 
+    def check_no_other_run(self, weights: Path) -> None:
+        """Raise ValueError if this is the folder of a run, and `weights` is no checkpoint of it."""
+        if self._config.exists() and weights.resolve().parent != self.checkpoints.resolve():
+            raise ValueError(
+                f"--out {self.path}: expected a folder of its own for the results of {weights}, got that of a run"
+            )
+
     def recorded(self) -> dict[str, Any] | None:
         """Return what config.json holds of a run with at least one step, or None if there is no such run here.
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from detector.files import open_regular, replacing
@@ -123,7 +123,7 @@ def save_weights(path: str | Path, model: FasterRCNN, classes: Sequence[str]) ->
     }
     metadata[SUM] = _sum(state, metadata)
     with replacing(path) as partial:
-        save_file(state, partial, metadata)
+        partial.write_bytes(save(state, metadata))  # `save_file` makes a file that only its owner can read
 
 
 def list_names(names: Sequence[object]) -> str:

@@ -12,7 +12,7 @@ from bench.providers import load_providers
 
 
 def test_too_few_images_are_an_error_before_anything_is_made():
-    with pytest.raises(SystemExit, match="bench: --images: expected at least 32 with boxes, got 20"):
+    with pytest.raises(SystemExit, match="bench: --images: expected at least 32 images with boxes, got 20"):
         main(["--images", "20"])
 
 

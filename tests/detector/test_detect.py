@@ -240,6 +240,7 @@ def test_objects_are_picked():
         ([name == "ring" for name in found.names], [1]),
         ([3, 0], [3, 0]),
         (torch.tensor([], dtype=torch.int64), []),
+        ([], []),
     ]:
         picked = found[index]
         assert type(picked) is ImageDetections
@@ -294,9 +295,10 @@ def test_pictures_are_saved_and_shown(photo, tmp_path):
 
     before = photo.read_bytes()
     (tmp_path / "link.png").symlink_to(photo)
-    for path in (photo, str(photo), tmp_path / "link.png"):
+    opened = some_detections(3, image=Image.open(photo))
+    for result, path in ((found, photo), (found, str(photo)), (found, tmp_path / "link.png"), (opened, photo)):
         with pytest.raises(ValueError, match="path: expected another file than the image, got "):
-            found.save(path)
+            result.save(path)
     assert photo.read_bytes() == before
     with pytest.raises(ValueError, match="no encoder for suffix '.txt'"):
         found.save(tmp_path / "found.txt")

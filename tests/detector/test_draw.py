@@ -59,6 +59,20 @@ def test_nothing_to_draw():
     np.testing.assert_array_equal(draw_boxes(image, torch.zeros(0, 4), torch.zeros(0).long(), NAMES), image)
 
 
+def test_covered_areas():
+    one = [(0, 0, 4, 4), (10, 10, 12, 12), (-5, 1, 1, 9)]
+    other = [(2, 2, 6, 6), (3, 0, 5, 1)]
+    assert draw._covered_areas(one, other).tolist() == [2 * 2 + 1, 0, 0]
+    assert draw._covered_areas(one, one).tolist() == [16 + 3, 4, 48 + 3]
+    assert draw._covered_areas(one, []).tolist() == [0, 0, 0]
+
+
+def test_text_of_a_narrow_picture_leaves_room():
+    narrow = draw.font_scale(np.zeros((1440, 320, 3), np.uint8))
+    assert narrow == draw.font_scale(np.zeros((320, 1440, 3), np.uint8)) == 0.64
+    assert draw.font_scale(np.zeros((1440, 1080, 3), np.uint8)) == 1440 / 1100
+
+
 def test_labels_do_not_cover_each_other(monkeypatch):
     placed = []
     draw_label = draw._draw_label
@@ -74,7 +88,7 @@ def test_labels_do_not_cover_each_other(monkeypatch):
     labels = torch.tensor([0, 1, 2] * 2)
     draw_boxes(image, boxes, labels, NAMES, torch.linspace(1, 0.5, 6))
     assert len(placed) == 6
-    assert all(draw._common_area(a, b) == 0 for a, b in itertools.combinations(placed, 2))
+    assert all(draw._covered_areas([a], [b]) == 0 for a, b in itertools.combinations(placed, 2))
     assert all(0 <= x1 < x2 <= 640 and 0 <= y1 < y2 <= 480 for x1, y1, x2, y2 in placed)
 
 

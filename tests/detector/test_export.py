@@ -468,6 +468,7 @@ def test_command_line(model, onnx_file, tmp_path, monkeypatch, capsys):
     [
         (["--weights", "none.pth", "--out", "out.onnx"], "none.pth"),
         (["--weights", "none.pth", "--out", "nowhere/out.onnx"], "no folder nowhere"),
+        (["--weights", "none.pth", "--out", "photo.jpg"], "--out: expected a name ending in .onnx, got photo.jpg"),
         (["--weights", "none.pth", "--image", "a.pth", "--out", "out.onnx"], "cannot read image a.pth"),
         (["--weights", "a.pth", "--out", "./a.pth"], "--out: expected another file than --weights, got a.pth"),
         (

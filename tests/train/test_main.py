@@ -118,6 +118,14 @@ def test_leaves_what_people_and_programs_need(start, coco, tmp_path, settings_of
     assert "detections.json" in stdout
     assert not any(text in stdout for text in ("plot.py", "tensorboard", "pictures/"))  # there is nothing to show
 
+    before = (out / "detections.json").read_bytes()
+    weights = tmp_path / "other.pt"
+    weights.write_bytes(best.read_bytes())
+    status, _, stderr = start("--data.root", coco, "--eval-only", "--weights", weights, "--out", out)
+    assert status == 1
+    assert f"--out {out}: expected a folder of its own for the results of {weights}, got that of a run" in stderr
+    assert (out / "detections.json").read_bytes() == before
+
 
 def test_interrupted_run_equals_a_whole_one(start, coco, tmp_path):
     common = ("--data.root", coco, "--epochs", 2, "--optim.ema", 0.9, "--data.workers", 1, "--optim.accumulate", 2)

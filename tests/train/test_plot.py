@@ -30,7 +30,7 @@ def test_draws_several_runs(tmp_path, capsys):
 
 def configure(run, **values):
     """Write the config.json of a run."""
-    start = {"world_size": 1}
+    start = {"world_size": values.pop("world_size", 1), "commit": values.pop("commit", "a")}
     RunFolder(run)._config.write_text(json.dumps({"out": str(run), "starts": [start], **values}))
 
 
@@ -51,6 +51,23 @@ def test_runs_that_differ_in_the_seed_are_one_group(tmp_path, monkeypatch):
     labels = [_group_label(group) for group in groups]
     assert labels == ["dcn, mean of 2 seeds", "plain, mean of 2 seeds", "unknown", "damaged"]
     assert main([*map(str, runs), "--out", "c.png"]) == 0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"seed": 0}, {"seed": 1, "commit": "b"}, {"seed": 1, "world_size": 8}],
+    ids=["seed", "commit", "processes"],
+)
+def test_runs_that_differ_in_more_are_apart(tmp_path, other):
+    before = make_run(tmp_path / "before", 2)
+    after = make_run(tmp_path / "after", 2)
+    configure(before, seed=0)
+    configure(after, **other)
+    assert _group_by_model([before, after]) == [[before], [after]]
+
+
+def test_a_group_without_a_common_name_has_all_names():
+    assert _group_label([Path("dcn"), Path("another")]) == "dcn, another, mean of 2 seeds"
 
 
 def test_the_mean_of_runs_is_over_the_steps_that_all_have():

@@ -28,7 +28,7 @@ from train.data.prefetch import prefetch_to_device
 from train.distributed import World
 from train.evaluation.coco_metrics import coco_metrics
 from train.evaluation.curve_picture import draw_score_curves
-from train.evaluation.pictures import CURVES, draw_pictures
+from train.evaluation.pictures import CURVES, MIN_SCORE, draw_pictures
 from train.progress import evaluation_progress, print_above_progress
 from train.run_folder import RunFolder
 
@@ -85,11 +85,14 @@ def evaluate(
     rows = _sort_by_image(rows_of_ranks, dataset)
 
     run_folder.check_presence()
-    for path, picture in draw_pictures(dataset, rows, run_folder.pictures, config.pictures):
-        show_picture(path.stem, picture)
     write_json(run_folder.detections, rows, durable=True)
 
     metrics, curves = coco_metrics(rows, dataset)
+    min_score = metrics.get("score_threshold", -1.0)
+    if min_score < 0:  # no ground truth, or nothing is right
+        min_score = MIN_SCORE
+    for path, picture in draw_pictures(dataset, rows, run_folder.pictures, config.pictures, min_score):
+        show_picture(path.stem, picture)
     if curves and config.pictures:
         picture = draw_score_curves(curves)
         write_image(run_folder.pictures / f"{CURVES}.png", picture)

@@ -19,7 +19,8 @@ from train.data.coco_dataset import CocoDetection
 from train.data.samplers import spread_evenly
 
 MAX_STEM_BYTES = 240  # of the name of a picture; file systems have room for 255
-MIN_SCORE = 0.3  # detections below it are not drawn
+MIN_SCORE = 0.3
+"""Detections below it are not drawn where no better score is known."""
 CURVES = "precision-recall"
 TRAINING_IMAGES = "training-images"
 RESERVED_STEMS = (CURVES, TRAINING_IMAGES)
@@ -27,7 +28,7 @@ RESERVED_STEMS = (CURVES, TRAINING_IMAGES)
 
 
 def draw_pictures(
-    dataset: CocoDetection, rows: Sequence[CocoRow], folder: Path, count: int
+    dataset: CocoDetection, rows: Sequence[CocoRow], folder: Path, count: int, min_score: float
 ) -> Iterator[tuple[Path, np.ndarray]]:
     """Draw `count` images, evenly spaced in the data set; write each picture, then yield its path and pixels.
 
@@ -36,6 +37,7 @@ def draw_pictures(
         rows: detections of all images, in COCO's results format.
         folder: for the PNG files, named by the images' files, see `unique_stems`; created if missing.
         count: how many images; all if there are fewer.
+        min_score: detections below it are not drawn.
     """
     folder.mkdir(parents=True, exist_ok=True)
     indices = spread_evenly(len(dataset), count).tolist()
@@ -48,7 +50,7 @@ def draw_pictures(
             continue  # the evaluation has printed a message about it
 
         image_id = int(dataset.image_ids[index])
-        drawn_rows = [row for row in rows if row["image_id"] == image_id and row["score"] >= MIN_SCORE]
+        drawn_rows = [row for row in rows if row["image_id"] == image_id and row["score"] >= min_score]
         detections = _to_detections(drawn_rows, dataset)
         masks = map(decode_mask, [row["segmentation"] for row in drawn_rows if "segmentation" in row])
 
@@ -56,7 +58,9 @@ def draw_pictures(
         target = Target(torch.from_numpy(boxes), torch.from_numpy(labels), check=False)  # also boxes too thin to train
         true_masks = dataset.masks(index)
 
-        picture = draw_comparison(image, detections, target, dataset.classes, masks=masks, true_masks=true_masks)
+        picture = draw_comparison(
+            image, detections, target, dataset.classes, masks=masks, true_masks=true_masks, min_score=min_score
+        )
         path = folder / f"{stem}.png"
         write_image(path, picture)
         yield path, picture

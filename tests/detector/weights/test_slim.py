@@ -19,6 +19,7 @@ def test_every_command_takes_the_file(start, coco, tmp_path, capsys):  # noqa: F
     assert main([str(best), str(slim)]) == 0
     assert capsys.readouterr().out.startswith(f"{slim}: ")
     assert slim.stat().st_size < 0.45 * best.stat().st_size
+    assert slim.stat().st_mode == best.stat().st_mode  # not for its owner alone
 
     content = load_checkpoint(best)
     state = read_checkpoint(slim).state

@@ -171,12 +171,12 @@ def test_pictures_show_masks_of_both(coco, tmp_path):
     dataset = open_coco(coco, "val2017", masks=True, limit=1)
     rows = rows_with(dataset)
     rows_without = [{key: value for key, value in row.items() if key != "segmentation"} for row in rows]
-    shown = next(draw_pictures(dataset, rows, tmp_path, 1))[1].astype(int)
-    without = next(draw_pictures(dataset, rows_without, tmp_path, 1))[1].astype(int)
+    shown = next(draw_pictures(dataset, rows, tmp_path, 1, 0.3))[1].astype(int)
+    without = next(draw_pictures(dataset, rows_without, tmp_path, 1, 0.3))[1].astype(int)
     half = shown.shape[1] // 2
     assert (shown[:, :half] != without[:, :half]).any()
     assert (shown[:, half + 9 :] == without[:, half + 9 :]).all()
-    boxes_only = next(draw_pictures(open_coco(coco, "val2017", limit=1), rows_without, tmp_path, 1))[1]
+    boxes_only = next(draw_pictures(open_coco(coco, "val2017", limit=1), rows_without, tmp_path, 1, 0.3))[1]
     assert (without[:, half + 9 :] != boxes_only[:, half + 9 :]).any()
 
 

@@ -13,7 +13,7 @@ def test_draws_images_spread_over_the_set(coco, tmp_path):
     image_ids = np.repeat(dataset.image_ids, np.diff(dataset.box_starts))
     scores = np.full(len(image_ids), 0.9, np.float32)
     rows = coco_rows(image_ids, dataset.category_ids[dataset.labels], dataset.boxes, scores)
-    drawn = list(draw_pictures(dataset, rows, tmp_path / "pictures", 3))
+    drawn = list(draw_pictures(dataset, rows, tmp_path / "pictures", 3, 0.3))
     assert [path.name for path, _ in drawn] == ["000100.png", "000107.png"]  # the middle one is gone
     for path, picture in drawn:
         assert (read_image(path) == picture).all()
@@ -25,7 +25,7 @@ def test_weak_detections_are_left_out(coco, tmp_path):
     pictures = []
     for score in (0.1, 0.2, 0.8):
         rows = coco_rows(dataset.image_ids, dataset.category_ids[:1], boxes, np.array([score], np.float32))
-        pictures.append(next(draw_pictures(dataset, rows, tmp_path, 1))[1])
+        pictures.append(next(draw_pictures(dataset, rows, tmp_path, 1, 0.3))[1])
     assert (pictures[0] == pictures[1]).all()
     assert pictures[0].shape != pictures[2].shape or (pictures[0] != pictures[2]).any()
 
@@ -36,7 +36,7 @@ def test_empty_set_has_no_pictures(coco, tmp_path):
 
     edit(coco, clear)
     dataset = open_coco(coco)
-    assert list(draw_pictures(dataset, [], tmp_path, 3)) == []
+    assert list(draw_pictures(dataset, [], tmp_path, 3, 0.3)) == []
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_other_pictures_of_the_folder_are_kept(coco, tmp_path):
     path = dataset.image_path(0)
     dataset.file_names = np.array(["Training-Images.jpg"])
     dataset.image_path(0).write_bytes(path.read_bytes())
-    ((picture_path, _),) = draw_pictures(dataset, [], tmp_path, 1)
+    ((picture_path, _),) = draw_pictures(dataset, [], tmp_path, 1, 0.3)
     assert picture_path.name == "Training-Images-2.png"
 
 
@@ -70,7 +70,7 @@ def test_pictures_of_equal_names_are_all_kept(coco, tmp_path):
         dataset.image_path(index).parent.mkdir(exist_ok=True)
         dataset.image_path(index).write_bytes(path.read_bytes())
     for _ in range(2):
-        drawn = list(draw_pictures(dataset, [], tmp_path, 3))
+        drawn = list(draw_pictures(dataset, [], tmp_path, 3, 0.3))
         assert [path.name for path, _ in drawn] == ["0001.png", "0001-2.png", "0001-3.png"]
         for path, picture in drawn:
             assert (read_image(path) == picture).all()
@@ -82,5 +82,5 @@ def test_pictures_of_long_names_are_written(coco, tmp_path, name):
     path = dataset.image_path(0)
     dataset.file_names = np.array([name])
     dataset.image_path(0).write_bytes(path.read_bytes())
-    ((picture_path, _),) = draw_pictures(dataset, [], tmp_path / "pictures", 1)
+    ((picture_path, _),) = draw_pictures(dataset, [], tmp_path / "pictures", 1, 0.3)
     assert picture_path.exists()

@@ -1,6 +1,7 @@
 """Precision, recall and F1 by score, beside matches that are made one detection at a time."""
 
 import math
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -111,7 +112,10 @@ def test_curves_are_those_of_matches_made_one_by_one(coco, evaluator):
             assert found.precision[index] == pytest.approx(right / (right + wrong), abs=1e-12)
             assert found.recall[index] == pytest.approx(right / boxes, abs=1e-12)
     assert metrics["classes_F1"]["red"][2] == max(curves["boxes"].of_classes["red"].f1)
-    assert metrics["F1"] == max(curves["boxes"].together.f1) > 0
+    best = curves["boxes"].together.best
+    assert best.f1 == max(curves["boxes"].together.f1) > 0
+    assert [metrics[name] for name in ("precision", "recall", "F1", "score_threshold")] == list(astuple(best))
+    assert len(set(astuple(best))) == 4  # so that none can stand for another
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
