@@ -31,7 +31,7 @@ from detector.image import read_image, resize_keep_ratio, stack_images
 from detector.model.faster_rcnn import FasterRCNN
 from detector.onnx.runtime import HAS_ONNXRUNTIME, largest_difference, run_onnx
 from detector.structures import SIZE_DIVISOR, Batch, Detections, padded_side
-from detector.text import lasting_output, printable, show, show_message
+from detector.text import command_name, lasting_output, printable, show, show_message
 from detector.weights.load_detector import load
 from triton_dcn import __version__
 
@@ -328,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status: 0, 130 after Ctrl-C, else 1."""
     with CtrlC():
         try:
-            options = tyro.cli(ExportOptions, prog="python -m detector.export", args=arguments)
+            options = tyro.cli(ExportOptions, prog=command_name("detector.export"), args=arguments)
             comparison = export_file(options)
         except KeyboardInterrupt:
             show_message("error: stopped by Ctrl-C")

@@ -26,7 +26,7 @@ from detector.model.faster_rcnn import FasterRCNN
 from detector.precision import PrecisionName, autocast, check_precision, product_settings, what_is_missing
 from detector.results import CocoRow, ImageDetections
 from detector.results_folder import ResultsFolder, is_picture
-from detector.text import lasting_output, one_line, plural, printable, show, show_message
+from detector.text import command_name, lasting_output, one_line, plural, printable, show, show_message
 from detector.weights.load_detector import load
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # read from a folder
@@ -311,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     messages: Sequence[object]
     with CtrlC() as ctrl_c:
         try:
-            options = tyro.cli(PredictOptions, prog="python -m detector.predict", args=arguments)
+            options = tyro.cli(PredictOptions, prog=command_name("detector.predict"), args=arguments)
             messages = predict_files(options, ctrl_c)
             status = 1 if messages else 0
         except KeyboardInterrupt as error:

@@ -65,6 +65,8 @@ class ResultsFolder:
 
     def check(self) -> None:
         """Raise ValueError if the results would replace a file that no prediction wrote."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"--out: expected a folder, got the file {self.path}")
         try:
             is_file = stat.S_ISREG(self.results.lstat().st_mode)
         except FileNotFoundError:

@@ -11,6 +11,7 @@ import os
 import reprlib
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, TextIO, cast
 
 NAME_LENGTH = 40  # letters of a name in tables and pictures
@@ -52,6 +53,12 @@ def shorten(text: str, length: int) -> str:
 def short_name(name: object, length: int = NAME_LENGTH) -> str:
     """Return a name as tables and pictures show it: `printable`, with at most `length` letters."""
     return shorten(printable(name), length)
+
+
+def command_name(module: str) -> str:
+    """Return what the running command is called: its script, `dcn-predict`, say, or `python -m MODULE`."""
+    script = Path(sys.argv[0]).name if sys.argv else ""
+    return script if script.startswith("dcn-") else f"python -m {module}"
 
 
 def plural(count: int, noun: str, nouns: str = "") -> str:

@@ -273,7 +273,8 @@ def _describe_options(config: Config) -> list[str]:
         options.append(f"multi-scale (short side {', '.join(map(str, data.short_sides))})")
     half_size_epochs = round(data.half_size * config.epochs)
     if half_size_epochs:
-        options.append(f"half size of the images in the first {plural(half_size_epochs, 'epoch')}")
+        epochs = "epoch 1" if half_size_epochs == 1 else f"epochs 1 to {half_size_epochs}"
+        options.append(f"images at half the size in {epochs}")
     if optim.offset_lr != 1:
         options.append(f"{optim.offset_lr:g} of the learning rate for offsets")
     if optim.weight_decay:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from detector.text import (
+    command_name,
     lasting_output,
     message_line,
     one_line,
@@ -217,3 +218,12 @@ def test_every_outlet_is_known():
         "train/signals.py: os.write",  # where the main thread hangs; the message has no names
         "triton_dcn/compat/swap.py: warnings.warn",  # of a library, with names of the program's own classes and layers
     ]
+
+
+@pytest.mark.parametrize(
+    ("program", "name"),
+    [("/usr/bin/dcn-predict", "dcn-predict"), ("detector/predict.py", "python -m detector.predict")],
+)
+def test_commands_have_the_name_they_were_called_by(monkeypatch, program, name):
+    monkeypatch.setattr(sys, "argv", [program])
+    assert command_name("detector.predict") == name

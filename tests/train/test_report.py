@@ -75,7 +75,7 @@ def test_what_is_on_is_in_the_table():
     for option in (
         "mirrored images (0.5 of them)",
         "multi-scale (short side 64, 96)",
-        "half size of the images in the first 4 epochs",
+        "images at half the size in epochs 1 to 4",
         "0.1 of the learning rate for offsets",
         "weight decay 0.05",
         "gradients clipped to norm 5",
@@ -104,7 +104,7 @@ def test_one_of_a_kind_is_not_plural():
         "1 image x 1 process x 1",
         "warm-up 1 step,",
         "1 epoch of 1 step, at most 1 step;",
-        "the first 1 epoch,",
+        "images at half the size in epoch 1,",
         "1 training annotation without area",
     ):
         assert phrase in text
