@@ -145,6 +145,7 @@ def test_pil_images_are_read_as_their_files(tmp_path, mode, orientation):
         (torch.zeros(4, 4, 3, dtype=torch.uint8), ValueError, "got (4, 4, 3) torch.uint8"),
         (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), ValueError, "torch.uint8; list(images) makes a list of a stack"),
         (Image.new("I;16", (4, 4)), ValueError, "images: expected a PIL image of 8 bits, got mode I;16; give its path"),
+        (Image.new("F", (4, 4)), ValueError, "images: expected a PIL image of 8 bits, got mode F; give its path"),
         (b"a.jpg", TypeError, "images: expected a path, a NumPy array, a PIL image or a tensor, got bytes"),
         (None, TypeError, "got NoneType"),
         (iter(["a.jpg"]), TypeError, "got list_iterator; list(images) makes a list of an iterator"),

@@ -213,6 +213,36 @@ def test_limit_of_opencv_is_one_line(tmp_path, data):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"\x00\x00\x00\x18ftypmp42",
+        b"\x00\x00\x00\x14ftypqt  ",
+        b"\x00\x00\x00\x08wide",
+        b"\x1a\x45\xdf\xa3",
+        b"RIFF\x00\x00\x00\x00AVI ",
+        b"\x00\x00\x01\xba",
+        b"\x00\x00\x01\xb3",
+        b"\x30\x26\xb2\x75",
+        b"FLV\x01",
+    ],
+)
+def test_videos_are_named(tmp_path, start):
+    path = tmp_path / "clip"
+    path.write_bytes(start + bytes(100))
+    with pytest.raises(ValueError, match="expected an image, got a video: read its frames with cv2.VideoCapture"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("start", [b"\x00\x00\x00\x18ftypheic", b"\x00\x00\x00\x18ftypavif", b"RIFF\0\0\0\0WEBPVP8 "])
+def test_images_that_begin_as_videos_do_are_no_videos(tmp_path, start):
+    path = tmp_path / "image"
+    path.write_bytes(start + bytes(100))
+    with pytest.raises(ValueError, match="cannot read image") as caught:
+        read_image(path)
+    assert "video" not in str(caught.value)
+
+
 def test_stacked_images_are_padded_with_zeros():
     sizes = [(20, 70), (33, 32), (1, 45), (50, 1)]
     images = [np.random.randint(1, 256, (*size, 3), np.uint8) for size in sizes]

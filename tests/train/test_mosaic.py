@@ -5,6 +5,7 @@ import torch
 
 from detector.draw import class_color
 from tests.train.data.datasets import edit, open_coco
+from train import mosaic
 from train.mosaic import TILE_SIDE, draw_training_images
 
 
@@ -28,6 +29,38 @@ def test_images_are_drawn_with_their_boxes(coco):
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1] == np.random.get_state()[1].tolist()
     assert (picture == draw_training_images(dataset, [(0, index) for index in range(8)])).all()
+
+
+def test_boxes_labels_and_titles_are_those_of_the_samples(coco, monkeypatch):
+    dataset = open_coco(coco)
+    drawn = []
+    titles = []
+
+    def draw_boxes(image, boxes, labels, names, masks):
+        drawn.append((boxes, labels))
+        return image
+
+    def side_by_side(tiles, texts):
+        titles.extend(texts)
+        return np.hstack(tiles)
+
+    monkeypatch.setattr(mosaic, "draw_boxes", draw_boxes)
+    monkeypatch.setattr(mosaic, "side_by_side", side_by_side)
+    keys = [(0, index) for index in range(5)]
+    draw_training_images(dataset, keys)
+
+    samples = [dataset[key] for key in keys]
+    for sample, (boxes, labels) in zip(samples, drawn, strict=True):
+        factor = TILE_SIDE / max(sample.image.shape[:2])
+        assert factor != 1
+        np.testing.assert_allclose(boxes.numpy(), sample.boxes * factor)
+        assert labels.tolist() == sample.labels.tolist()
+    assert {0, 1} <= {label for sample in samples for label in sample.labels.tolist()}
+    sizes = [sample.image.shape[:2] for sample in samples]
+    expected = [
+        f"image {sample.image_id}, {width} x {height}" for sample, (height, width) in zip(samples, sizes, strict=True)
+    ]
+    assert titles == [*expected, "", "", ""]
 
 
 def test_images_look_as_the_model_gets_them(coco):

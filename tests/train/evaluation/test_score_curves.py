@@ -118,7 +118,7 @@ def test_curves_are_those_of_matches_made_one_by_one(coco, evaluator):
     assert len(set(astuple(best))) == 4  # so that none can stand for another
 
 
-@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.filterwarnings("error::UserWarning", "ignore::DeprecationWarning")
 def test_picture_of_any_curves():
     nothing = curve([], [], 0)
     names = [f"class {number}" for number in range(NAMED_CLASSES + 3)] + ["$x$", "_hidden", "猫", "n" * 300]
@@ -131,3 +131,12 @@ def test_picture_of_any_curves():
     both = draw_score_curves({"boxes": cases[0], "masks": cases[1]})
     assert both.shape == (920, 1200, 3)
     assert math.isclose(float(both[:5].mean()), 255, abs_tol=40)
+
+
+def test_precision_is_drawn_over_recall():
+    few = curve([0.9, 0.8], [False, True], 10)  # up to a recall of 0.1 and a precision of 0.5
+    picture = draw_score_curves({"boxes": ScoreCurves({}, few)})
+    is_black = (picture < 60).all(-1)
+    right_of_the_curve = is_black[40:400, 200:460]
+    assert not right_of_the_curve.any()
+    assert is_black[150:400, 70:130].sum() > 100
