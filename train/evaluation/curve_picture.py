@@ -15,7 +15,7 @@ from train.evaluation.score_curves import ScoreCurve, ScoreCurves, format_best
 
 NAMED_CLASSES = 12  # those with the most boxes; the curves of the others are gray
 NAME_LENGTH = 24  # letters of a class in the legend
-ROW_SIZE = (1200, 460)  # pixels
+ROW_SIZE = (1200, 450)  # pixels; a multiple of 50, because older Matplotlibs round inches down
 DPI = 100
 GRAY = "0.8"
 OTHERS = "other classes"

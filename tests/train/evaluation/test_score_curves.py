@@ -126,10 +126,10 @@ def test_picture_of_any_curves():
     cases = [ScoreCurves(many, curve([0.9, 0.4], [True, False], 5)), ScoreCurves({"a": nothing}, nothing)]
     for curves in cases:
         picture = draw_score_curves({"boxes": curves})
-        assert (picture.shape, picture.dtype) == ((460, 1200, 3), np.uint8)
+        assert (picture.shape, picture.dtype) == ((450, 1200, 3), np.uint8)
         assert picture.min() < 50
     both = draw_score_curves({"boxes": cases[0], "masks": cases[1]})
-    assert both.shape == (920, 1200, 3)
+    assert both.shape == (900, 1200, 3)
     assert math.isclose(float(both[:5].mean()), 255, abs_tol=40)
 
 
