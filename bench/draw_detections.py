@@ -17,7 +17,7 @@ import numpy as np
 
 from bench.arguments import positive, probability
 from detector.image import write_image
-from detector.picture import WHITE
+from detector.picture import pad
 from train.build import GENERATED_DATA
 from train.data.coco_dataset import CocoDetection
 from train.data.transforms import Transform
@@ -43,10 +43,7 @@ def draw(run: Path, data: Path, count: int, score: float) -> np.ndarray:
     with tempfile.TemporaryDirectory() as folder:
         pictures = [picture for _, picture in draw_pictures(dataset, rows, Path(folder), count, score)]
     width = max(picture.shape[1] for picture in pictures)
-    same_width = [np.full((len(picture), width, 3), WHITE, np.uint8) for picture in pictures]
-    for page, picture in zip(same_width, pictures, strict=True):
-        page[:, : picture.shape[1]] = picture
-    return np.vstack(same_width)
+    return np.vstack([pad(picture, len(picture), width) for picture in pictures])
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,6 +13,9 @@ from detector.image import Image, resize_keep_ratio, stack_images, to_pixels
 from detector.results import ImageDetections, undo_resize
 from detector.structures import Batch, Detections
 
+DEFAULT_SCORE = 0.3
+"""Detections below it are left out where nobody says another score."""
+
 Start = Callable[[Batch], Callable[[], list[Detections]]]
 """Starts to detect in a batch; returns a function that waits for the detections of each image, on the CPU."""
 

@@ -26,9 +26,10 @@ import tyro
 from torch import Tensor, nn
 
 from detector.ctrl_c import CtrlC
+from detector.detect import DEFAULT_SCORE
 from detector.files import check_is_no_input, replacing
 from detector.image import read_image, resize_keep_ratio, stack_images
-from detector.model.faster_rcnn import FasterRCNN
+from detector.model.faster_rcnn import FasterRCNN, default_class_names
 from detector.onnx.runtime import HAS_ONNXRUNTIME, largest_difference, run_onnx
 from detector.structures import SIZE_DIVISOR, Batch, Detections, padded_side
 from detector.text import command_name, lasting_output, printable, show, show_message
@@ -40,9 +41,6 @@ OUTPUTS = ("boxes", "scores", "labels", "valid", "masks")
 OPSET = 20
 MAX_OPEN_SIZE = 1 << 16
 """Upper bound of the sizes that stay open: of the images, and of a side divided by `SIZE_DIVISOR`."""
-MIN_SCORE = 0.3
-"""Score from which on `SNIPPET` prints a detection, as `python -m detector.predict` does."""
-
 # It can be pasted into Python's prompt: the only block is the last one, as an empty line must follow a block there.
 SNIPPET = Template(
     """\
@@ -198,7 +196,7 @@ def describe(
     if classes and len(classes) != config.num_classes:
         raise ValueError(f"classes: expected {config.num_classes} names, one per class, got {len(classes)}")
     metadata = {
-        "classes": json.dumps(list(classes) or [f"class {label}" for label in range(config.num_classes)]),
+        "classes": json.dumps(list(classes or default_class_names(config.num_classes))),
         "image_scale": json.dumps([max(config.image_scale), min(config.image_scale)]),
         "size": json.dumps(size),
         "batch": json.dumps(batch),
@@ -283,7 +281,7 @@ def usage(path: Path, picture: Path = Path("photo.jpg")) -> str:
     """
     # Strings of JSON are strings of Python, but for JSON's escapes of letters outside of 16 bits.
     file, image = (json.dumps(str(name), ensure_ascii=False) for name in (path, picture))
-    return SNIPPET.substitute(file=file, picture=image, min_score=MIN_SCORE)
+    return SNIPPET.substitute(file=file, picture=image, min_score=DEFAULT_SCORE)
 
 
 def export_file(options: ExportOptions) -> str:

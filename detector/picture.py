@@ -52,6 +52,13 @@ def enlarge(image: np.ndarray, min_side: int) -> tuple[np.ndarray, float]:
     return image, factor
 
 
+def pad(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return a picture (H, W, 3) uint8 in the top left corner of a white one of another size."""
+    padded = np.full((height, width, 3), WHITE, np.uint8)
+    padded[: picture.shape[0], : picture.shape[1]] = picture
+    return padded
+
+
 def side_by_side(pictures: Sequence[np.ndarray], titles: Sequence[str]) -> np.ndarray:
     """Join pictures, (H, W, 3) uint8 RGB of one size, into a row, each below its title."""
     columns = []

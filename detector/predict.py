@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from detector.ctrl_c import CtrlC
-from detector.detect import check_score, name_images
+from detector.detect import DEFAULT_SCORE, check_score, name_images
 from detector.graph import CudaRecorder
 from detector.image import Image, read_image
 from detector.inference import Inference, for_inference
@@ -53,7 +53,7 @@ class PredictOptions:
     """Checkpoint of the detector."""
     out: Path
     """Folder for the results; made if it is not there. Only what an earlier prediction wrote is replaced."""
-    score: float = 0.3
+    score: float = DEFAULT_SCORE
     """Detections below this score, 0 to 1, are left out."""
     batch_size: int = 1
     """Images that go through the model at once."""
@@ -69,7 +69,7 @@ def predict_images(
     model: FasterRCNN | Inference,
     images: Iterable[Image],
     *,
-    score: float = 0.3,
+    score: float = DEFAULT_SCORE,
     batch_size: int = 1,
 ) -> Iterator[ImageDetections]:
     """Do `FasterRCNN.predict` with images that come one after the other; results come as soon as they are there.

@@ -30,6 +30,7 @@ from torch.distributed.run import get_args_parser
 import detector
 from detector import FasterRCNN, FasterRCNNConfig
 from detector.image import write_image
+from tests.detector.small_config import small_config
 from tests.doc_blocks import PAGES, ROOT, Block, blocks
 from tests.train.conftest import make_split
 from train import command_line
@@ -58,18 +59,7 @@ PLACEHOLDERS = {
     "...": "",
 }
 
-SMALL = FasterRCNNConfig(
-    depth=18,
-    num_classes=3,
-    norm="gn",
-    base_channels=16,
-    fpn_channels=32,
-    fc_channels=16,
-    image_scale=(96, 64),
-    rpn_pre_nms_top_n=(50, 50),
-    rpn_post_nms_top_n=50,
-    max_detections=10,
-)
+SMALL = small_config()
 SMALL_FIELDS = ("depth", "norm", "base_channels", "fpn_channels", "fc_channels")
 
 PARSE_ARGS = argparse.ArgumentParser.parse_args

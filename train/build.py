@@ -79,7 +79,7 @@ def open_split(config: Config, world: World, split: str, classes: Sequence[str] 
                 data.flip,
                 config.seed,
                 data.short_sides,
-                half_size_epochs=round(data.half_size * config.epochs),
+                half_size_epochs=config.half_size_epochs,
             )
         else:
             annotation_file = root / data.val_annotations

@@ -164,6 +164,11 @@ class Config:
             return Path("runs") / self.preset
         return self.out
 
+    @property
+    def half_size_epochs(self) -> int:
+        """The first epochs, which see the images at half the size."""
+        return round(self.data.half_size * self.epochs)
+
 
 _FROM_SCRATCH = FasterRCNNConfig(
     depth=18,
@@ -379,18 +384,22 @@ def _check_imagenet(config: Config) -> None:
 
 def _check_graph(config: Config, gpu: bool, processes: int) -> None:
     """Raise ValueError where --graph does not go together with the device or another flag."""
-    if not config.graph:
-        return
+    obstacle = graph_obstacle(config, gpu=gpu, processes=processes)
+    if config.graph and obstacle:
+        raise ValueError(obstacle)
+
+
+def graph_obstacle(config: Config, *, gpu: bool, processes: int) -> str:
+    """Return why --graph is impossible, an empty text where it is possible; arguments as in `complete`."""
     if config.device == "cpu" or not gpu:
-        raise ValueError("--graph: expected a GPU, got a CPU, which has no CUDA graphs")
+        return "--graph: expected a GPU, got a CPU, which has no CUDA graphs"
     if config.compile:
-        raise ValueError("--graph: expected no --compile, got both")
+        return "--graph: expected no --compile, got both"
     if config.precision == "fp16":
-        raise ValueError(
-            "--graph: expected --precision float32, tf32 or bf16, got fp16, whose loss scale needs the host"
-        )
+        return "--graph: expected --precision float32, tf32 or bf16, got fp16, whose loss scale needs the host"
     if config.model.norm == "syncbn" and processes > 1:
-        raise ValueError(
+        return (
             f"--graph: expected --model.norm bn or gn with {processes} processes, got syncbn: "
             "batches of different shapes have different graphs, and the processes could not meet inside them"
         )
+    return ""

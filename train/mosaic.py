@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from detector.draw import class_color, draw_boxes
-from detector.picture import WHITE, font_scale, legend, side_by_side
+from detector.picture import font_scale, legend, pad, side_by_side
 from detector.text import short_name
 from train.data.coco_dataset import CocoDetection, UnreadableImageError
 from train.data.samplers import ImageKey
@@ -47,10 +47,10 @@ def draw_training_images(dataset: CocoDetection, keys: Sequence[ImageKey]) -> np
         return None
 
     columns = min(COLUMNS, len(tiles))
-    size = (max(tile.shape[0] for tile in tiles), max(tile.shape[1] for tile in tiles))
-    tiles = [_pad(tile, size) for tile in tiles]
+    height, width = (max(tile.shape[axis] for tile in tiles) for axis in (0, 1))
+    tiles = [pad(tile, height, width) for tile in tiles]
     while len(tiles) % columns:
-        tiles.append(_pad(tiles[0][:0, :0], size))
+        tiles.append(pad(tiles[0][:0, :0], height, width))
         titles.append("")
     rows = [
         side_by_side(tiles[start : start + columns], titles[start : start + columns])
@@ -75,10 +75,3 @@ def _draw_sample(sample: Sample, classes: Sequence[str]) -> np.ndarray:
         classes,
         masks=[cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST).astype(bool) for mask in masks],
     )
-
-
-def _pad(tile: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return a picture in the top left corner of a white one with `size` (height, width)."""
-    padded = np.full((*size, 3), WHITE, np.uint8)
-    padded[: tile.shape[0], : tile.shape[1]] = tile
-    return padded

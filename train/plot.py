@@ -24,7 +24,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib import pyplot
 
-from detector.text import lasting_output, printable, shorten, show, show_message
+from detector.text import lasting_output, printable, show, show_message
+from train.evaluation.curve_picture import legend_name
 from train.metrics_file import describe_damage, parse_lines
 from train.run_folder import RunFolder
 
@@ -154,9 +155,7 @@ def _mean(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, floa
 
 
 def _label(name: str | Path) -> str:
-    """Return a name as matplotlib takes it: it would read `$x$` as a formula and leave out `_x`."""
-    text = shorten(printable(name), LABEL_LENGTH).replace("$", r"\$")
-    return f" {text}" if text.startswith("_") else text
+    return legend_name(name, LABEL_LENGTH)
 
 
 def _curve_keys(lines: Sequence[dict[str, Any]]) -> list[str]:

@@ -19,7 +19,7 @@ from torch import nn
 
 from detector.precision import PrecisionName
 from detector.text import message_line, plural, printable, short_list, short_name
-from train.config import BASE_BATCH_SIZE, Config
+from train.config import BASE_BATCH_SIZE, Config, graph_obstacle
 from train.data.coco_dataset import CocoDetection
 from train.distributed import World
 from train.evaluation.coco_metrics import DEFAULT_EVALUATOR, METRIC_NAMES
@@ -271,9 +271,8 @@ def _describe_options(config: Config) -> list[str]:
         options.append(f"mirrored images ({data.flip:g} of them)")
     if data.short_sides:
         options.append(f"multi-scale (short side {', '.join(map(str, data.short_sides))})")
-    half_size_epochs = round(data.half_size * config.epochs)
-    if half_size_epochs:
-        epochs = "epoch 1" if half_size_epochs == 1 else f"epochs 1 to {half_size_epochs}"
+    if config.half_size_epochs:
+        epochs = "epoch 1" if config.half_size_epochs == 1 else f"epochs 1 to {config.half_size_epochs}"
         options.append(f"images at half the size in {epochs}")
     if optim.offset_lr != 1:
         options.append(f"{optim.offset_lr:g} of the learning rate for offsets")
@@ -294,8 +293,7 @@ def _describe_options(config: Config) -> list[str]:
 
 def graph_notes(config: Config, device: torch.device, processes: int) -> list[str]:
     """Return a note about `--graph` where a new run could have it."""
-    needs_host = config.precision == "fp16" or (config.model.norm == "syncbn" and processes > 1)
-    if device.type != "cuda" or config.graph or config.compile or needs_host:
+    if config.graph or graph_obstacle(config, gpu=device.type == "cuda", processes=processes):
         return []
     return ["without --graph a fast GPU waits for its host: on an H200 steps took more than twice as long"]
 

@@ -8,7 +8,7 @@ from typing import TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from detector.detect import ImageDetector, Start, name_images, start_copy
+from detector.detect import DEFAULT_SCORE, ImageDetector, Start, name_images, start_copy
 from detector.image import Image
 from detector.model.anchors import AnchorGenerator
 from detector.model.config import CASCADE_IOU_STEPS, FasterRCNNConfig
@@ -149,7 +149,7 @@ class FasterRCNN(nn.Module):
         self,
         images: Image | list[AnyImage] | tuple[AnyImage, ...],
         *,
-        score: float = 0.3,
+        score: float = DEFAULT_SCORE,
         batch_size: int = 1,
     ) -> ImageDetections | list[ImageDetections]:
         """Detect in an image, or in each of a list.

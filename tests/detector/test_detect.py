@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 
 import detector
-from detector import Detections, FasterRCNN, FasterRCNNConfig, ImageDetections
+from detector import Detections, FasterRCNN, ImageDetections
 from detector.draw import class_color
 from detector.image import read_image, to_pixels, write_image
 from detector.inference import for_inference
 from detector.predict import predict_images
 from detector.weights.checkpoint import save_weights
+from tests.detector.small_config import small_config
 
 CLASSES = ("disc", "ring", "star")
 PIXELS = np.random.default_rng(0).integers(0, 256, (50, 80, 3), np.uint8)
@@ -30,18 +31,7 @@ FAR_TOO_LONG = 10_000
 def model():
     """A small detector that finds ten objects everywhere."""
     torch.manual_seed(3)
-    config = FasterRCNNConfig(
-        depth=18,
-        num_classes=3,
-        dcn=None,
-        base_channels=16,
-        fpn_channels=16,
-        fc_channels=16,
-        image_scale=(96, 64),
-        rpn_pre_nms_top_n=(50, 50),
-        rpn_post_nms_top_n=50,
-        max_detections=10,
-    )
+    config = small_config(dcn=None, norm="bn", fpn_channels=16)
     model = FasterRCNN(config).eval()
     model.class_names = CLASSES
     return model

@@ -194,8 +194,8 @@ def found_objects(printed):
 
 def assert_found(printed, detections, factors=(1, 1)):
     """Check that the objects in a print are the detections with a score from 0.3 on, not near to it."""
-    assert not ((detections.scores - export.MIN_SCORE).abs() < 1e-4).any()
-    keep = detections.scores >= export.MIN_SCORE
+    assert not ((detections.scores - export.DEFAULT_SCORE).abs() < 1e-4).any()
+    keep = detections.scores >= export.DEFAULT_SCORE
     boxes = detections.boxes[keep] / torch.tensor(factors * 2)
     objects = found_objects(printed)
     assert [name for name, _, _ in objects] == [CLASSES[label] for label in detections.labels[keep]]

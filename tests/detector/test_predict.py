@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from detector import FasterRCNN, FasterRCNNConfig
+from detector import FasterRCNN
 from detector.image import read_image, resize_keep_ratio, stack_images, write_image
 from detector.ops.paste_masks import paste_masks
 from detector.ops.rle import encode_mask
@@ -21,32 +21,16 @@ from detector.predict import find_images, main, predict_images
 from detector.results import full_masks
 from detector.structures import Batch
 from detector.weights.checkpoint import save_weights
+from tests.detector.small_config import small_config
 
 CLASSES = ["disc", "ring", "star"]
-
-
-def small_config(mask=False):
-    return FasterRCNNConfig(
-        depth=18,
-        num_classes=3,
-        dcn=None,
-        mask=mask,
-        norm="gn",
-        base_channels=16,
-        fpn_channels=32,
-        fc_channels=16,
-        image_scale=(96, 64),
-        rpn_pre_nms_top_n=(50, 50),
-        rpn_post_nms_top_n=50,
-        max_detections=10,
-    )
 
 
 @pytest.fixture(scope="module")
 def model():
     """A small detector that finds something everywhere."""
     torch.manual_seed(3)
-    return FasterRCNN(small_config()).eval()
+    return FasterRCNN(small_config(dcn=None)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +111,7 @@ def test_wrong_arguments_are_named(model):
 
 
 def test_masks(tmp_path, photos):
-    model = FasterRCNN(small_config(mask=True)).eval()
+    model = FasterRCNN(small_config(dcn=None, mask=True)).eval()
     detections = model.predict(photos / "b.jpg", score=0.0)
     assert detections.masks.shape == (10, 28, 28)
     masks = list(full_masks(detections, 120, 40))

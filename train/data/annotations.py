@@ -305,9 +305,8 @@ def find_compared(annotations: AnnotationColumns, images: ImageColumns, image_in
 
 def is_within_limit(annotations: AnnotationColumns, is_beyond_limit: np.ndarray) -> np.ndarray:
     """Return which annotations (M,) bool are not of the images (N,) bool that the limit leaves out."""
-    is_beyond = np.append(is_beyond_limit, False)[
-        annotations.image_indices
-    ]  # a file without images has the index 0, too
+    # one more, because the annotations of a file without images have the index 0, too
+    is_beyond = np.append(is_beyond_limit, False)[annotations.image_indices]
     is_within: np.ndarray = ~(annotations.image_listed & is_beyond)
     return is_within
 

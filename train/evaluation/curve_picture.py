@@ -80,6 +80,10 @@ def _styled(curves: ScoreCurves) -> list[tuple[ScoreCurve, str, dict[str, Any]]]
 
 
 def _legend_text(name: str, curve: ScoreCurve) -> str:
-    """Return a class and its best threshold; matplotlib would read `$x$` as a formula and leave out `_x`."""
-    text = short_name(name, NAME_LENGTH).replace("$", r"\$")
-    return f"{' ' if text.startswith('_') else ''}{text}: {format_best(curve.best)}"
+    return f"{legend_name(name, NAME_LENGTH)}: {format_best(curve.best)}"
+
+
+def legend_name(name: object, length: int) -> str:
+    """Return a short name as Matplotlib takes it: it would read `$x$` as a formula and leave out `_x`."""
+    text = short_name(name, length).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text

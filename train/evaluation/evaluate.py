@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from detector import FasterRCNN
+from detector.detect import DEFAULT_SCORE
 from detector.files import write_json
 from detector.image import write_image
 from detector.inference import Inference, for_inference
@@ -28,7 +29,7 @@ from train.data.prefetch import prefetch_to_device
 from train.distributed import World
 from train.evaluation.coco_metrics import coco_metrics
 from train.evaluation.curve_picture import draw_score_curves
-from train.evaluation.pictures import CURVES, MIN_SCORE, draw_pictures
+from train.evaluation.pictures import CURVES, draw_pictures
 from train.progress import evaluation_progress, print_above_progress
 from train.run_folder import RunFolder
 
@@ -90,7 +91,7 @@ def evaluate(
     metrics, curves = coco_metrics(rows, dataset)
     min_score = metrics.get("score_threshold", -1.0)
     if min_score < 0:  # no ground truth, or nothing is right
-        min_score = MIN_SCORE
+        min_score = DEFAULT_SCORE
     for path, picture in draw_pictures(dataset, rows, run_folder.pictures, config.pictures, min_score):
         show_picture(path.stem, picture)
     if curves and config.pictures:

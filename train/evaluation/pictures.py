@@ -19,8 +19,6 @@ from train.data.coco_dataset import CocoDetection
 from train.data.samplers import spread_evenly
 
 MAX_STEM_BYTES = 240  # of the name of a picture; file systems have room for 255
-MIN_SCORE = 0.3
-"""Detections below it are not drawn where no better score is known."""
 CURVES = "precision-recall"
 TRAINING_IMAGES = "training-images"
 RESERVED_STEMS = (CURVES, TRAINING_IMAGES)
