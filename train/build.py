@@ -50,8 +50,18 @@ _HAS_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParal
 KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _HAS_NEW_NAME else "broadcast_buffers": False}
 
 
+def prepare_data(config: Config, world: World) -> None:
+    """Generate the default data set if the run takes that and it is not there yet.
+
+    Raises:
+        OSError, RuntimeError, ValueError: see `ensure_generated`.
+    """
+    if config.data.root is None:
+        ensure_generated(GENERATED_DATA, progress=world.local_rank == 0)
+
+
 def open_split(config: Config, world: World, split: str, classes: Sequence[str] | None = None) -> CocoDetection:
-    """Open the training or the validation images of the run's data set; generate one if none is named.
+    """Open the training or the validation images of the run's data set, see `prepare_data`.
 
     Only rank 0 parses the annotations; the others receive the arrays.
 
@@ -65,7 +75,7 @@ def open_split(config: Config, world: World, split: str, classes: Sequence[str] 
         OSError, ValueError: see `CocoDetection`.
     """
     data = config.data
-    root = data.root or ensure_generated(GENERATED_DATA, progress=world.local_rank == 0)
+    root = data.root or GENERATED_DATA
     dataset = None
     if world.is_main:
         if not root.is_dir():

@@ -42,6 +42,7 @@ from train.build import (
     check_weights_exist,
     is_finished,
     open_split,
+    prepare_data,
     prepare_initial_weights,
     resume,
 )
@@ -145,6 +146,7 @@ def train(config: Config, world: World) -> None:
     if record is not None:
         config, notes = keep_recorded(config, record)
     prepare_initial_weights(config, world)
+    prepare_data(config, world)
     with StopRequest(world, config.timeout) as stop, contextlib.ExitStack() as stack:
         # A detector in --weights decides what model it is.
         if record is None:
@@ -274,6 +276,7 @@ def evaluate_only(config: Config, world: World) -> None:
     model, class_names = build_detector(checkpoint, world.device)
     config = replace(config, model=model.config)
 
+    prepare_data(config, world)
     dataset = open_split(config, world, "val", class_names if checkpoint.classes else None)
     if len(dataset.classes) != model.config.num_classes:
         raise ValueError(

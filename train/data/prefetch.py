@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from detector import Batch
 from detector.structures import StackedTargets
 from train.data.collate import LoadedBatch
 
+T = TypeVar("T")
+
 
 def prefetch_to_device(batches: Iterable[LoadedBatch], device: torch.device) -> Iterator[LoadedBatch]:
     """Move batches to `device`, one ahead: the next batch is copied while the GPU works on this one.
@@ -18,7 +21,7 @@ def prefetch_to_device(batches: Iterable[LoadedBatch], device: torch.device) -> 
     Raises:
         RuntimeError: a process that loads images is gone.
     """
-    batches = _from_living_workers(batches)
+    batches = from_living_workers(batches)
     if device.type != "cuda":
         yield from batches
         return
@@ -39,14 +42,14 @@ def prefetch_to_device(batches: Iterable[LoadedBatch], device: torch.device) -> 
         yield ready
 
 
-def _from_living_workers(batches: Iterable[LoadedBatch]) -> Iterator[LoadedBatch]:
-    """Yield batches; what a worker killed in the middle of a batch leaves behind is the error of a lost worker."""
+def from_living_workers(items: Iterable[T]) -> Iterator[T]:
+    """Yield what workers load; what one that is killed while it sends an item leaves is the error of a lost worker."""
     try:
-        yield from batches
+        yield from items
     except (ConnectionError, EOFError) as error:
         if "DataLoader worker" in str(error):  # the worker's own, which it could still send
             raise
-        raise RuntimeError("DataLoader worker exited unexpectedly while it sent a batch") from error
+        raise RuntimeError("DataLoader worker exited unexpectedly while it sent an item") from error
 
 
 def batch_tensors(batch: Batch | None) -> Iterator[Tensor]:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
+import signal
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+from torch.utils.data import DataLoader, Dataset
 
+from train.data.prefetch import from_living_workers
 from train.progress import CountProgress
 from train.synthetic.annotate import annotate
 from train.synthetic.scene import photograph
@@ -26,6 +29,41 @@ STAMP = "generated.json"
 JPEG_QUALITY = 95
 MAX_IMAGES = 500_000  # of a split
 FIRST_ID = {"train": 1, "val": MAX_IMAGES + 1}  # the splits have no image id in common
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A picture of the set.
+
+    Attributes:
+        jpeg: content of its file.
+        entry: of `images` in the annotation file.
+        annotations: of its objects, without their ids.
+    """
+
+    jpeg: bytes
+    entry: dict[str, Any]
+    annotations: list[dict[str, Any]]
+
+
+class _Pictures(Dataset[_Picture]):
+    """The pictures by their image ids, drawn when they are asked for.
+
+    Args:
+        seed: of the set.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def __getitem__(self, image_id: int) -> _Picture:
+        """Draw one picture."""
+        image, objects = photograph(np.random.default_rng([self.seed, image_id]))
+        _, jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+        height, width = image.shape[:2]
+        entry = {"id": image_id, "file_name": f"{image_id:012d}.jpg", "width": width, "height": height}
+        annotations = [{"image_id": image_id, **annotate(scene_object)} for scene_object in objects]
+        return _Picture(jpeg.tobytes(), entry, annotations)
 
 
 def ensure_generated(
@@ -48,6 +86,8 @@ def ensure_generated(
 
     Raises:
         ValueError: a count is out of range, or `root` holds something that was not generated.
+        OSError: a file cannot be written.
+        RuntimeError: a process that draws pictures is gone.
     """
     counts = {"train": train_images, "val": val_images}
     for split, count in counts.items():
@@ -108,23 +148,49 @@ def _lock(path: Path) -> Iterator[None]:
 def _build(folder: Path, counts: dict[str, int], seed: int, progress: bool) -> None:
     """Write the pictures and the annotations of both splits under `folder`."""
     (folder / "annotations").mkdir(parents=True)
-    with (
-        CountProgress("generating pictures", sum(counts.values()), enabled=progress, announced=True) as bar,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-    ):
-        for split, count in counts.items():
+    ids = {split: range(FIRST_ID[split], FIRST_ID[split] + count) for split, count in counts.items()}
+    pictures = _draw_all(list(itertools.chain(*ids.values())), seed)
+    with CountProgress("generating pictures", sum(counts.values()), enabled=progress, announced=True) as bar:
+        for split, image_ids in ids.items():
             image_folder = folder / f"{split}2017"
             image_folder.mkdir()
-            image_ids = range(FIRST_ID[split], FIRST_ID[split] + count)
             images: list[dict[str, Any]] = []
             annotations: list[dict[str, Any]] = []
-            for image, objects in pool.map(partial(_write_picture, image_folder, seed), image_ids):
-                images.append(image)
-                for annotation in objects:
+            for picture in itertools.islice(pictures, len(image_ids)):
+                (image_folder / picture.entry["file_name"]).write_bytes(picture.jpeg)
+                images.append(picture.entry)
+                for annotation in picture.annotations:
                     annotations.append({"id": len(annotations) + 1, **annotation})
                 bar.update()
             content = _coco_content(images, annotations)
             (folder / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+
+
+def _draw_all(image_ids: list[int], seed: int) -> Iterator[_Picture]:
+    """Return the pictures with these ids, in this order; they are drawn in as many processes as there are cores."""
+    loader = DataLoader(
+        _Pictures(seed),
+        batch_size=None,
+        sampler=image_ids,
+        num_workers=min(_usable_cores(), len(image_ids)),
+        multiprocessing_context="fork",
+        worker_init_fn=_start_worker,
+    )
+    return from_living_workers(loader)
+
+
+def _usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _start_worker(_: int) -> None:
+    """Leave Ctrl-C to the main process, end when that says so, and let OpenCV use one core."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    cv2.setNumThreads(0)
 
 
 def _coco_content(images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> dict[str, Any]:
@@ -136,17 +202,3 @@ def _coco_content(images: list[dict[str, Any]], annotations: list[dict[str, Any]
         "annotations": annotations,
         "categories": [{"id": category_id, "name": name} for category_id, name in enumerate(CLASSES, 1)],
     }
-
-
-def _write_picture(folder: Path, seed: int, image_id: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Draw and write one picture; return its COCO `images` entry and its annotations without their ids."""
-    image, objects = photograph(np.random.default_rng([seed, image_id]))
-    name = f"{image_id:012d}.jpg"
-    path = folder / name
-    if not cv2.imwrite(str(path), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]):
-        raise OSError(f"could not write {path}")
-
-    height, width = image.shape[:2]
-    entry = {"id": image_id, "file_name": name, "width": width, "height": height}
-    annotations = [{"image_id": image_id, **annotate(scene_object)} for scene_object in objects]
-    return entry, annotations

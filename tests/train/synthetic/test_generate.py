@@ -1,18 +1,25 @@
 """The generated data set: the same every time, made once, and valid COCO."""
 
 import contextlib
+import errno
 import io
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
+from torch.utils.data import get_worker_info
 
+from train.errors import explain
 from train.synthetic import generate
 from train.synthetic.canvas import MIN_PIXELS
 from train.synthetic.generate import ensure_generated
@@ -123,10 +130,55 @@ def test_goes_on_after_a_kill(tmp_path):
 
 
 def test_failure_leaves_nothing_half_done(tmp_path, monkeypatch):
-    monkeypatch.setattr(cv2, "imwrite", lambda *_: False)
-    with pytest.raises(OSError, match="could not write"):
+    def fill_disk(path: Path, _: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", fill_disk)
+    with pytest.raises(OSError, match=r"No space left on device: .*000000000001\.jpg"):
         ensure_generated(tmp_path / "set", train_images=2, val_images=1, progress=False)
     assert not (tmp_path / "set").exists()
+
+
+def test_lost_process_ends_the_generation(tmp_path, monkeypatch):
+    def die(_: Any) -> None:
+        if get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(generate, "photograph", die)
+    with pytest.raises(RuntimeError, match="DataLoader worker") as caught:
+        ensure_generated(tmp_path / "set", train_images=2, val_images=1, progress=False)
+    message = explain(caught.value)
+    assert message is not None
+    assert message.startswith("lost a process that loads images")
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_the_same_on_any_number_of_cores(root, tmp_path, monkeypatch, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    again = ensure_generated(tmp_path / "set", **COUNTS, progress=False)
+    assert read_files(again) == read_files(root)
+
+
+def test_a_stop_ends_all_processes(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from train.synthetic.generate import ensure_generated;"
+        "ensure_generated(Path(sys.argv[1]), train_images=2000)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "set")]
+    repository = Path(generate.__file__).parents[2]
+    process = subprocess.Popen(command, cwd=repository, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert "0/2100" in process.stderr.readline()
+    while not list(tmp_path.rglob("*.jpg")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C on a terminal does
+    _, errors = process.communicate(timeout=60)
+    assert errors.count("Traceback") == 1, errors
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_two_processes_make_one_set(tmp_path):
