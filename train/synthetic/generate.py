@@ -28,6 +28,7 @@ from train.synthetic.shapes import CLASSES
 STAMP = "generated.json"
 JPEG_QUALITY = 95
 MAX_IMAGES = 500_000  # of a split
+MAX_PROCESSES = 16  # a container may show all cores of a machine and have little of its memory
 FIRST_ID = {"train": 1, "val": MAX_IMAGES + 1}  # the splits have no image id in common
 
 
@@ -167,12 +168,12 @@ def _build(folder: Path, counts: dict[str, int], seed: int, progress: bool) -> N
 
 
 def _draw_all(image_ids: list[int], seed: int) -> Iterator[_Picture]:
-    """Return the pictures with these ids, in this order; they are drawn in as many processes as there are cores."""
+    """Return the pictures with these ids, in this order; several processes draw them."""
     loader = DataLoader(
         _Pictures(seed),
         batch_size=None,
         sampler=image_ids,
-        num_workers=min(_usable_cores(), len(image_ids)),
+        num_workers=min(_usable_cores(), MAX_PROCESSES, len(image_ids)),
         multiprocessing_context="fork",
         worker_init_fn=_start_worker,
     )

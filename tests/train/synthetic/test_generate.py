@@ -153,11 +153,16 @@ def test_lost_process_ends_the_generation(tmp_path, monkeypatch):
     assert not (tmp_path / "set").exists()
 
 
-@pytest.mark.parametrize("cores", [1, 3])
-def test_the_same_on_any_number_of_cores(root, tmp_path, monkeypatch, cores):
+@pytest.mark.parametrize(("cores", "processes"), [(1, 1), (3, 3), (64, 16)])
+def test_the_same_on_any_number_of_cores(root, tmp_path, monkeypatch, cores, processes):
+    def start_worker(number: int) -> None:
+        (tmp_path / f"worker{number}").touch()
+
+    monkeypatch.setattr(generate, "_start_worker", start_worker)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     again = ensure_generated(tmp_path / "set", **COUNTS, progress=False)
+    assert len(list(tmp_path.glob("worker*"))) == processes
     assert read_files(again) == read_files(root)
 
 
