@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
 
 import train.main
 from tests.train.processes import MAIN, ScriptProcess
@@ -79,7 +80,9 @@ def one_thread():
 @pytest.fixture
 def start(monkeypatch, capsys):
     """Function: command line -> (exit status, stdout, stderr) of the script, run in this process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    _set_SIGCHLD_handler()  # PyTorch's, once a process; the script takes it away after an error
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
 
