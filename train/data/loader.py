@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import cv2
 from torch.utils.data import DataLoader, Dataset
@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 from train.data.coco_dataset import CocoDetection, UnreadableImageError
 from train.data.collate import LoadedBatch, collate
 from train.data.samplers import AspectRatioBatchSampler, ImageKey
+
+T = TypeVar("T")
 
 LONGEST_WAIT = 600.0  # seconds, as --timeout has it by default
 MAX_ATTEMPTS = 5  # images that training tries for one place in a batch
@@ -102,6 +104,16 @@ def _loader(
         options = {"worker_init_fn": _start_worker, "multiprocessing_context": "fork", "timeout": timeout}
     # With batch_size=None the loader hands each item of the sampler, the keys of a batch, to the reader as it is.
     return DataLoader(reader, batch_size=None, sampler=batches, num_workers=workers, pin_memory=pin_memory, **options)
+
+
+def from_living_workers(items: Iterable[T]) -> Iterator[T]:
+    """Yield what workers load; what one that is killed while it sends an item leaves is the error of a lost worker."""
+    try:
+        yield from items
+    except (ConnectionError, EOFError) as error:
+        if "DataLoader worker" in str(error):  # the worker's own, which it could still send
+            raise
+        raise RuntimeError("DataLoader worker exited unexpectedly while it sent an item") from error
 
 
 def _start_worker(_: int) -> None:

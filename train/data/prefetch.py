@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,8 +10,7 @@ from torch import Tensor
 from detector import Batch
 from detector.structures import StackedTargets
 from train.data.collate import LoadedBatch
-
-T = TypeVar("T")
+from train.data.loader import from_living_workers
 
 
 def prefetch_to_device(batches: Iterable[LoadedBatch], device: torch.device) -> Iterator[LoadedBatch]:
@@ -40,16 +38,6 @@ def prefetch_to_device(batches: Iterable[LoadedBatch], device: torch.device) -> 
         ready = moved
     if ready is not None:
         yield ready
-
-
-def from_living_workers(items: Iterable[T]) -> Iterator[T]:
-    """Yield what workers load; what one that is killed while it sends an item leaves is the error of a lost worker."""
-    try:
-        yield from items
-    except (ConnectionError, EOFError) as error:
-        if "DataLoader worker" in str(error):  # the worker's own, which it could still send
-            raise
-        raise RuntimeError("DataLoader worker exited unexpectedly while it sent an item") from error
 
 
 def batch_tensors(batch: Batch | None) -> Iterator[Tensor]:

@@ -19,14 +19,14 @@ import cv2
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from train.data.prefetch import from_living_workers
+from detector.image import encode_image
+from train.data.loader import from_living_workers
 from train.progress import CountProgress
 from train.synthetic.annotate import annotate
 from train.synthetic.scene import photograph
 from train.synthetic.shapes import CLASSES
 
 STAMP = "generated.json"
-JPEG_QUALITY = 95
 MAX_IMAGES = 500_000  # of a split
 MAX_PROCESSES = 16  # a container may show all cores of a machine and have little of its memory
 FIRST_ID = {"train": 1, "val": MAX_IMAGES + 1}  # the splits have no image id in common
@@ -60,11 +60,11 @@ class _Pictures(Dataset[_Picture]):
     def __getitem__(self, image_id: int) -> _Picture:
         """Draw one picture."""
         image, objects = photograph(np.random.default_rng([self.seed, image_id]))
-        _, jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+        name = f"{image_id:012d}.jpg"
         height, width = image.shape[:2]
-        entry = {"id": image_id, "file_name": f"{image_id:012d}.jpg", "width": width, "height": height}
+        entry = {"id": image_id, "file_name": name, "width": width, "height": height}
         annotations = [{"image_id": image_id, **annotate(scene_object)} for scene_object in objects]
-        return _Picture(jpeg.tobytes(), entry, annotations)
+        return _Picture(encode_image(name, image), entry, annotations)
 
 
 def ensure_generated(
